@@ -1,0 +1,116 @@
+//! The destination's engine: make ready, receive, load, commit, run.
+
+use super::event::{Report, State};
+use super::journal::Record;
+use super::{ChannelId, Failure, MigrationId};
+use crate::memory::{BlockSpec, Run};
+use crate::wire::Message;
+
+/// All that an engine starts from: a QEMU that waits for a guest.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// This daemon's name, for the peer's messages.
+    pub host: String,
+    /// The guest's name.
+    pub vm: String,
+    /// RAMBlocks of the waiting QEMU, in any order; the source's order numbers them.
+    pub blocks: Vec<BlockSpec>,
+    /// Number of data channels that the connection has.
+    pub data_channels: u16,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Nothing but time passed.
+    Tick,
+    /// The operator cancels.
+    Cancel,
+    /// The peer's message on the control channel. The first is `Hello`.
+    Message(Message),
+    /// A barrier arrived on a data channel. All writes and zero runs before it on that channel have been placed.
+    Barrier {
+        /// The data channel.
+        channel: ChannelId,
+        /// The round that it ends.
+        round: u32,
+        /// Bytes of zero runs placed on this channel since its barrier before.
+        zero_bytes: u64,
+    },
+    /// The peer broke the protocol on a data channel (a run outside a block, a message that does not belong there).
+    PeerMisbehaved(String),
+    /// The connection is gone (any channel of it), with the reason.
+    LinkLost(Failure),
+    /// Answer to [`Output::Prepare`]: the RAM is clear and its regions are registered.
+    Prepared,
+    /// Answer to `Prepare`, `Allocate`, `Digest`: it cannot be done.
+    HostFailed(Failure),
+    /// Answer to [`Output::Digest`]: digests of all chunks of all blocks, by block.
+    Digests(Vec<Vec<[u8; 16]>>),
+    /// Answer to [`Output::PageDigests`].
+    PageDigests {
+        /// The block's number.
+        block: u16,
+        /// The chunk.
+        chunk: u64,
+        /// Of every page in it.
+        digests: Vec<[u8; 16]>,
+    },
+    /// Answer to [`Output::LoadDeviceState`]: QEMU has loaded it and stands paused.
+    DeviceStateLoaded,
+    /// QEMU failed or left, at any time.
+    QemuFailed(Failure),
+    /// Answer to [`Output::Journal`]: the record is on disk.
+    Journaled(Record),
+    /// Answer to [`Output::Journal`]: the disk refused.
+    JournalFailed(Record, Failure),
+    /// Answer to [`Output::RunGuest`]: the guest runs.
+    GuestRunning,
+}
+
+/// Something to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Output {
+    /// Send a message on the control channel.
+    Send(Message),
+    /// Write a record and sync it. Answer: `Journaled` or `JournalFailed`.
+    Journal(Record),
+    /// Clear the RAM, then register block `i` of `order` (an index into the set-up's blocks) as region `i`, writable by
+    /// the peer. Answer: `Prepared` or `HostFailed`.
+    Prepare {
+        /// For each of the source's blocks, the index of ours.
+        order: Vec<usize>,
+    },
+    /// Allocate these pages in the background. Answer only when it fails: `HostFailed`.
+    Allocate(Vec<Run>),
+    /// Keep these bytes of the device state, in order; `LoadDeviceState` gives them to QEMU.
+    KeepDeviceState(bytes::Bytes),
+    /// Take digests of all RAM. Answer: `Digests` or `HostFailed`.
+    Digest,
+    /// Take digests of the pages of a chunk. Answer: `PageDigests`.
+    PageDigests {
+        /// The block's number.
+        block: u16,
+        /// The chunk.
+        chunk: u64,
+    },
+    /// The guest's RAM is whole: close the regions to the peer, give QEMU the device state. Answer: `DeviceStateLoaded`
+    /// or `QemuFailed`.
+    LoadDeviceState,
+    /// QMP `cont`. Answer: `GuestRunning` or `QemuFailed`.
+    RunGuest,
+    /// Tell people.
+    Report(Report),
+    /// The last output: the migration ended here in this state.
+    Finished {
+        /// `Completed`, `Failed` or `Cancelled`.
+        state: State,
+        /// Why, unless completed.
+        failure: Option<Failure>,
+        /// Whether QEMU has been given device state, so that it must be started anew for another attempt.
+        qemu_used: bool,
+    },
+}
+
+/// The migration that this engine serves, once the peer has named it.
+pub type Served = Option<MigrationId>;

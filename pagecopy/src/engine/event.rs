@@ -1,0 +1,116 @@
+//! What an engine tells people: states, progress, decisions with their figures, and the result.
+
+use serde::{Deserialize, Serialize};
+
+use super::Failure;
+
+/// The state of a migration as a person sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Accepted, not begun.
+    Pending,
+    /// Connecting, comparing both sides, attaching.
+    Preparing,
+    /// Rounds of pre-copy; the guest runs at the source.
+    Migrating,
+    /// Switchover: the guest is stopped, or starting at the destination.
+    Completing,
+    /// The guest runs at the destination.
+    Completed,
+    /// Ended by a failure; the guest runs at the source.
+    Failed,
+    /// Ended by the operator; the guest runs at the source.
+    Cancelled,
+    /// The destination may run the guest; the source keeps everything and asks.
+    InDoubt,
+}
+
+/// Something worth telling while a migration runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Report {
+    /// The state changed.
+    State {
+        /// The new state.
+        state: State,
+    },
+    /// Where a round stands. At most ten a second.
+    Progress {
+        /// Round, from 0.
+        round: u32,
+        /// Bytes of guest memory still to send, as known now.
+        remaining_bytes: u64,
+        /// Bytes of guest memory in all.
+        total_bytes: u64,
+        /// Share of this round that is done, 0 to 100.
+        percent: u32,
+        /// Bytes a second that left as pages, lately.
+        goodput_bytes_s: u64,
+        /// Bytes a second that the guest dirtied, by the last scan.
+        dirty_bytes_s: u64,
+        /// Predicted downtime in milliseconds if the switchover came now; none before it is known.
+        predicted_downtime_ms: Option<f64>,
+        /// Expected seconds to the end of this round.
+        eta_s: Option<f64>,
+    },
+    /// A round ended, with what was decided from it and why.
+    Round {
+        /// Round, from 0.
+        round: u32,
+        /// How long it took, in milliseconds.
+        ms: f64,
+        /// Pages sent as they are.
+        pages_sent: u64,
+        /// Pages sent as zero.
+        pages_zero: u64,
+        /// Pages found dirty by the scan after it.
+        pages_dirty: u64,
+        /// Hot pages held back.
+        pages_held: u64,
+        /// How long the scan took, in microseconds.
+        scan_us: u64,
+        /// Predicted downtime in milliseconds.
+        predicted_downtime_ms: f64,
+        /// The decision and its reason, in words with figures.
+        decision: String,
+    },
+}
+
+/// The figures of a migration, complete when it has ended.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// From the start to the end, in milliseconds.
+    pub total_ms: f64,
+    /// From QEMU's order to stop until the destination said that the guest runs, as the source saw it; milliseconds.
+    pub downtime_ms: Option<f64>,
+    /// What was predicted at the moment of the switchover.
+    pub predicted_downtime_ms: Option<f64>,
+    /// Of the downtime, what `--verify` cost.
+    pub verify_ms: Option<f64>,
+    /// Of the downtime, what does not depend on bytes (stop, final scan, device state, load, run); feeds the next prediction.
+    pub fixed_downtime_ms: Option<f64>,
+    /// Rounds of pre-copy, the first included.
+    pub rounds: u32,
+    /// Pages sent as they are, all rounds.
+    pub pages_sent: u64,
+    /// Pages sent as zero, all rounds.
+    pub pages_zero: u64,
+    /// Bytes of device state.
+    pub device_state_bytes: u64,
+    /// Bytes of pages sent a second, over the time in which pages were sent; megabits a second.
+    pub goodput_mbit_s: f64,
+    /// How long one thread of QEMU was stopped to attach, in microseconds.
+    pub attach_stop_us: Option<u64>,
+}
+
+/// How a migration ended at the source.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finished {
+    /// `Completed`, `Failed`, `Cancelled` or `InDoubt`.
+    pub state: State,
+    /// Why, unless completed.
+    pub failure: Option<Failure>,
+    /// The figures.
+    pub figures: Figures,
+}

@@ -1,0 +1,203 @@
+//! The source's engine: pre-copy rounds, switchover, commit, rollback.
+
+use std::time::Duration;
+
+use super::event::{Finished, Report};
+use super::journal::Record;
+use super::{ChannelId, Failure, MigrationId};
+use crate::memory::{BlockSpec, Run};
+use crate::wire::Message;
+
+/// What the operator asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// Switch over when the predicted downtime is at most this.
+    pub downtime_limit: Duration,
+    /// Bytes a second for pages; none is unlimited.
+    pub bandwidth_limit: Option<u64>,
+    /// Give up after so many rounds without a switchover.
+    pub max_rounds: u32,
+    /// Give up after so long without a switchover.
+    pub timeout: Option<Duration>,
+    /// Compare digests of both RAMs before the commit.
+    pub verify: bool,
+    /// Quit the source QEMU once the guest has moved.
+    pub quit_source: bool,
+}
+
+/// All that an engine starts from.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The migration.
+    pub id: MigrationId,
+    /// The guest's name, the same on both sides.
+    pub vm: String,
+    /// This daemon's name, for the peer's messages.
+    pub host: String,
+    /// RAMBlocks, in the order that numbers them.
+    pub blocks: Vec<BlockSpec>,
+    /// Whether the guest has disks with direct I/O, so that dirty pages must age past the I/O in flight.
+    pub direct_io: bool,
+    /// Number of data channels.
+    pub data_channels: u16,
+    /// The part of the downtime that does not depend on bytes, as last measured on this host (or a first guess).
+    pub fixed_downtime: Duration,
+    /// Options.
+    pub options: Options,
+}
+
+/// Pages to push, all of one batch on one channel. Its dirty bits were cleared before it was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Names the batch in [`Input::Pushed`].
+    pub id: u64,
+    /// At most `MAX_RUNS` runs and `MAX_BATCH_BYTES` bytes, of one block.
+    pub runs: Vec<Run>,
+}
+
+/// What became of a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pushed {
+    /// Bytes that went as they are.
+    pub raw_bytes: u64,
+    /// Bytes that were zero and went as a run.
+    pub zero_bytes: u64,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Nothing but time passed.
+    Tick,
+    /// The operator cancels.
+    Cancel,
+    /// The peer's message on the control channel.
+    Message(Message),
+    /// The connection is gone (any channel of it), with the reason.
+    LinkLost(Failure),
+    /// Answer to [`Output::Connect`]: there is a control channel again.
+    Reconnected,
+    /// Answer to [`Output::Connect`]: not now.
+    ReconnectFailed(String),
+    /// Answer to [`Output::Attach`]: tracking is armed. Every page not in `populated` reads as zero.
+    Attached {
+        /// How long QEMU's thread stood still.
+        stopped: Duration,
+        /// What the RAM files hold, listed after arming.
+        populated: Vec<Run>,
+    },
+    /// Answer to [`Output::Attach`], [`Output::Scan`], [`Output::Digest`] and the like: it cannot be done.
+    HostFailed(Failure),
+    /// Answer to [`Output::Scan`].
+    Scanned {
+        /// Runs written since the scan before.
+        dirty: Vec<Run>,
+        /// With `holes` asked for: what the RAM files hold now.
+        populated: Option<Vec<Run>>,
+        /// How long it took.
+        took: Duration,
+    },
+    /// Answer to [`Output::DrainIo`]: every disk read that was in flight when it was asked for has landed.
+    IoDrained,
+    /// Answer to [`Output::Push`]: this side has read the batch's memory for the last time.
+    Pushed {
+        /// The channel.
+        channel: ChannelId,
+        /// The batch.
+        batch: u64,
+        /// What went how.
+        pushed: Pushed,
+    },
+    /// Answer to [`Output::StopGuest`]: QEMU is at `pre-switchover`; the guest stands still and its RAM is final.
+    GuestStopped,
+    /// Answer to [`Output::SaveDeviceState`]: some of QEMU's stream, in order.
+    DeviceState(bytes::Bytes),
+    /// Answer to [`Output::SaveDeviceState`]: the stream is whole and QEMU says `completed`.
+    DeviceStateSaved,
+    /// QEMU failed or left, at any time after `StopGuest`; or while running.
+    QemuFailed(Failure),
+    /// Answer to [`Output::ResumeGuest`]: the guest runs here.
+    GuestResumed,
+    /// Answer to [`Output::ResumeGuest`]: it does not, and why.
+    ResumeFailed(Failure),
+    /// Answer to [`Output::Journal`]: the record is on disk.
+    Journaled(Record),
+    /// Answer to [`Output::Journal`]: the disk refused.
+    JournalFailed(Record, Failure),
+    /// Answer to [`Output::Digest`]: digests of all chunks of all blocks, by block.
+    Digests(Vec<Vec<[u8; 16]>>),
+    /// Answer to [`Output::PageDigests`].
+    PageDigests {
+        /// The block's number.
+        block: u16,
+        /// The chunk.
+        chunk: u64,
+        /// Of every page in it.
+        digests: Vec<[u8; 16]>,
+    },
+    /// The operator decides an `InDoubt` migration.
+    Resolve(Resolution),
+}
+
+/// How an operator ends an `InDoubt` migration at the source, when the peer cannot be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// The guest does not run at the destination and never will: take it back.
+    ResumeHere,
+    /// The guest runs at the destination: let go of it here.
+    Abandon,
+}
+
+/// Something to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Output {
+    /// Send a message on the control channel.
+    Send(Message),
+    /// Send a message on a data channel, behind the batches pushed there before.
+    SendOn(ChannelId, Message),
+    /// Inject, register, protect all, and list what is populated. Answer: `Attached` or `HostFailed`.
+    Attach,
+    /// Scan for dirty pages; with `holes`, list what is populated, too. Answer: `Scanned` or `HostFailed`.
+    Scan {
+        /// Whether `populated` is wanted.
+        holes: bool,
+    },
+    /// Have QEMU finish the disk I/O that is in flight, with the guest running. Answer: `IoDrained` or `HostFailed`.
+    DrainIo,
+    /// Read, split into raw and zero, and send. Answer: `Pushed`.
+    Push {
+        /// The channel.
+        channel: ChannelId,
+        /// The pages.
+        batch: Batch,
+    },
+    /// QMP `migrate` with `pause-before-switchover`. Answer: `GuestStopped` or `QemuFailed`.
+    StopGuest,
+    /// QMP `migrate-continue`. Answers: `DeviceState`…, `DeviceStateSaved`, or `QemuFailed`.
+    SaveDeviceState,
+    /// Take digests of all RAM. Answer: `Digests` or `HostFailed`.
+    Digest,
+    /// Take digests of the pages of a chunk. Answer: `PageDigests`.
+    PageDigests {
+        /// The block's number.
+        block: u16,
+        /// The chunk.
+        chunk: u64,
+    },
+    /// Write a record and sync it. Answer: `Journaled` or `JournalFailed`.
+    Journal(Record),
+    /// Take the guest back: QMP `migrate_cancel` or `cont`, whatever its state asks for. Answer: `GuestResumed` or
+    /// `ResumeFailed`. The driver checks that it runs.
+    ResumeGuest,
+    /// End tracking, close the data channels, let go of QEMU's memory. No answer.
+    Detach,
+    /// QMP `quit`. No answer.
+    QuitGuest,
+    /// Make a control channel to the peer anew and say `Hello` is not needed: the engine asks by `Query`. Answer:
+    /// `Reconnected` or `ReconnectFailed`.
+    Connect,
+    /// Tell people.
+    Report(Report),
+    /// The last output, except in `InDoubt`, where a `Resolve` or the peer may still end it.
+    Finished(Finished),
+}

@@ -1,0 +1,115 @@
+//! The machine's side: what the engines decide about, done to real memory.
+//!
+//! Three traits, each with one real implementation here and one simulated one in the workspace's tests. All of them
+//! speak in runs of pages of numbered RAMBlocks; the numbers are the engine's.
+
+use std::io;
+use std::time::Duration;
+
+use crate::memory::{BlockId, Run};
+
+/// Finds out what a running guest has written since it was last asked. The source's side.
+pub trait Tracker: Send {
+    /// Starts tracking: from its return on, every write by the guest, QEMU or the kernel for them is reported.
+    ///
+    /// # Errors
+    /// Says which privilege or kernel feature is missing, or what else holds the memory.
+    fn arm(&mut self) -> Result<(), TrackError>;
+
+    /// Appends the runs written since they were last reported (or since `arm`), in address order for each block, and
+    /// protects exactly those again, atomically: a write is reported by this scan or by the next, never by none.
+    ///
+    /// # Errors
+    /// The guest can no longer be tracked (its QEMU is gone, its memory map changed). The migration must fail.
+    fn scan(&mut self, dirty: &mut Vec<Run>) -> Result<(), TrackError>;
+
+    /// Ends tracking and leaves nothing behind. Also done on drop.
+    fn disarm(&mut self);
+}
+
+/// A guest's RAM as this process has it mapped. Both sides.
+pub trait Ram: Send + Sync {
+    /// Appends the runs that the RAM file really holds (`SEEK_DATA`), in order; what is left out reads as zero.
+    ///
+    /// # Errors
+    /// The file cannot be asked.
+    fn populated(&self, runs: &mut Vec<Run>) -> io::Result<()>;
+
+    /// Whether `len` bytes (a multiple of 4096) at `offset` of `block` are zero now.
+    fn is_zero(&self, block: BlockId, offset: u64, len: u64) -> bool;
+
+    /// Digests of every [`DIGEST_CHUNK`](crate::limits::DIGEST_CHUNK) of a block that nobody writes; holes count as
+    /// zero. In parallel.
+    ///
+    /// # Errors
+    /// The file cannot be asked.
+    fn digests(&self, block: BlockId) -> io::Result<Vec<Digest>>;
+
+    /// Digests of every page of chunk `chunk` of a block.
+    fn page_digests(&self, block: BlockId, chunk: u64) -> Vec<Digest>;
+}
+
+/// Puts pages into the destination's RAM in the ways in which the transport does not.
+pub trait Placer: Send + Sync {
+    /// Makes all RAM read as zero, by punching out what is there. Before anything is registered or sent.
+    ///
+    /// # Errors
+    /// The file refuses.
+    fn clear(&self) -> io::Result<()>;
+
+    /// Allocates the pages of `run` ahead of their bytes (contents do not change). May run beside the transfer.
+    ///
+    /// # Errors
+    /// `StorageFull` or `OutOfMemory` when the memory is not there.
+    fn allocate(&self, run: Run) -> io::Result<()>;
+
+    /// Makes `run` read as zero; does not touch pages that already do.
+    ///
+    /// # Errors
+    /// The run is not inside its block: the peer's fault.
+    fn zero(&self, run: Run) -> Result<(), OutOfBounds>;
+}
+
+/// A digest of memory, to compare two guests' RAM that both stand still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Digest(pub [u8; 16]);
+
+/// A run that is not inside its block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("pages {} to {} of block {} are outside it", .0.first, .0.end(), .0.block.0)]
+pub struct OutOfBounds(pub Run);
+
+/// How the stop of one QEMU thread went, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttachFigures {
+    /// How long the thread stood still.
+    pub stopped: Duration,
+}
+
+/// Why a guest cannot be tracked. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackError {
+    /// The kernel lacks something: which, and since when it exists.
+    #[error("this kernel cannot track the guest: {0}")]
+    Kernel(String),
+    /// A privilege is missing.
+    #[error("not permitted to attach to QEMU: {0}")]
+    Permission(String),
+    /// Another userfaultfd, tracer or tool holds the guest.
+    #[error("something else holds the guest's memory: {0}")]
+    Busy(String),
+    /// QEMU went away.
+    #[error("QEMU (process {0}) is gone")]
+    Gone(i32),
+    /// The memory is not as it was or not as it must be.
+    #[error("the guest's memory cannot be tracked: {0}")]
+    Memory(String),
+    /// Anything else the system said.
+    #[error("{what}: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// The system's words.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,32 @@
+//! Every limit of the protocol and the engine. The peer's figures are checked against these before anything is allocated.
+
+/// RAMBlocks of one guest.
+pub const MAX_BLOCKS: usize = 64;
+/// Bytes of a RAMBlock's or a guest's name.
+pub const MAX_NAME: usize = 255;
+/// Bytes of one RAMBlock: 64 TiB.
+pub const MAX_BLOCK_SIZE: u64 = 64 << 40;
+/// Runs in one message or batch.
+pub const MAX_RUNS: usize = 256;
+/// Bytes of pages in one batch. One 2 MiB page fits.
+pub const MAX_BATCH_BYTES: u64 = 2 << 20;
+/// Batches under way on one channel: enough to keep it busy, few enough that a cancel is prompt.
+pub const MAX_BATCHES_PER_CHANNEL: usize = 4;
+/// Bytes of device state of one guest. QEMU's is 0.3 MB for a small guest; devices with video memory have tens of MB.
+pub const MAX_DEVICE_STATE: u64 = 1 << 30;
+/// Bytes of device state in one message.
+pub const MAX_DEVICE_STATE_CHUNK: usize = 256 << 10;
+/// Bytes of a reason in words.
+pub const MAX_REASON: usize = 1024;
+/// Bytes over which one digest of `--verify` goes.
+pub const DIGEST_CHUNK: u64 = 4 << 20;
+/// Digests in one message.
+pub const MAX_DIGESTS: usize = 2048;
+/// Data channels of one migration.
+pub const MAX_DATA_CHANNELS: u16 = 64;
+/// The smallest page.
+pub const MIN_PAGE_SIZE: u64 = 4096;
+/// The largest page: hugetlbfs 1 GiB is above it and is sent in pieces by no batch, so it is refused.
+pub const MAX_PAGE_SIZE: u64 = 2 << 20;
+
+const _: () = assert!(MAX_PAGE_SIZE <= MAX_BATCH_BYTES, "a batch takes at least one page");

@@ -1,0 +1,43 @@
+//! The words for guest memory that the engine, the wire and the host share: RAMBlock, page, run.
+
+use serde::{Deserialize, Serialize};
+
+/// Index of a RAMBlock in the list that both sides agreed on. It is also the number of its transport region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct BlockId(pub u16);
+
+/// A RAMBlock as both sides must have it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockSpec {
+    /// QEMU's name of the memory back end (the `id` of `-object memory-backend-file`).
+    pub name: String,
+    /// Bytes; a multiple of `page_size`.
+    pub size: u64,
+    /// Bytes of a page as tracked and sent: 4 KiB, or 2 MiB on hugetlbfs.
+    pub page_size: u64,
+}
+
+impl BlockSpec {
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        self.size / self.page_size
+    }
+}
+
+/// Contiguous pages of one RAMBlock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Run {
+    /// The RAMBlock.
+    pub block: BlockId,
+    /// Index of the first page.
+    pub first: u64,
+    /// Number of pages; never zero.
+    pub pages: u64,
+}
+
+impl Run {
+    /// Index of the page after the last.
+    pub fn end(&self) -> u64 {
+        self.first + self.pages
+    }
+}

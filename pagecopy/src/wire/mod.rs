@@ -1,0 +1,184 @@
+//! The messages of `WIRE.md`. Encoding and decoding are pure; every length is bounded before anything is allocated.
+
+use bytes::Bytes;
+
+use crate::engine::MigrationId;
+use crate::memory::{BlockSpec, Run};
+
+/// Lowest protocol version that this build speaks.
+pub const VERSION_MIN: u16 = 1;
+/// Highest protocol version that this build speaks.
+pub const VERSION_MAX: u16 = 1;
+
+/// Capability bits that both sides announce; what both have is used.
+pub mod capability {
+    /// `--verify`: digests before the commit.
+    pub const VERIFY: u64 = 1 << 0;
+}
+
+/// Why a side gives up, as a number that tools can decide by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum AbortCode {
+    /// The operator cancelled.
+    Cancelled = 1,
+    /// No QEMU waits here for a guest of that name.
+    UnknownVm = 2,
+    /// RAMBlocks, sizes or page sizes differ.
+    MemoryMismatch = 3,
+    /// No version in common, or a capability that is needed is missing.
+    Incompatible = 4,
+    /// The peer broke the protocol.
+    Protocol = 5,
+    /// Memory or storage is full.
+    NoMemory = 6,
+    /// QEMU failed.
+    Qemu = 7,
+    /// The digests of both RAMs differ.
+    VerifyFailed = 8,
+    /// The guest cannot be moved within the limits.
+    NotConverging = 9,
+    /// This side took too long for the other.
+    TimedOut = 10,
+    /// This side's host failed otherwise (kernel, disk, journal).
+    Host = 11,
+    /// This migration was given up before: a late `Commit` is refused.
+    Aborted = 12,
+    /// The guest of that name is already being received.
+    Busy = 13,
+}
+
+/// What a destination answers to `Query`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Standing {
+    /// Committed: the guest runs here, or is about to.
+    Running = 1,
+    /// Given up before `Commit`, for good.
+    Aborted = 2,
+    /// No journal of it: cannot tell.
+    Unknown = 3,
+}
+
+/// A message. Control messages go on channel 0; `Zero` and `Barrier` on data channels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// Source → destination, first: this guest, with this memory, wants to move to you.
+    Hello {
+        /// Versions that the source speaks.
+        version_min: u16,
+        /// See `version_min`.
+        version_max: u16,
+        /// Capability bits.
+        capabilities: u64,
+        /// The migration.
+        id: MigrationId,
+        /// The guest's name.
+        vm: String,
+        /// The source daemon's name.
+        host: String,
+        /// Whether digests will be compared.
+        verify: bool,
+        /// RAMBlocks, in the order that numbers them.
+        blocks: Vec<BlockSpec>,
+    },
+    /// Destination → source: ready, send.
+    Accept {
+        /// The version both will speak.
+        version: u16,
+        /// Capability bits that both have.
+        capabilities: u64,
+        /// The destination daemon's name.
+        host: String,
+    },
+    /// Source → destination: these pages will come in round 0; allocate them.
+    Populate(Vec<Run>),
+    /// Source → destination, on a data channel: these pages are zero.
+    Zero(Vec<Run>),
+    /// Source → destination, on every data channel: round `round` has left on this channel.
+    Barrier {
+        /// The round.
+        round: u32,
+    },
+    /// Destination → source: every channel's barrier of `round` has come, and all before it is in place.
+    BarrierReached {
+        /// The round.
+        round: u32,
+    },
+    /// Either way: are you there? Answered by `Pong` at once.
+    Ping {
+        /// Comes back.
+        nonce: u64,
+    },
+    /// The answer to `Ping`.
+    Pong {
+        /// As in the ping.
+        nonce: u64,
+    },
+    /// Source → destination: the guest stands still; `final_round` is its last.
+    Stopped {
+        /// The round whose barrier makes the RAM whole.
+        final_round: u32,
+    },
+    /// Source → destination: some of QEMU's device state, in order.
+    DeviceState(Bytes),
+    /// Source → destination: the device state is whole.
+    DeviceStateEnd {
+        /// Bytes in all.
+        bytes: u64,
+        /// CRC-32C over all of them.
+        crc: u32,
+    },
+    /// Source → destination: digests of a block's chunks, from chunk `first` on.
+    Digests {
+        /// The block's number.
+        block: u16,
+        /// Index of the first chunk.
+        first: u64,
+        /// In order.
+        digests: Vec<[u8; 16]>,
+    },
+    /// Destination → source: that chunk differs; which page?
+    ChunkDiffers {
+        /// The block's number.
+        block: u16,
+        /// The chunk.
+        chunk: u64,
+    },
+    /// Source → destination: digests of all pages of a chunk.
+    PageDigests {
+        /// The block's number.
+        block: u16,
+        /// The chunk.
+        chunk: u64,
+        /// In order.
+        digests: Vec<[u8; 16]>,
+    },
+    /// Destination → source: device state is loaded, the guest could run.
+    Loaded,
+    /// Source → destination: the guest is yours. After it the source never resumes the guest by itself.
+    Commit,
+    /// Destination → source: the guest runs here.
+    Running,
+    /// Source → destination: recorded; nobody will ask again.
+    Closed,
+    /// Source → destination, first message of a new connection: what became of that migration?
+    Query {
+        /// The migration.
+        id: MigrationId,
+    },
+    /// The answer to `Query`.
+    Answer {
+        /// The migration.
+        id: MigrationId,
+        /// What became of it.
+        standing: Standing,
+    },
+    /// Either way, any time before `Commit`: given up.
+    Abort {
+        /// Why, for tools.
+        code: AbortCode,
+        /// Why, for people.
+        reason: String,
+    },
+}

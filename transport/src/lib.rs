@@ -1,0 +1,16 @@
+//! Moves bytes between the registered memory regions of two peers.
+//!
+//! This crate knows *regions* (memory that both sides have mapped), *messages* and *channels*; no pages and no guests.
+//! A [`Channel`] takes [`Op`]s and reports [`Event`]s; it has no thread of its own. The back ends are io_uring over TCP
+//! and unix sockets, TLS over the same, and an in-process network with seeded faults and virtual time.
+
+pub mod channel;
+pub mod connect;
+pub mod error;
+pub mod limits;
+pub mod region;
+
+pub use channel::{Channel, Event, Op, Stats, SubmitError, Token};
+pub use connect::{Address, Greeting, Peer};
+pub use error::Error;
+pub use region::{Access, Extent, Region, RegionId, Regions};
