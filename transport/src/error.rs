@@ -43,6 +43,10 @@ pub enum Error {
 impl Error {
     /// An I/O error with what was being done.
     pub fn io(what: &'static str, error: &io::Error) -> Error {
-        Error::Io { what, kind: error.kind(), message: error.to_string() }
+        Error::Io {
+            what,
+            kind: error.kind(),
+            message: error.to_string(),
+        }
     }
 }

@@ -8,9 +8,11 @@ pub mod channel;
 pub mod connect;
 pub mod error;
 pub mod limits;
+pub mod mem;
 pub mod region;
+pub mod tls;
 
 pub use channel::{Channel, Event, Op, Stats, SubmitError, Token};
-pub use connect::{Address, Greeting, Peer};
+pub use connect::{Address, Greeting, Listener, Peer, Pending, Security};
 pub use error::Error;
 pub use region::{Access, Extent, Region, RegionId, Regions};

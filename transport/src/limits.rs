@@ -11,5 +11,11 @@ pub const MAX_QUEUED: usize = 64;
 /// Channels of one connection, the control channel included.
 pub const MAX_CHANNELS: u16 = 65;
 
-const _: () = assert!(MAX_EXTENTS <= 1024, "an extent table fits one vectored system call (IOV_MAX)");
-const _: () = assert!(MAX_MESSAGE <= u32::MAX as usize, "a message's length fits its header field");
+const _: () = assert!(
+    MAX_EXTENTS <= 1024,
+    "an extent table fits one vectored system call (IOV_MAX)"
+);
+const _: () = assert!(
+    MAX_MESSAGE <= u32::MAX as usize,
+    "a message's length fits its header field"
+);

@@ -47,7 +47,10 @@ unsafe impl Sync for Region {}
 
 impl fmt::Debug for Region {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Region").field("base", &self.base).field("len", &self.len).finish()
+        f.debug_struct("Region")
+            .field("base", &self.base)
+            .field("len", &self.len)
+            .finish()
     }
 }
 
@@ -57,7 +60,11 @@ impl Region {
     /// # Safety
     /// `base .. base + len` stays mapped readable and writable for as long as `owner` lives.
     pub unsafe fn new(base: *mut u8, len: usize, owner: Arc<dyn Any + Send + Sync>) -> Region {
-        Region { base, len, _owner: owner }
+        Region {
+            base,
+            len,
+            _owner: owner,
+        }
     }
 
     /// Length in bytes.
@@ -110,10 +117,16 @@ impl Regions {
 
     /// The region called `id`, with what the peer may do to it. Called once per frame, never per page.
     pub fn get(&self, id: RegionId) -> Option<(Region, Access)> {
-        self.map.read().unwrap_or_else(std::sync::PoisonError::into_inner).get(&id).cloned()
+        self.map
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .get(&id)
+            .cloned()
     }
 
     fn lock_write(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<RegionId, (Region, Access)>> {
-        self.map.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.map
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
