@@ -3,6 +3,13 @@
 //! Three traits, each with one real implementation here and one simulated one in the workspace's tests. All of them
 //! speak in runs of pages of numbered RAMBlocks; the numbers are the engine's.
 
+pub mod attach;
+pub mod process;
+pub mod ram;
+pub mod track;
+
+mod sys;
+
 use std::io;
 use std::time::Duration;
 
