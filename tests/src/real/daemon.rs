@@ -1,0 +1,184 @@
+//! A `pagecopyd` for a test, started from a configuration and ready when the call returns.
+
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use super::{Identity, Net, PATIENCE, Process, Side};
+
+/// Port on which every test's daemons listen; the namespaces keep them apart.
+pub(super) const PORT: u16 = 7700;
+
+/// How a daemon trusts its peers.
+#[derive(Clone, Debug)]
+pub enum Trust {
+    /// `insecure-plaintext = true`.
+    Plaintext,
+    /// `[tls]` with these files and this allow-list.
+    Tls(Identity, Vec<String>),
+}
+
+/// A running daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    process: Process,
+    api: PathBuf,
+    config: PathBuf,
+    side: Side,
+}
+
+impl Daemon {
+    /// Starts the daemon of `side`, with its files in `folder`, and waits until it says that it is ready.
+    pub fn start(net: &Net, side: Side, folder: &Path, trust: &Trust) -> Daemon {
+        let api = folder.join("api.sock");
+        let config = folder.join("pagecopyd.toml");
+        fs::write(&config, configuration(side, folder, trust)).expect("a configuration file");
+        Self::start_from(net, side, &config, &api)
+    }
+
+    /// Starts the daemon again after its end, from the same files.
+    pub fn restart(&mut self, net: &Net) {
+        self.process.kill();
+        let (config, api) = (self.config.clone(), self.api.clone());
+        *self = Self::start_from(net, self.side, &config, &api);
+    }
+
+    fn start_from(net: &Net, side: Side, config: &Path, api: &Path) -> Daemon {
+        let notify_path = config.with_extension("notify");
+        let _ = fs::remove_file(&notify_path);
+        let notify = UnixDatagram::bind(&notify_path).expect("a socket for sd_notify");
+        notify
+            .set_read_timeout(Some(Duration::from_millis(200)))
+            .expect("a socket takes a time-out");
+        let mut command = net.command(side, program("pagecopyd"));
+        command
+            .arg("--config")
+            .arg(config)
+            .env("NOTIFY_SOCKET", &notify_path);
+        let mut process = Process::spawn(
+            &format!("daemon {}", side.name()),
+            &mut command,
+            &config.with_extension("log"),
+        );
+        let deadline = Instant::now() + PATIENCE;
+        let mut bytes = [0_u8; 1024];
+        loop {
+            let told = notify.recv(&mut bytes).unwrap_or(0);
+            if String::from_utf8_lossy(&bytes[..told]).contains("READY=1") {
+                break;
+            }
+            assert!(
+                process.is_running(),
+                "the daemon ended: {}",
+                process.output()
+            );
+            assert!(
+                Instant::now() < deadline,
+                "the daemon is not ready: {}",
+                process.output()
+            );
+        }
+        Daemon {
+            process,
+            api: api.to_owned(),
+            config: config.to_owned(),
+            side,
+        }
+    }
+
+    /// The API's socket.
+    pub fn api(&self) -> &Path {
+        &self.api
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        self.process.output()
+    }
+
+    /// Sends SIGKILL.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Sends SIGTERM and waits; whether it ended in order.
+    pub fn terminate(&mut self) -> bool {
+        self.process.signal(Signal::TERM);
+        self.process
+            .wait(PATIENCE)
+            .is_some_and(|status| status.success())
+    }
+}
+
+/// The text of a configuration file.
+pub(super) fn configuration(side: Side, folder: &Path, trust: &Trust) -> String {
+    let mut text = format!(
+        "name = {:?}\nlisten = \"{}:{PORT}\"\napi = {:?}\nstate-dir = {:?}\n",
+        side.name(),
+        side.address(),
+        folder.join("api.sock"),
+        folder.join("state"),
+    );
+    match trust {
+        Trust::Plaintext => text.push_str("insecure-plaintext = true\n"),
+        Trust::Tls(identity, allow) => {
+            let Identity { ca, cert, key } = identity;
+            text.push_str(&format!(
+                "[tls]\nca = {ca:?}\ncert = {cert:?}\nkey = {key:?}\nallow = {allow:?}\n"
+            ));
+        }
+    }
+    text
+}
+
+/// The folder that cargo builds to.
+pub(super) fn target_folder() -> PathBuf {
+    // A test runs as target/PROFILE/deps/NAME, a benchmark's program as target/PROFILE/NAME.
+    let exe = std::env::current_exe().expect("a test knows its own path");
+    let folder = exe.parent().expect("a program is in a folder");
+    let profile = if folder.ends_with("deps") {
+        folder.parent().expect("deps is in a folder")
+    } else {
+        folder
+    };
+    profile.to_owned()
+}
+
+/// A program of the daemon's crate. `PAGECOPY_BIN_DIR` says where it is; otherwise it is built, once, like the tests.
+pub fn program(name: &str) -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(built_folder).join(name)
+}
+
+fn built_folder() -> PathBuf {
+    if let Some(folder) = std::env::var_os("PAGECOPY_BIN_DIR") {
+        return folder.into();
+    }
+    let folder = target_folder();
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["build", "--quiet", "-p", "daemon", "--bins"]);
+    cargo.arg("--target-dir").arg(
+        folder
+            .parent()
+            .expect("a profile's folder is in the target folder"),
+    );
+    if folder.ends_with("release") {
+        cargo.arg("--release");
+    }
+    let status = cargo
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .status()
+        .expect("cargo can be called");
+    assert!(status.success(), "the daemon does not build");
+    folder
+}

@@ -1,0 +1,43 @@
+//! Real guests, moved between real daemons: what the tests and the benchmark stand on.
+//!
+//! A [`World`] is two hosts on one machine: two network namespaces joined by a veth pair, a daemon in each. A [`Qemu`]
+//! runs the test guest, whose serial port ([`Serial`]) tells when it beats and whether its memory is whole. Everything
+//! is torn down on drop, by pid and by name; what a killed test left behind is swept by the next one.
+
+mod certs;
+mod cli;
+mod daemon;
+mod guest;
+mod hugepages;
+mod leftovers;
+mod net;
+mod process;
+mod qemu;
+mod qmp;
+mod scratch;
+mod serial;
+mod world;
+
+pub use certs::{Certs, Identity};
+pub use cli::{Cli, Migration, Outcome};
+pub use daemon::{Daemon, Trust, program};
+pub use guest::{guest_elf, outside_downtime};
+pub use hugepages::Hugepages;
+pub use leftovers::assert_nothing_left_in;
+pub use net::{Net, Side};
+pub use process::{Process, cpu_seconds};
+pub use qemu::{Backing, Machine, Qemu, Ram, Role, Version};
+pub use qmp::Qmp;
+pub use scratch::Scratch;
+pub use serial::Serial;
+pub use world::{World, assert_moved, assert_stayed};
+
+use std::time::Duration;
+
+/// How long a test waits for something that should happen at once, on a machine that may be busy.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Ends a test early, passing, because the machine lacks what it needs. `scripts/test` lists these lines.
+pub fn skipped(reason: &str) {
+    println!("SKIPPED: {reason}");
+}

@@ -1,0 +1,171 @@
+//! Two network namespaces joined by a veth pair: two hosts and the link between them.
+
+use std::process::Command;
+
+use super::scratch::{is_stale, unique};
+
+/// One of the two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The first host, 10.77.0.1.
+    A,
+    /// The second host, 10.77.0.2.
+    B,
+}
+
+impl Side {
+    /// The other host.
+    pub fn other(self) -> Side {
+        match self {
+            Side::A => Side::B,
+            Side::B => Side::A,
+        }
+    }
+
+    /// `"a"` or `"b"`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Side::A => "a",
+            Side::B => "b",
+        }
+    }
+
+    /// Its address on the link.
+    pub fn address(self) -> &'static str {
+        match self {
+            Side::A => "10.77.0.1",
+            Side::B => "10.77.0.2",
+        }
+    }
+}
+
+/// The link. The namespaces go away on drop, and the link with them.
+#[derive(Debug)]
+pub struct Net {
+    name: String,
+}
+
+impl Default for Net {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Net {
+    /// Makes both namespaces and joins them; removes those of processes that are gone.
+    pub fn new() -> Net {
+        sweep();
+        let net = Net { name: unique() };
+        for side in [Side::A, Side::B] {
+            ip(&["netns", "add", &net.namespace(side)]);
+        }
+        let (a, b) = (net.namespace(Side::A), net.namespace(Side::B));
+        ip(&[
+            "link", "add", "veth0", "netns", &a, "type", "veth", "peer", "name", "veth0", "netns",
+            &b,
+        ]);
+        for side in [Side::A, Side::B] {
+            let address = format!("{}/24", side.address());
+            net.ip(side, &["link", "set", "lo", "up"]);
+            net.ip(side, &["address", "add", &address, "dev", "veth0"]);
+            net.ip(side, &["link", "set", "veth0", "mtu", "9000", "up"]);
+        }
+        net
+    }
+
+    /// The name of a host's namespace.
+    pub fn namespace(&self, side: Side) -> String {
+        format!("{}-{}", self.name, side.name())
+    }
+
+    /// A command that will run on a host. The process has the pid of the command.
+    pub fn command(&self, side: Side, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new("ip");
+        command
+            .args(["netns", "exec", &self.namespace(side)])
+            .arg(program);
+        command
+    }
+
+    /// Cuts the link: both ends lose their carrier, packets go nowhere.
+    pub fn cut(&self) {
+        self.ip(Side::A, &["link", "set", "veth0", "down"]);
+    }
+
+    /// Joins it again.
+    pub fn mend(&self) {
+        self.ip(Side::A, &["link", "set", "veth0", "up"]);
+    }
+
+    /// Drops every packet that arrives at `side`, in silence: the link looks up, and nobody answers.
+    pub fn drop_arriving(&self, side: Side) {
+        let rules =
+            "table inet cut { chain in { type filter hook input priority 0; policy drop; } }";
+        let mut nft = self.command(side, "nft");
+        run(nft.arg(rules));
+    }
+
+    /// Ends [`drop_arriving`](Self::drop_arriving).
+    pub fn accept_arriving(&self, side: Side) {
+        let mut nft = self.command(side, "nft");
+        run(nft.args(["delete", "table", "inet", "cut"]));
+    }
+
+    /// Bytes that `side` has sent over the link so far, with all headers.
+    pub fn bytes_sent(&self, side: Side) -> u64 {
+        let output = self
+            .command(side, "cat")
+            .arg("/sys/class/net/veth0/statistics/tx_bytes")
+            .output();
+        let text = output
+            .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+            .unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    }
+
+    fn ip(&self, side: Side, arguments: &[&str]) {
+        run(Command::new("ip")
+            .args(["-n", &self.namespace(side)])
+            .args(arguments));
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        for side in [Side::A, Side::B] {
+            // Nothing to be done about a failure here: the next run sweeps.
+            let _ = Command::new("ip")
+                .args(["netns", "delete", &self.namespace(side)])
+                .status();
+        }
+    }
+}
+
+fn sweep() {
+    let Ok(entries) = std::fs::read_dir("/run/netns") else {
+        return;
+    };
+    for name in entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+    {
+        if is_stale(&name) {
+            let _ = Command::new("ip").args(["netns", "delete", &name]).output();
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    run(Command::new("ip").args(arguments));
+}
+
+fn run(command: &mut Command) {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?} does not start: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?} failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

@@ -1,0 +1,244 @@
+//! The guest's serial port: a thread that stamps what it reads with the time, and what can be asked of the record.
+//!
+//! The guest's words are in `tests/guest/guest.c`: bytes with the top bit set are beats, the rest are lines of text.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::PATIENCE;
+
+#[derive(Debug, Default)]
+struct Record {
+    beats: Vec<(Instant, u8)>,
+    lines: Vec<String>,
+    partial: Vec<u8>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    record: Mutex<Record>,
+    changed: Condvar,
+}
+
+/// One guest's serial port, as seen at one QEMU.
+#[derive(Debug)]
+pub struct Serial {
+    shared: Arc<Shared>,
+    writer: UnixStream,
+    _reader: JoinHandle<()>,
+}
+
+impl Serial {
+    /// Takes the connection that QEMU makes and starts reading.
+    pub fn accept(listener: &UnixListener) -> Serial {
+        let (stream, _) = listener.accept().expect("QEMU connects its serial port");
+        let writer = stream.try_clone().expect("a second handle of a socket");
+        let shared = Arc::new(Shared::default());
+        let theirs = Arc::clone(&shared);
+        // Ends when QEMU does.
+        let _reader = std::thread::spawn(move || read_all(stream, &theirs));
+        Serial {
+            shared,
+            writer,
+            _reader,
+        }
+    }
+
+    /// Waits until the guest has filled its memory.
+    pub fn wait_filled(&self) {
+        self.wait_line("FILLED", 0, Duration::from_secs(120));
+    }
+
+    /// Waits for `count` more beats and returns how long they took.
+    pub fn wait_beats(&self, count: usize) -> Duration {
+        let from = Instant::now();
+        let target = self.beats() + count;
+        self.wait_for("beats", PATIENCE, |record| {
+            (record.beats.len() >= target).then_some(())
+        });
+        from.elapsed()
+    }
+
+    /// Has the guest check every page now, and waits for its verdict. Panics if anything is corrupt.
+    pub fn verify(&self) {
+        let from = self.lines();
+        self.command("V");
+        let verdict = self.wait_line("VERIFIED", from, Duration::from_secs(120));
+        self.assert_whole();
+        assert!(verdict.ends_with(" corrupt=0"), "the guest says: {verdict}");
+    }
+
+    /// Sets the rate at which the guest dirties memory, in MB/s.
+    pub fn set_rate(&self, mb_s: u32) {
+        self.command(&format!("R{mb_s}\n"));
+    }
+
+    /// Panics if the guest has ever found a wrong word here.
+    pub fn assert_whole(&self) {
+        let record = self.lock();
+        let corrupt: Vec<&String> = record
+            .lines
+            .iter()
+            .filter(|line| line.contains("CORRUPT"))
+            .collect();
+        assert!(
+            corrupt.is_empty(),
+            "the guest's memory is corrupt: {corrupt:#?}"
+        );
+    }
+
+    /// Beats so far.
+    pub fn beats(&self) -> usize {
+        self.lock().beats.len()
+    }
+
+    /// When the last beat was read.
+    pub fn last_beat(&self) -> Option<(Instant, u8)> {
+        self.lock().beats.last().copied()
+    }
+
+    /// When the first beat was read.
+    pub fn first_beat(&self) -> Option<(Instant, u8)> {
+        self.lock().beats.first().copied()
+    }
+
+    /// The longest time between two beats since `from`, up to now.
+    pub fn longest_gap(&self, from: Instant) -> Duration {
+        let record = self.lock();
+        let times = record
+            .beats
+            .iter()
+            .map(|beat| beat.0)
+            .filter(|&at| at >= from);
+        let mut last = from;
+        let mut longest = Duration::ZERO;
+        for at in times.chain([Instant::now()]) {
+            longest = longest.max(at.saturating_duration_since(last));
+            last = at;
+        }
+        longest
+    }
+
+    /// Pages that the guest said it had dirtied by its last line of state.
+    pub fn dirtied(&self) -> u64 {
+        let record = self.lock();
+        let state = record
+            .lines
+            .iter()
+            .rev()
+            .find(|line| line.starts_with("OK "));
+        let field = state.and_then(|line| {
+            line.split(' ')
+                .find_map(|field| field.strip_prefix("dirtied="))
+        });
+        field.and_then(|number| number.parse().ok()).unwrap_or(0)
+    }
+
+    fn command(&self, text: &str) {
+        (&self.writer)
+            .write_all(text.as_bytes())
+            .expect("QEMU takes serial input");
+    }
+
+    fn lines(&self) -> usize {
+        self.lock().lines.len()
+    }
+
+    fn wait_line(&self, start: &str, from: usize, timeout: Duration) -> String {
+        self.wait_for(start, timeout, |record| {
+            // The BIOS may leave its own words before the guest's on a line.
+            record.lines[from..]
+                .iter()
+                .find(|line| line.contains(start))
+                .cloned()
+        })
+    }
+
+    fn wait_for<T>(
+        &self,
+        what: &str,
+        timeout: Duration,
+        found: impl Fn(&Record) -> Option<T>,
+    ) -> T {
+        let deadline = Instant::now() + timeout;
+        let mut record = self.lock();
+        loop {
+            if let Some(value) = found(&record) {
+                return value;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let last = record.lines.last().cloned().unwrap_or_default();
+            assert!(
+                !left.is_zero(),
+                "no {what} from the guest within {timeout:?}; its last line: {last}"
+            );
+            record = self
+                .shared
+                .changed
+                .wait_timeout(record, left)
+                .expect("the reader does not panic")
+                .0;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Record> {
+        self.shared
+            .record
+            .lock()
+            .expect("the reader does not panic")
+    }
+}
+
+fn read_all(mut stream: UnixStream, shared: &Shared) {
+    let mut bytes = [0_u8; 4096];
+    while let Ok(n) = stream.read(&mut bytes) {
+        let now = Instant::now();
+        if n == 0 {
+            return;
+        }
+        let mut record = shared
+            .record
+            .lock()
+            .expect("no panic while the record is held");
+        for &byte in &bytes[..n] {
+            record.take(now, byte);
+        }
+        shared.changed.notify_all();
+    }
+}
+
+impl Record {
+    fn take(&mut self, now: Instant, byte: u8) {
+        if byte & 0x80 != 0 {
+            self.beats.push((now, byte & 0x7f));
+        } else if byte == b'\n' {
+            let line = String::from_utf8_lossy(&self.partial).trim().to_owned();
+            self.partial.clear();
+            self.lines.push(line);
+        } else {
+            self.partial.push(byte);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn beats_may_stand_inside_a_line() {
+        let mut record = Record::default();
+        let now = Instant::now();
+        for byte in b"O\x81K tick=\x821\n" {
+            record.take(now, *byte);
+        }
+        assert_eq!(record.lines, ["OK tick=1"]);
+        assert_eq!(
+            record.beats.iter().map(|beat| beat.1).collect::<Vec<_>>(),
+            [1, 2]
+        );
+    }
+}

@@ -1,0 +1,212 @@
+//! Two hosts with a daemon each, and what must hold after a migration between them.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use super::{
+    Certs, Cli, Daemon, Machine, Migration, Net, Outcome, Qemu, Role, Scratch, Side, Trust,
+    assert_nothing_left_in, outside_downtime,
+};
+
+/// Two hosts.
+#[derive(Debug)]
+pub struct World {
+    daemons: [Daemon; 2],
+    /// The link between them.
+    pub net: Net,
+    /// Folders that go away last.
+    pub scratch: Scratch,
+}
+
+impl World {
+    /// Two hosts that trust each other by certificates.
+    pub fn tls() -> World {
+        let scratch = Scratch::new();
+        let certs = Certs::new(scratch.files(), "authority");
+        let trust = |side: Side| {
+            Trust::Tls(
+                certs.identity(side.name()),
+                vec![side.other().name().to_owned()],
+            )
+        };
+        let (a, b) = (trust(Side::A), trust(Side::B));
+        Self::with(scratch, &a, &b)
+    }
+
+    /// Two hosts that talk in the clear.
+    pub fn plain() -> World {
+        Self::with(Scratch::new(), &Trust::Plaintext, &Trust::Plaintext)
+    }
+
+    /// Two hosts that trust each other as given.
+    pub fn with(scratch: Scratch, a: &Trust, b: &Trust) -> World {
+        let net = Net::new();
+        let start = |side: Side, trust: &Trust| {
+            Daemon::start(&net, side, &scratch.folder(side.name()), trust)
+        };
+        let daemons = [start(Side::A, a), start(Side::B, b)];
+        World {
+            daemons,
+            net,
+            scratch,
+        }
+    }
+
+    /// A host's daemon.
+    pub fn daemon(&self, side: Side) -> &Daemon {
+        &self.daemons[side as usize]
+    }
+
+    /// A host's daemon.
+    pub fn daemon_mut(&mut self, side: Side) -> &mut Daemon {
+        &mut self.daemons[side as usize]
+    }
+
+    /// Starts a host's daemon again.
+    pub fn restart(&mut self, side: Side) {
+        self.daemons[side as usize].restart(&self.net);
+    }
+
+    /// A host's command line.
+    pub fn cli(&self, side: Side) -> Cli {
+        Cli::of(self.daemon(side))
+    }
+
+    /// Starts a QEMU that runs the guest, and waits until its memory is filled.
+    pub fn guest(&self, name: &str, machine: &Machine) -> Qemu {
+        let qemu = Qemu::start(&self.scratch, name, machine, Role::Source);
+        qemu.serial.wait_filled();
+        qemu
+    }
+
+    /// Starts a QEMU that waits for a guest.
+    pub fn waiting(&self, name: &str, machine: &Machine) -> Qemu {
+        Qemu::start(&self.scratch, name, machine, Role::Destination)
+    }
+
+    /// Begins to move `vm` from one host to the other.
+    pub fn begin(
+        &self,
+        from: Side,
+        vm: &str,
+        source: &Qemu,
+        destination: &Qemu,
+        options: &[&str],
+    ) -> Migration {
+        self.cli(from.other())
+            .receive(vm, destination.socket())
+            .expect("the destination takes the guest");
+        self.cli(from).migrate(vm, source, from.other(), options)
+    }
+
+    /// Moves `vm` from one host to the other and waits for the end.
+    pub fn migrate(
+        &self,
+        from: Side,
+        vm: &str,
+        source: &Qemu,
+        destination: &Qemu,
+        options: &[&str],
+    ) -> Outcome {
+        self.begin(from, vm, source, destination, options).finish()
+    }
+
+    /// Moves a guest from A to B and checks all that must hold.
+    pub fn move_and_check(&self, machine: &Machine, options: &[&str]) -> Moved {
+        let mut source = self.guest("source", machine);
+        let mut destination = self.waiting("destination", machine);
+        let outcome = self.migrate(Side::A, "vm", &source, &destination, options);
+        outcome.completed();
+        assert_moved(&mut source, &mut destination);
+        report(&outcome, &source, &destination);
+        Moved {
+            source,
+            destination,
+            outcome,
+        }
+    }
+
+    /// The folder with a host's configuration and state.
+    pub fn folder(&self, side: Side) -> PathBuf {
+        self.scratch.files().join(side.name())
+    }
+}
+
+/// A guest that was moved, with both QEMUs.
+#[derive(Debug)]
+pub struct Moved {
+    /// Where it was.
+    pub source: Qemu,
+    /// Where it is.
+    pub destination: Qemu,
+    /// What the command line said.
+    pub outcome: Outcome,
+}
+
+/// Prints both measures of the downtime, ours and the one from outside.
+fn report(outcome: &Outcome, source: &Qemu, destination: &Qemu) {
+    let last = outcome.finished();
+    println!(
+        "downtime {} ms by our own measure, {:.1} ms from outside; total {} ms, {} rounds, {} pages sent, attach {} us",
+        last["downtime_ms"],
+        outside_downtime(&source.serial, &destination.serial).as_secs_f64() * 1e3,
+        last["total_ms"],
+        last["rounds"],
+        last["pages_sent"],
+        last["attach_stop_us"],
+    );
+}
+
+/// Panics unless the guest runs at the destination only, whole, and nothing is left at the source.
+pub fn assert_moved(source: &mut Qemu, destination: &mut Qemu) {
+    assert_eq!(destination.qmp.status(), "running", "at the destination");
+    assert_eq!(source.qmp.status(), "postmigrate", "at the source");
+    destination.serial.wait_beats(300);
+    let beats = source.serial.beats();
+    destination.serial.verify();
+    assert_beats_continue(source, destination);
+    assert_eq!(
+        source.serial.beats(),
+        beats,
+        "the source went on after the destination ran"
+    );
+    source.serial.assert_whole();
+    assert_nothing_left_in(source.pid());
+    assert_nothing_left_in(destination.pid());
+}
+
+/// The guest counts its beats: the first one at the destination follows the last one at the source, up to a beat that
+/// was lost in a serial port that was busy when QEMU stopped.
+fn assert_beats_continue(source: &Qemu, destination: &Qemu) {
+    let (_, last) = source.serial.last_beat().expect("the source has beaten");
+    let (_, first) = destination
+        .serial
+        .first_beat()
+        .expect("the destination has beaten");
+    let step = (128 + first - last) % 128;
+    assert!(
+        (1..=20).contains(&step),
+        "beat {last} at the source is followed by {first} at the destination"
+    );
+}
+
+/// Panics unless the guest runs at the source only, whole and never stopped for long since `from`, and nothing is left
+/// in its QEMU.
+pub fn assert_stayed(source: &mut Qemu, destination: Option<&mut Qemu>, from: Instant) {
+    assert_eq!(source.qmp.status(), "running", "at the source");
+    source.serial.wait_beats(300);
+    let gap = source.serial.longest_gap(from);
+    assert!(
+        gap < Duration::from_millis(500),
+        "the guest stood still for {gap:?}"
+    );
+    source.serial.verify();
+    assert_nothing_left_in(source.pid());
+    if let Some(destination) = destination {
+        assert_eq!(destination.serial.beats(), 0, "a second guest ran");
+        if destination.is_running() {
+            assert_nothing_left_in(destination.pid());
+            assert_ne!(destination.qmp.status(), "running", "at the destination");
+        }
+    }
+}
