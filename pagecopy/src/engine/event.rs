@@ -75,6 +75,12 @@ pub enum Report {
         /// The decision and its reason, in words with figures.
         decision: String,
     },
+    /// Something that a person should know and that changes no state: a request that was refused, an attempt that failed
+    /// and will be made again.
+    Notice {
+        /// What, in words.
+        text: String,
+    },
 }
 
 /// The figures of a migration, complete when it has ended.

@@ -1,11 +1,13 @@
 //! What a journal says: the decisions of the commit protocol, written before they are acted on.
 //!
-//! A journal is one file a migration, one record a line, each line with its own checksum; a torn last line does not
-//! count. [`encode`] and [`decode`] are the whole format; the daemon appends and syncs, the simulation keeps bytes.
+//! A journal is one file a migration, one record a line, each line with its own checksum: eight hex digits of CRC-32C, a
+//! space, the record as JSON, a newline. A torn last line does not count. [`encode`] and [`decode`] are the whole format;
+//! the daemon appends and syncs, the simulation keeps bytes. [`outcome`] and [`standing_for`] say what records mean.
 
 use serde::{Deserialize, Serialize};
 
 use super::MigrationId;
+use crate::wire::Standing;
 
 /// Which side a journal belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,13 +53,244 @@ pub enum Record {
     Closed,
 }
 
-/// What a journal's records add up to.
+/// What a journal's records add up to: where the guest is, seen from the destination ("here" is the destination,
+/// whichever side wrote the journal).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The destination has not committed and never will.
+    /// The destination has not committed and never will: the guest belongs to the source.
     NotHere,
     /// The guest is committed to the destination (running, or about to be run).
     Here,
-    /// Under way: no decision recorded.
+    /// No decision recorded. Source: `Commit` may have been sent; it must ask. Destination: it has not been committed.
     Open,
+}
+
+/// A journal that cannot be trusted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum JournalError {
+    /// A line that ends is damaged: the disk's fault, or somebody edited it.
+    #[error("line {line} of the journal is damaged: {why}")]
+    Damaged {
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The first record is not `Begun`, or `Begun` comes again.
+    #[error("the journal does not begin, once, with what was begun")]
+    NoBeginning,
+}
+
+/// What a journal holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Decoded {
+    /// The records, in order.
+    pub records: Vec<Record>,
+    /// Bytes of whole lines. Cut the file to this length before anything is appended, or the torn rest of a line would
+    /// damage the next.
+    pub whole_bytes: usize,
+}
+
+/// The line of a record, newline included.
+pub fn encode(record: &Record) -> Vec<u8> {
+    // A record has no map and no float: its JSON cannot fail.
+    let json = serde_json::to_string(record).unwrap_or_default();
+    format!("{:08x} {json}\n", crc32c::crc32c(json.as_bytes())).into_bytes()
+}
+
+/// Reads a journal. A torn last line (one that does not end) is left out: what it says was never acted upon, because a
+/// record is synced first.
+///
+/// # Errors
+/// [`JournalError`]: an operator has to look; nothing may be decided from it.
+pub fn decode(bytes: &[u8]) -> Result<Decoded, JournalError> {
+    let mut decoded = Decoded::default();
+    let mut lines = bytes
+        .split_inclusive(|byte| *byte == b'\n')
+        .enumerate()
+        .peekable();
+    while let Some((index, line)) = lines.next() {
+        match decode_line(line) {
+            Ok(record) => {
+                if matches!(record, Record::Begun { .. }) != decoded.records.is_empty() {
+                    return Err(JournalError::NoBeginning);
+                }
+                decoded.records.push(record);
+                decoded.whole_bytes += line.len();
+            }
+            Err(_) if lines.peek().is_none() && !line.ends_with(b"\n") => break,
+            Err(why) => {
+                return Err(JournalError::Damaged {
+                    line: index + 1,
+                    why,
+                });
+            }
+        }
+    }
+    Ok(decoded)
+}
+
+fn decode_line(line: &[u8]) -> Result<Record, String> {
+    let line = line.strip_suffix(b"\n").ok_or("it does not end")?;
+    let (sum, json) = line.split_at_checked(9).ok_or("it is too short")?;
+    let sum = str::from_utf8(sum)
+        .ok()
+        .and_then(|sum| sum.strip_suffix(' '));
+    let sum = sum
+        .and_then(|sum| u32::from_str_radix(sum, 16).ok())
+        .ok_or("it has no checksum")?;
+    if crc32c::crc32c(json) != sum {
+        return Err("its checksum is wrong".to_owned());
+    }
+    serde_json::from_slice(json).map_err(|error| error.to_string())
+}
+
+/// What the records add up to; the last decision counts.
+///
+/// At the source a journal without `CommitIntent` is `NotHere`: `Commit` cannot have been sent. At the destination
+/// `Aborted` after `Committed` happens when the disk refused `Committed` and the record may be there all the same.
+pub fn outcome(records: &[Record]) -> Outcome {
+    let open = match records.first() {
+        Some(Record::Begun {
+            side: Side::Source, ..
+        })
+        | None => Outcome::NotHere,
+        Some(_) => Outcome::Open,
+    };
+    records.iter().fold(open, |outcome, record| match record {
+        Record::Begun { .. } => outcome,
+        Record::CommitIntent => Outcome::Open,
+        Record::RolledBack | Record::Aborted => Outcome::NotHere,
+        Record::GuestMoved | Record::Committed | Record::Running | Record::Closed => Outcome::Here,
+    })
+}
+
+/// What a destination's journal lets its daemon answer to `Query`; `None`: there is no journal of that name.
+///
+/// An open journal is answered with `Unknown`, so that the source asks again. That is right while a session still serves
+/// the migration (end it with [`LinkLost`](super::destination::Input::LinkLost): a source that asks has lost the
+/// connection). When no session does (the daemon was started anew), append [`Record::Aborted`], sync it, and ask this
+/// function again: then the answer is `Aborted` for good, and a source that asks gets its guest back.
+pub fn standing_for(records: Option<&[Record]>) -> Standing {
+    let Some(records) = records else {
+        return Standing::Unknown;
+    };
+    if !matches!(
+        records.first(),
+        Some(Record::Begun {
+            side: Side::Destination,
+            ..
+        })
+    ) {
+        return Standing::Unknown;
+    }
+    match outcome(records) {
+        Outcome::NotHere => Standing::Aborted,
+        Outcome::Open => Standing::Unknown,
+        Outcome::Here
+            if records
+                .iter()
+                .any(|r| matches!(r, Record::Running | Record::Closed)) =>
+        {
+            Standing::Running
+        }
+        Outcome::Here => Standing::Committed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn begun(side: Side) -> Record {
+        Record::Begun {
+            id: MigrationId([7; 16]),
+            side,
+            vm: "web\n1".into(),
+            qmp: "/run/qmp".into(),
+            peer: "192.0.2.1:7000".into(),
+        }
+    }
+
+    fn written(records: &[Record]) -> Vec<u8> {
+        records.iter().flat_map(encode).collect()
+    }
+
+    #[test]
+    fn a_line_looks_like_this() {
+        assert_eq!(
+            String::from_utf8(encode(&Record::CommitIntent)).unwrap(),
+            "3129ab2d {\"record\":\"commit-intent\"}\n"
+        );
+    }
+
+    #[test]
+    fn every_torn_end_leaves_the_records_before_it() {
+        let records = [
+            begun(Side::Source),
+            Record::CommitIntent,
+            Record::GuestMoved,
+        ];
+        let bytes = written(&records);
+        for len in 0..=bytes.len() {
+            let decoded = decode(&bytes[..len]).unwrap();
+            assert_eq!(written(&decoded.records), bytes[..decoded.whole_bytes]);
+            let lines = bytes[..len].iter().filter(|byte| **byte == b'\n').count();
+            assert_eq!(decoded.records, records[..lines]);
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_before_the_last_line_is_noticed() {
+        let first = encode(&begun(Side::Source)).len();
+        let mut bytes = written(&[begun(Side::Source), Record::CommitIntent]);
+        for at in 0..first {
+            bytes[at] ^= 1;
+            assert!(decode(&bytes).is_err(), "byte {at}");
+            bytes[at] ^= 1;
+        }
+    }
+
+    #[test]
+    fn a_journal_begins_once() {
+        assert_eq!(
+            decode(&written(&[Record::Aborted])),
+            Err(JournalError::NoBeginning)
+        );
+        let twice = written(&[begun(Side::Source), begun(Side::Source)]);
+        assert_eq!(decode(&twice), Err(JournalError::NoBeginning));
+    }
+
+    #[test]
+    fn records_add_up() {
+        use Outcome::{Here, NotHere, Open};
+        use Record::{Aborted, Closed, CommitIntent, Committed, GuestMoved, RolledBack, Running};
+        let source: [(&[Record], Outcome); 5] = [
+            (&[], NotHere),
+            (&[CommitIntent], Open),
+            (&[CommitIntent, RolledBack], NotHere),
+            (&[CommitIntent, GuestMoved], Here),
+            (&[CommitIntent, RolledBack, GuestMoved], Here),
+        ];
+        for (records, expected) in source {
+            let records = [&[begun(Side::Source)], records].concat();
+            assert_eq!(outcome(&records), expected, "{records:?}");
+            assert_eq!(standing_for(Some(&records)), Standing::Unknown);
+        }
+        let destination: [(&[Record], Outcome, Standing); 6] = [
+            (&[], Open, Standing::Unknown),
+            (&[Aborted], NotHere, Standing::Aborted),
+            (&[Committed], Here, Standing::Committed),
+            (&[Committed, Aborted], NotHere, Standing::Aborted),
+            (&[Committed, Running], Here, Standing::Running),
+            (&[Committed, Running, Closed], Here, Standing::Running),
+        ];
+        for (records, expected, standing) in destination {
+            let records = [&[begun(Side::Destination)], records].concat();
+            assert_eq!(outcome(&records), expected, "{records:?}");
+            assert_eq!(standing_for(Some(&records)), standing, "{records:?}");
+        }
+        assert_eq!(standing_for(None), Standing::Unknown);
+    }
 }

@@ -12,10 +12,16 @@
 //! Outputs are carried out in order; those that take time run in the background and answer later. An engine never waits
 //! in a call, never panics on an input, and ignores a late answer to something that it has given up.
 
+pub mod bitmap;
 pub mod destination;
 pub mod event;
 pub mod journal;
+mod liveness;
 pub mod source;
+pub mod split;
+mod timeouts;
+
+pub use timeouts::Timeouts;
 
 use std::time::Duration;
 
@@ -29,7 +35,10 @@ impl Time {
     /// This time and `duration` more; saturates.
     #[must_use]
     pub fn after(self, duration: Duration) -> Time {
-        Time(self.0.saturating_add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)))
+        Time(
+            self.0
+                .saturating_add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)),
+        )
     }
 
     /// From `earlier` to this time; zero when it is not later.
@@ -82,6 +91,10 @@ pub struct Failure {
 impl Failure {
     /// A failure with its remedy.
     pub fn new(fault: Fault, what: impl Into<String>, remedy: impl Into<String>) -> Failure {
-        Failure { fault, what: what.into(), remedy: remedy.into() }
+        Failure {
+            fault,
+            what: what.into(),
+            remedy: remedy.into(),
+        }
     }
 }

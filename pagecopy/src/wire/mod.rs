@@ -1,4 +1,15 @@
 //! The messages of `WIRE.md`. Encoding and decoding are pure; every length is bounded before anything is allocated.
+//!
+//! [`Message::encode`] and [`Message::decode`] are generated from one table (`table.rs`) that names, for each message, its
+//! number and the codec of each field (`fields.rs`); the bytes themselves are read and written by `codec.rs`.
+
+mod codec;
+mod fields;
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub use codec::WireError;
 
 use bytes::Bytes;
 
@@ -48,16 +59,47 @@ pub enum AbortCode {
     Busy = 13,
 }
 
+impl AbortCode {
+    /// Every code.
+    pub const ALL: [AbortCode; 13] = [
+        AbortCode::Cancelled,
+        AbortCode::UnknownVm,
+        AbortCode::MemoryMismatch,
+        AbortCode::Incompatible,
+        AbortCode::Protocol,
+        AbortCode::NoMemory,
+        AbortCode::Qemu,
+        AbortCode::VerifyFailed,
+        AbortCode::NotConverging,
+        AbortCode::TimedOut,
+        AbortCode::Host,
+        AbortCode::Aborted,
+        AbortCode::Busy,
+    ];
+}
+
 /// What a destination answers to `Query`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Standing {
-    /// Committed: the guest runs here, or is about to.
+    /// The guest runs here.
     Running = 1,
     /// Given up before `Commit`, for good.
     Aborted = 2,
-    /// No journal of it: cannot tell.
+    /// Cannot tell: there is no journal of it, or it is still under way here. Ask again.
     Unknown = 3,
+    /// Committed, but the guest does not run here yet: it was told to, or will be. Ask again.
+    Committed = 4,
+}
+
+impl Standing {
+    /// Every standing.
+    pub const ALL: [Standing; 4] = [
+        Standing::Running,
+        Standing::Aborted,
+        Standing::Unknown,
+        Standing::Committed,
+    ];
 }
 
 /// A message. Control messages go on channel 0; `Zero` and `Barrier` on data channels.

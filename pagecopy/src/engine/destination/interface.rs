@@ -1,8 +1,8 @@
-//! The destination's engine: make ready, receive, load, commit, run.
+//! What the destination's engine is set up with, what it is told, and what it asks for.
 
-use super::event::{Report, State};
-use super::journal::Record;
-use super::{ChannelId, Failure, MigrationId};
+use crate::engine::event::{Report, State};
+use crate::engine::journal::Record;
+use crate::engine::{ChannelId, Failure, Timeouts};
 use crate::memory::{BlockSpec, Run};
 use crate::wire::Message;
 
@@ -17,6 +17,8 @@ pub struct Setup {
     pub blocks: Vec<BlockSpec>,
     /// Number of data channels that the connection has.
     pub data_channels: u16,
+    /// How long to wait for what.
+    pub timeouts: Timeouts,
 }
 
 /// Something that happened.
@@ -111,6 +113,3 @@ pub enum Output {
         qemu_used: bool,
     },
 }
-
-/// The migration that this engine serves, once the peer has named it.
-pub type Served = Option<MigrationId>;

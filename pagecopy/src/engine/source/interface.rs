@@ -1,10 +1,10 @@
-//! The source's engine: pre-copy rounds, switchover, commit, rollback.
+//! What the source's engine is set up with, what it is told, and what it asks for.
 
 use std::time::Duration;
 
-use super::event::{Finished, Report};
-use super::journal::Record;
-use super::{ChannelId, Failure, MigrationId};
+use crate::engine::event::{Finished, Report};
+use crate::engine::journal::Record;
+use crate::engine::{ChannelId, Failure, MigrationId, Timeouts};
 use crate::memory::{BlockSpec, Run};
 use crate::wire::Message;
 
@@ -44,6 +44,8 @@ pub struct Setup {
     pub fixed_downtime: Duration,
     /// Options.
     pub options: Options,
+    /// How long to wait for what.
+    pub timeouts: Timeouts,
 }
 
 /// Pages to push, all of one batch on one channel. Its dirty bits were cleared before it was made.

@@ -1,0 +1,141 @@
+//! The destination's engine: make ready, receive, load, commit, run.
+//!
+//! ```text
+//! Greeting ──▶ Preparing ──▶ Receive ──▶ Loading ──▶ Loaded ──▶ Committing ──▶ Starting ──▶ Running ──▶ (completed)
+//!    │             │            │           │          │            │
+//!    └─────────────┴────────────┴───────────┴──────────┴────────────┴──▶ Aborting
+//! ```
+//!
+//! Everything to the left of `Committing` may end in `Aborting` at any time. `Committing` ends there only when `Committed`
+//! could not be recorded or QEMU is gone, before the guest was told to run; `Starting` and `Running` never do.
+
+mod abort;
+mod barriers;
+mod commit;
+mod core;
+mod greeting;
+mod interface;
+mod load;
+mod receive;
+mod verify;
+
+pub use interface::{Input, Output, Setup};
+
+use self::core::Core;
+use super::Time;
+use super::event::State;
+
+/// Receives one guest. See [the engines' common shape](super).
+#[derive(Debug)]
+pub struct Destination {
+    core: Core,
+    phase: Phase,
+}
+
+/// What an input makes of a phase: the next one, or the reason to give up.
+type Step = Result<Phase, abort::End>;
+
+/// Where a migration is.
+#[derive(Debug)]
+enum Phase {
+    Greeting(greeting::Greeting),
+    Preparing(greeting::Preparing),
+    Receive(receive::Receive),
+    Loading(load::Loading),
+    Loaded(load::Loaded),
+    Committing(commit::Committing),
+    Starting(commit::Starting),
+    Running(commit::Running),
+    Aborting(abort::Aborting),
+    Ended,
+}
+
+impl Destination {
+    /// Waits for the `Hello` of a connection that has just been made.
+    pub fn new(setup: Setup, now: Time) -> Destination {
+        Destination {
+            core: Core::new(setup, now),
+            phase: Phase::Greeting(greeting::Greeting),
+        }
+    }
+
+    /// Takes something that happened. Late answers to what was given up are ignored; nothing panics.
+    pub fn handle(&mut self, now: Time, input: Input) {
+        self.core.now = self.core.now.max(now);
+        let phase = std::mem::replace(&mut self.phase, Phase::Ended);
+        self.phase = phase
+            .handle(&mut self.core, input)
+            .unwrap_or_else(|end| abort::Aborting::begin(&mut self.core, end));
+    }
+
+    /// The next thing to do, in order. Poll until `None` after every `handle`.
+    pub fn poll(&mut self) -> Option<Output> {
+        self.core.take_output()
+    }
+
+    /// When to call `handle` with [`Input::Tick`] at the latest, if nothing else happens. `None`: nothing is waited for
+    /// by time.
+    pub fn poll_timeout(&self) -> Option<Time> {
+        match &self.phase {
+            Phase::Greeting(_)
+            | Phase::Preparing(_)
+            | Phase::Receive(_)
+            | Phase::Loading(_)
+            | Phase::Loaded(_) => Some(self.core.next_watch()),
+            Phase::Starting(phase) => phase.next(),
+            Phase::Running(phase) => phase.next(),
+            Phase::Committing(_) | Phase::Aborting(_) | Phase::Ended => None,
+        }
+    }
+
+    /// The state as a person sees it.
+    pub fn state(&self) -> State {
+        self.core.state()
+    }
+}
+
+impl Phase {
+    fn handle(self, core: &mut Core, input: Input) -> Step {
+        match self {
+            Phase::Committing(phase) => phase.handle(core, input),
+            Phase::Starting(phase) => phase.handle(core, input),
+            Phase::Running(phase) => phase.handle(core, input),
+            Phase::Aborting(phase) => phase.handle(core, input),
+            Phase::Ended => Ok(Phase::Ended),
+            before_commit => {
+                let phase = match core.before_commit(input)? {
+                    Some(input) => before_commit.handle_its_own(core, input)?,
+                    None => before_commit,
+                };
+                // A phase that `Commit` has just ended is not watched any more.
+                if phase.is_before_commit() {
+                    core.watch_peer()?;
+                }
+                Ok(phase)
+            }
+        }
+    }
+
+    /// An input that is not handled alike in all phases before `Commit`.
+    fn handle_its_own(self, core: &mut Core, input: Input) -> Step {
+        match self {
+            Phase::Greeting(phase) => phase.handle(core, input),
+            Phase::Preparing(phase) => phase.handle(core, input),
+            Phase::Receive(phase) => phase.handle(core, input),
+            Phase::Loading(phase) => phase.handle(core, input),
+            Phase::Loaded(phase) => phase.handle(core, input),
+            other => Ok(other),
+        }
+    }
+
+    fn is_before_commit(&self) -> bool {
+        matches!(
+            self,
+            Phase::Greeting(_)
+                | Phase::Preparing(_)
+                | Phase::Receive(_)
+                | Phase::Loading(_)
+                | Phase::Loaded(_)
+        )
+    }
+}

@@ -1,0 +1,195 @@
+//! Receiving: pages land on the data channels by themselves; rounds, device state and digests are counted and checked
+//! here, until the guest is whole.
+
+use super::abort::End;
+use super::barriers::Barriers;
+use super::core::Core;
+use super::interface::{Input, Output};
+use super::load::Loading;
+use super::verify::Verify;
+use super::{Phase, Step};
+use crate::engine::event::State;
+use crate::limits::MAX_DEVICE_STATE;
+use crate::memory::{BlockSpec, Run};
+use crate::wire::Message;
+
+/// Rounds of pre-copy and the switchover.
+#[derive(Debug)]
+pub(super) struct Receive {
+    barriers: Barriers,
+    /// Set when the guest stands still at the source.
+    final_round: Option<u32>,
+    device_state: DeviceState,
+    /// None without `--verify`.
+    verify: Option<Verify>,
+    digest_ordered: bool,
+}
+
+/// QEMU's device state as it comes.
+#[derive(Debug, Default)]
+struct DeviceState {
+    bytes: u64,
+    crc: u32,
+    whole: bool,
+}
+
+impl Receive {
+    pub(super) fn new(core: &Core) -> Receive {
+        Receive {
+            barriers: Barriers::new(core.setup.data_channels),
+            final_round: None,
+            device_state: DeviceState::default(),
+            verify: core.verify.then(|| Verify::new(&core.blocks)),
+            digest_ordered: false,
+        }
+    }
+
+    pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
+        match input {
+            Input::Message(message) => self.message(core, message)?,
+            Input::Barrier {
+                channel,
+                round,
+                zero_bytes: _,
+            } => {
+                // Data channels are a sign of life, too: the control channel may be behind a long queue.
+                core.link.heard(core.now);
+                if self.ram_whole() {
+                    return Err(End::protocol(format!(
+                        "a barrier of round {round} came after the last round"
+                    )));
+                }
+                if let Some(round) = self
+                    .barriers
+                    .arrived(channel, round)
+                    .map_err(End::protocol)?
+                {
+                    core.send(Message::BarrierReached { round });
+                }
+            }
+            Input::Digests(digests) => {
+                if let Some(verify) = &mut self.verify {
+                    verify.ours(core, digests)?;
+                }
+            }
+            Input::PageDigests {
+                block,
+                chunk,
+                digests,
+            } => {
+                if let Some(verify) = &mut self.verify {
+                    verify.pages(core, false, (block, chunk), digests)?;
+                }
+            }
+            _ => return Ok(Phase::Receive(self)),
+        }
+        self.load_if_whole(core)
+    }
+
+    fn message(&mut self, core: &mut Core, message: Message) -> Result<(), End> {
+        match (message, self.final_round, &mut self.verify) {
+            (Message::Populate(runs), None, _) if self.barriers.round() == 0 => {
+                if let Some(run) = runs.iter().find(|run| !inside(run, &core.blocks)) {
+                    return Err(End::protocol(format!(
+                        "pages {} to {} of RAMBlock {} do not exist",
+                        run.first,
+                        run.end(),
+                        run.block.0
+                    )));
+                }
+                core.output(Output::Allocate(runs));
+            }
+            (Message::Stopped { final_round }, None, _) => self.stopped(core, final_round)?,
+            (Message::DeviceState(bytes), Some(_), _) if !self.device_state.whole => {
+                self.device_state.bytes += bytes.len() as u64;
+                if self.device_state.bytes > MAX_DEVICE_STATE {
+                    return Err(End::protocol("the device state is larger than its limit"));
+                }
+                self.device_state.crc = crc32c::crc32c_append(self.device_state.crc, &bytes);
+                core.output(Output::KeepDeviceState(bytes));
+            }
+            (Message::DeviceStateEnd { bytes, crc }, Some(_), _) if !self.device_state.whole => {
+                if (bytes, crc) != (self.device_state.bytes, self.device_state.crc) {
+                    return Err(End::protocol(format!(
+                        "the device state arrived changed: {} bytes with checksum {:08x}, sent were {bytes} with {crc:08x}",
+                        self.device_state.bytes, self.device_state.crc
+                    )));
+                }
+                self.device_state.whole = true;
+            }
+            (
+                Message::Digests {
+                    block,
+                    first,
+                    digests,
+                },
+                Some(_),
+                Some(verify),
+            ) => {
+                verify.theirs(core, block, first, &digests)?;
+            }
+            (
+                Message::PageDigests {
+                    block,
+                    chunk,
+                    digests,
+                },
+                Some(_),
+                Some(verify),
+            ) => {
+                verify.pages(core, true, (block, chunk), digests)?;
+            }
+            (message, _, _) => {
+                return Err(core.out_of_place(&message, "the guest was being received"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest stands still at the source. The last round's barriers may have overtaken this message.
+    fn stopped(&mut self, core: &mut Core, final_round: u32) -> Result<(), End> {
+        let round = self.barriers.round();
+        if final_round != round && final_round.checked_add(1) != Some(round) {
+            return Err(End::protocol(format!(
+                "the last round is said to be {final_round}, under way is {round}"
+            )));
+        }
+        core.enter(State::Completing);
+        self.final_round = Some(final_round);
+        Ok(())
+    }
+
+    /// Whether the last round is in place.
+    fn ram_whole(&self) -> bool {
+        self.final_round
+            .is_some_and(|last| self.barriers.round() > last)
+    }
+
+    fn load_if_whole(mut self, core: &mut Core) -> Step {
+        if !self.ram_whole() {
+            return Ok(Phase::Receive(self));
+        }
+        if let Some(verify) = &self.verify {
+            if !self.digest_ordered {
+                self.digest_ordered = true;
+                core.output(Output::Digest);
+            }
+            if !verify.agreed() {
+                return Ok(Phase::Receive(self));
+            }
+        }
+        if !self.device_state.whole {
+            return Ok(Phase::Receive(self));
+        }
+        Ok(Loading::begin(core))
+    }
+}
+
+fn inside(run: &Run, blocks: &[BlockSpec]) -> bool {
+    let pages = blocks
+        .get(usize::from(run.block.0))
+        .map_or(0, BlockSpec::pages);
+    run.first
+        .checked_add(run.pages)
+        .is_some_and(|end| end <= pages)
+}

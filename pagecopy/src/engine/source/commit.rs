@@ -1,0 +1,131 @@
+//! `Commit` is sent: the guest is the destination's, and the source waits to hear that it runs.
+
+use super::core::{Core, millis};
+use super::in_doubt::InDoubt;
+use super::interface::{Input, Output};
+use super::rollback::{End, Rollback};
+use super::{Phase, Step};
+use crate::engine::event::State;
+use crate::engine::journal::Record;
+use crate::engine::{Failure, Fault, Time};
+use crate::wire::Message;
+
+/// Waiting for `Running`.
+#[derive(Debug)]
+pub(super) struct Commit {
+    deadline: Time,
+}
+
+impl Commit {
+    pub(super) fn begin(core: &mut Core) -> Phase {
+        core.send(Message::Commit);
+        Phase::Commit(Commit {
+            deadline: core.now.after(core.setup.timeouts.running),
+        })
+    }
+
+    pub(super) fn handle(self, core: &mut Core, input: Input) -> Step {
+        match input {
+            Input::Message(Message::Running) => {
+                measure_downtime(core);
+                return Ok(Moved::begin(core));
+            }
+            // The destination could not record `Commit`, has recorded `Aborted` instead, and will not run the guest.
+            Input::Message(Message::Abort { code, reason }) => {
+                return Ok(Rollback::begin(core, End::by_peer(code, &reason)));
+            }
+            Input::Message(Message::Ping { nonce }) => core.send(Message::Pong { nonce }),
+            Input::LinkLost(failure) => {
+                core.link.lost();
+                return Ok(InDoubt::begin(core, failure));
+            }
+            Input::Cancel => refuse_cancel(core),
+            Input::Resolve(_) => core
+                .notice("not in doubt yet: the destination has been told to run the guest, wait"),
+            Input::QemuFailed(failure) => {
+                core.notice(format!(
+                    "this host's QEMU failed after the guest was handed over: {}",
+                    failure.what
+                ));
+            }
+            _ => {}
+        }
+        if core.now < self.deadline {
+            return Ok(Phase::Commit(self));
+        }
+        let limit = millis(core.setup.timeouts.running);
+        let failure = Failure::new(
+            Fault::PeerHost,
+            format!(
+                "the destination did not say within {limit:.0} ms whether the guest runs there"
+            ),
+            "see to the destination; this host asks it on and on",
+        );
+        Ok(InDoubt::begin(core, failure))
+    }
+
+    pub(super) fn next(&self) -> Time {
+        self.deadline
+    }
+}
+
+/// Cancelling is over once `Commit` is sent.
+pub(super) fn refuse_cancel(core: &mut Core) {
+    core.notice("too late to cancel: the destination has been told to run the guest");
+}
+
+/// Downtime as this side saw it, and the part of it that did not depend on bytes.
+fn measure_downtime(core: &mut Core) {
+    let Some(ordered) = core.stop_ordered else {
+        return;
+    };
+    let downtime = core.now.since(ordered);
+    let bytes = core.sender.round().raw_bytes as f64 / core.convergence.goodput() * 1e3;
+    let verify = core.figures.verify_ms.unwrap_or(0.0);
+    core.figures.downtime_ms = Some(millis(downtime));
+    core.figures.fixed_downtime_ms = Some((millis(downtime) - bytes - verify).max(0.0));
+}
+
+/// The guest runs at the destination; that is being recorded.
+#[derive(Debug)]
+pub(super) struct Moved;
+
+impl Moved {
+    pub(super) fn begin(core: &mut Core) -> Phase {
+        core.journal(Record::GuestMoved);
+        Phase::Moved(Moved)
+    }
+
+    pub(super) fn handle(self, core: &mut Core, input: Input) -> Step {
+        match input {
+            Input::Journaled(Record::GuestMoved) => {
+                if core.link.is_up() {
+                    core.send(Message::Closed);
+                }
+            }
+            // Without the record nobody may be told that we will not ask again.
+            Input::JournalFailed(Record::GuestMoved, failure) => {
+                core.notice(format!("the journal could not be closed: {}", failure.what));
+            }
+            Input::LinkLost(_) => {
+                core.link.lost();
+                return Ok(Phase::Moved(self));
+            }
+            Input::Cancel => {
+                refuse_cancel(core);
+                return Ok(Phase::Moved(self));
+            }
+            Input::Resolve(_) => {
+                core.notice("nothing to resolve: the guest runs at the destination");
+                return Ok(Phase::Moved(self));
+            }
+            _ => return Ok(Phase::Moved(self)),
+        }
+        core.output(Output::Detach);
+        if core.setup.options.quit_source {
+            core.output(Output::QuitGuest);
+        }
+        core.finish(State::Completed, None);
+        Ok(Phase::Ended)
+    }
+}

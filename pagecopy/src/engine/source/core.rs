@@ -1,0 +1,274 @@
+//! What every phase of the source shares: set-up, pages, channels, figures, the outputs not yet taken, and the rules that
+//! hold in every phase before `Commit`.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::convergence::Convergence;
+use super::heat::Pages;
+use super::interface::{Input, Output, Setup};
+use super::rollback::End;
+use super::sender::Sender;
+use crate::engine::event::{Figures, Finished, Report, State};
+use crate::engine::journal::Record;
+use crate::engine::liveness::Liveness;
+use crate::engine::{Failure, Fault, Time};
+use crate::wire::{AbortCode, Message};
+
+/// Progress is reported at most this often.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// What the journal says about the commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Intent {
+    /// Nothing, and nothing was ordered.
+    None,
+    /// `CommitIntent` is ordered and may be on disk.
+    Ordered,
+    /// `CommitIntent` is on disk.
+    Written,
+    /// `RolledBack` is on disk behind it.
+    Withdrawn,
+}
+
+/// Shared by all phases.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) setup: Setup,
+    pub(super) now: Time,
+    pub(super) started: Time,
+    pub(super) pages: Pages,
+    pub(super) sender: Sender,
+    pub(super) convergence: Convergence,
+    pub(super) link: Liveness,
+    pub(super) figures: Figures,
+    /// When `StopGuest` was ordered: from then on the guest may stand still.
+    pub(super) stop_ordered: Option<Time>,
+    pub(super) intent: Intent,
+    /// Time in which pages were sent, for the goodput.
+    pub(super) sending_time: Duration,
+    state: State,
+    progress_at: Time,
+    outputs: VecDeque<Output>,
+}
+
+impl Core {
+    pub(super) fn new(setup: Setup, now: Time) -> Core {
+        let ram_bytes = setup.blocks.iter().map(|block| block.size).sum();
+        Core {
+            now,
+            started: now,
+            pages: Pages::new(&setup.blocks),
+            sender: Sender::new(setup.data_channels, setup.options.bandwidth_limit, now),
+            convergence: Convergence::new(&setup.options, setup.fixed_downtime, ram_bytes),
+            link: Liveness::new(now),
+            figures: Figures::default(),
+            stop_ordered: None,
+            intent: Intent::None,
+            sending_time: Duration::ZERO,
+            state: State::Pending,
+            progress_at: Time(0),
+            outputs: VecDeque::new(),
+            setup,
+        }
+    }
+
+    pub(super) fn output(&mut self, output: Output) {
+        self.outputs.push_back(output);
+    }
+
+    pub(super) fn outputs(&mut self, outputs: Vec<Output>) {
+        self.outputs.extend(outputs);
+    }
+
+    pub(super) fn take_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    pub(super) fn send(&mut self, message: Message) {
+        self.output(Output::Send(message));
+    }
+
+    pub(super) fn notice(&mut self, text: impl Into<String>) {
+        self.output(Output::Report(Report::Notice { text: text.into() }));
+    }
+
+    pub(super) fn state(&self) -> State {
+        self.state
+    }
+
+    /// Tells people about a new state.
+    pub(super) fn enter(&mut self, state: State) {
+        if self.state != state {
+            self.state = state;
+            self.output(Output::Report(Report::State { state }));
+        }
+    }
+
+    /// The last output (unless in doubt).
+    pub(super) fn finish(&mut self, state: State, failure: Option<Failure>) {
+        self.enter(state);
+        self.figures.total_ms = millis(self.now.since(self.started));
+        let sent = self.sender.total();
+        self.figures.pages_sent = sent.raw_pages;
+        self.figures.pages_zero = sent.zero_pages;
+        let seconds = self.sending_time.as_secs_f64();
+        self.figures.goodput_mbit_s = if seconds > 0.0 {
+            sent.raw_bytes as f64 * 8.0 / 1e6 / seconds
+        } else {
+            0.0
+        };
+        let figures = self.figures.clone();
+        self.output(Output::Finished(Finished {
+            state,
+            failure,
+            figures,
+        }));
+    }
+
+    /// Puts batches under way.
+    pub(super) fn fill_channels(&mut self) {
+        let pushes = self
+            .sender
+            .fill(self.now, &mut self.pages, &self.setup.blocks);
+        self.outputs(pushes);
+    }
+
+    /// Whether every page of the round has left.
+    pub(super) fn all_sent(&self) -> bool {
+        self.pages.nothing_to_send() && self.sender.idle()
+    }
+
+    /// Closes the round on every data channel.
+    pub(super) fn send_barriers(&mut self, round: u32) {
+        let barriers = self
+            .sender
+            .channels()
+            .map(|c| Output::SendOn(c, Message::Barrier { round }))
+            .collect();
+        self.outputs(barriers);
+    }
+
+    /// The rules before `Commit` that are the same in every phase. Returns the input if it is for the phase itself.
+    pub(super) fn before_commit(&mut self, input: Input) -> Result<Option<Input>, End> {
+        match input {
+            Input::Cancel => Err(End::cancelled()),
+            Input::LinkLost(failure) => {
+                self.link.lost();
+                Err(End::new(AbortCode::Host, failure))
+            }
+            Input::HostFailed(failure) => Err(End::new(AbortCode::Host, failure)),
+            Input::QemuFailed(failure) => Err(End::new(AbortCode::Qemu, failure)),
+            Input::JournalFailed(_, failure) => Err(End::new(AbortCode::Host, failure)),
+            Input::Message(message) => {
+                self.link.heard(self.now);
+                self.message_before_commit(message)
+            }
+            Input::Resolve(_) => {
+                self.notice("there is nothing to resolve: this migration is not in doubt");
+                Ok(None)
+            }
+            Input::Tick => Ok(None),
+            other => Ok(Some(other)),
+        }
+    }
+
+    fn message_before_commit(&mut self, message: Message) -> Result<Option<Input>, End> {
+        match message {
+            Message::Ping { nonce } => {
+                self.send(Message::Pong { nonce });
+                Ok(None)
+            }
+            Message::Pong { .. } => Ok(None),
+            Message::Abort { code, reason } => Err(End::by_peer(code, &reason)),
+            other => Ok(Some(Input::Message(other))),
+        }
+    }
+
+    /// Asks whether the peer is there, and gives up when it has been silent for too long.
+    pub(super) fn watch_peer(&mut self) -> Result<(), End> {
+        let timeouts = self.setup.timeouts;
+        if self.now >= self.link.deadline(timeouts.silence) {
+            return Err(End::new(
+                AbortCode::TimedOut,
+                Failure::new(
+                    Fault::Network,
+                    format!(
+                        "the destination has not answered for {:.1} s",
+                        timeouts.silence.as_secs_f64()
+                    ),
+                    "check the network between the hosts and the destination's pagecopyd, then migrate again",
+                ),
+            ));
+        }
+        if let Some(ping) = self.link.ping(self.now, timeouts.ping_every) {
+            self.send(ping);
+        }
+        Ok(())
+    }
+
+    /// When [`Core::watch_peer`] has something to do.
+    pub(super) fn next_watch(&self) -> Time {
+        let timeouts = self.setup.timeouts;
+        self.link
+            .deadline(timeouts.silence)
+            .min(self.link.next_ping(timeouts.ping_every))
+    }
+
+    /// Orders a record.
+    pub(super) fn journal(&mut self, record: Record) {
+        self.output(Output::Journal(record));
+    }
+
+    /// Reports where the round stands, not too often.
+    pub(super) fn progress(&mut self, round: u32, round_started: Time, round_bytes: u64) {
+        if self.now < self.progress_at {
+            return;
+        }
+        self.progress_at = self.now.after(PROGRESS_EVERY);
+        let left = self.pages.send_bytes();
+        let sent = self.sender.round();
+        let seconds = self.now.since(round_started).as_secs_f64();
+        let goodput = if seconds > 0.0 {
+            sent.raw_bytes as f64 / seconds
+        } else {
+            self.convergence.goodput()
+        };
+        let done = round_bytes.saturating_sub(left);
+        let percent = (done * 100).checked_div(round_bytes).unwrap_or(100);
+        let progress = Report::Progress {
+            round,
+            remaining_bytes: left + self.pages.held_bytes(),
+            total_bytes: self.setup.blocks.iter().map(|block| block.size).sum(),
+            percent: u32::try_from(percent).unwrap_or(100),
+            goodput_bytes_s: whole(goodput),
+            dirty_bytes_s: whole(self.convergence.dirty_rate()),
+            predicted_downtime_ms: self.convergence.predicted().map(millis),
+            eta_s: (done > 0 && seconds > 0.0).then(|| left as f64 * seconds / done as f64),
+        };
+        self.output(Output::Report(progress));
+    }
+
+    /// A peer that sent what it may not.
+    pub(super) fn out_of_place(&self, message: &Message, phase: &str) -> End {
+        End::protocol(format!(
+            "the destination sent {} while {phase}",
+            message.name()
+        ))
+    }
+}
+
+/// Milliseconds with fractions.
+pub(super) fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// A figure for people without its fraction; `as` saturates.
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a float cast saturates, and figures are not negative"
+)]
+fn whole(value: f64) -> u64 {
+    value as u64
+}

@@ -1,0 +1,167 @@
+//! First phases: the destination is told what wants to come, and accepts; then QEMU is attached to.
+
+use super::core::Core;
+use super::interface::{Input, Output};
+use super::rollback::End;
+use super::round::Round;
+use super::{Phase, Step};
+use crate::engine::event::State;
+use crate::engine::{Failure, Fault, Time};
+use crate::memory::Run;
+use crate::wire::{self, AbortCode, Message, VERSION_MAX, VERSION_MIN};
+
+/// `Hello` was sent. The destination clears its RAM, which may take long; it answers pings meanwhile.
+#[derive(Debug)]
+pub(super) struct Greeting {
+    deadline: Time,
+}
+
+impl Greeting {
+    pub(super) fn begin(core: &mut Core) -> Phase {
+        core.enter(State::Preparing);
+        let setup = &core.setup;
+        let hello = Message::Hello {
+            version_min: VERSION_MIN,
+            version_max: VERSION_MAX,
+            capabilities: wire::capability::VERIFY,
+            id: setup.id,
+            vm: setup.vm.clone(),
+            host: setup.host.clone(),
+            verify: setup.options.verify,
+            blocks: setup.blocks.clone(),
+        };
+        core.send(hello);
+        Phase::Greeting(Greeting {
+            deadline: core.now.after(core.setup.timeouts.prepare),
+        })
+    }
+
+    pub(super) fn handle(self, core: &mut Core, input: Input) -> Step {
+        match input {
+            Input::Message(Message::Accept {
+                version,
+                capabilities,
+                host: _,
+            }) => {
+                check_accept(core, version, capabilities)?;
+                core.output(Output::Attach);
+                let deadline = core.now.after(core.setup.timeouts.stall);
+                Ok(Phase::Attaching(Attaching { deadline }))
+            }
+            Input::Message(message) => {
+                Err(core.out_of_place(&message, "it was asked to accept the guest"))
+            }
+            _ => Ok(Phase::Greeting(self)),
+        }
+    }
+
+    pub(super) fn next(&self) -> Time {
+        self.deadline
+    }
+
+    pub(super) fn on_time(self, core: &mut Core) -> Step {
+        if core.now < self.deadline {
+            return Ok(Phase::Greeting(self));
+        }
+        let limit = core.setup.timeouts.prepare.as_secs_f64();
+        Err(End::new(
+            AbortCode::TimedOut,
+            Failure::new(
+                Fault::PeerHost,
+                format!("the destination was not ready within {limit:.0} s"),
+                "see what keeps the destination host busy, then migrate again",
+            ),
+        ))
+    }
+}
+
+fn check_accept(core: &Core, version: u16, capabilities: u64) -> Result<(), End> {
+    if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
+        return Err(End::protocol(format!(
+            "the destination chose version {version}, which was not offered"
+        )));
+    }
+    if capabilities & !wire::capability::VERIFY != 0 {
+        return Err(End::protocol(
+            "the destination chose capabilities that were not offered".to_owned(),
+        ));
+    }
+    if core.setup.options.verify && capabilities & wire::capability::VERIFY == 0 {
+        return Err(End::new(
+            AbortCode::Incompatible,
+            Failure::new(
+                Fault::Operator,
+                "the destination cannot verify",
+                "migrate without --verify, or run a newer pagecopyd at the destination",
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// QEMU is being attached to.
+#[derive(Debug)]
+pub(super) struct Attaching {
+    deadline: Time,
+}
+
+impl Attaching {
+    pub(super) fn handle(self, core: &mut Core, input: Input) -> Step {
+        match input {
+            Input::Attached { stopped, populated } => {
+                core.figures.attach_stop_us = u64::try_from(stopped.as_micros()).ok();
+                core.pages.populated(&populated).map_err(outside)?;
+                for runs in populated.chunks(crate::limits::MAX_RUNS) {
+                    core.send(Message::Populate(runs.to_vec()));
+                }
+                core.enter(State::Migrating);
+                Round::first(core)
+            }
+            Input::Message(message) => Err(core.out_of_place(&message, "nothing was sent yet")),
+            _ => Ok(Phase::Attaching(self)),
+        }
+    }
+
+    pub(super) fn next(&self) -> Time {
+        self.deadline
+    }
+
+    pub(super) fn on_time(self, core: &mut Core) -> Step {
+        if core.now < self.deadline {
+            return Ok(Phase::Attaching(self));
+        }
+        Err(stalled("attaching to QEMU did not end"))
+    }
+}
+
+/// The host named pages that the guest does not have.
+pub(super) fn outside(outside: crate::engine::bitmap::Outside) -> End {
+    let Run {
+        block,
+        first,
+        pages,
+    } = outside.0;
+    End::new(
+        AbortCode::Host,
+        Failure::new(
+            Fault::ThisHost,
+            format!(
+                "the kernel reported {pages} pages from page {first} of RAMBlock {}, which has fewer",
+                block.0
+            ),
+            "report this; the guest runs on here",
+        ),
+    )
+}
+
+/// Something of ours did not end in time.
+pub(super) fn stalled(what: &str) -> End {
+    End::new(
+        AbortCode::TimedOut,
+        Failure::new(
+            Fault::ThisHost,
+            format!("{what} in time"),
+            "see what keeps this host or the network busy, then migrate again",
+        ),
+    )
+}

@@ -1,0 +1,194 @@
+//! The source's engine: pre-copy rounds, switchover, commit, rollback.
+//!
+//! ```text
+//! Greeting ──▶ Attaching ──▶ Round ──▶ Switchover ──▶ Commit ──▶ Moved ──▶ (completed)
+//!     │            │          │ ▲         │           │    │       ▲
+//!     │            │          └─┘         │           │    ▼       │
+//!     └────────────┴──────────┴───────────┴──▶ Rollback ◀─ InDoubt ┘
+//! ```
+//!
+//! Each phase is a struct of its own that an input turns into the next; before `Commit` every phase may end in
+//! [`rollback`], after it none does unless the destination or the operator says so.
+
+mod commit;
+mod convergence;
+mod core;
+mod greeting;
+mod heat;
+mod in_doubt;
+mod interface;
+mod pacing;
+mod rollback;
+mod round;
+mod sender;
+mod switchover;
+
+pub use interface::{Batch, Input, Options, Output, Pushed, Resolution, Setup};
+
+use self::core::{Core, Intent};
+use super::Time;
+use super::event::{Figures, State};
+use super::journal::Outcome;
+
+/// Moves one guest away. See [the engines' common shape](super).
+#[derive(Debug)]
+pub struct Source {
+    core: Core,
+    phase: Phase,
+}
+
+/// What an input makes of a phase: the next one, or the reason to go back.
+type Step = Result<Phase, rollback::End>;
+
+/// Where a migration is.
+#[derive(Debug)]
+enum Phase {
+    Greeting(greeting::Greeting),
+    Attaching(greeting::Attaching),
+    Round(round::Round),
+    Switchover(switchover::Switchover),
+    Commit(commit::Commit),
+    InDoubt(in_doubt::InDoubt),
+    Moved(commit::Moved),
+    Rollback(rollback::Rollback),
+    Ended,
+}
+
+impl Source {
+    /// Begins a migration over a connection that has just been made. The first outputs are there to be polled.
+    pub fn new(setup: Setup, now: Time) -> Source {
+        let mut core = Core::new(setup, now);
+        let phase = greeting::Greeting::begin(&mut core);
+        Source { core, phase }
+    }
+
+    /// Takes a migration up again after a crash of the daemon, by what its journal says
+    /// ([`outcome`](super::journal::outcome)). There is no connection and nothing is attached.
+    ///
+    /// - `Open`: in doubt; connects and asks. Outputs `Finished` with `InDoubt` first.
+    /// - `NotHere`: the guest is resumed, in case it was stopped.
+    /// - `Here`: the guest has moved; only the rest of the closing is done.
+    ///
+    /// Of the set-up, only `id`, `vm`, `host`, `options.quit_source` and `timeouts` matter.
+    pub fn recover(setup: Setup, outcome: Outcome, now: Time) -> Source {
+        let mut core = Core::new(setup, now);
+        core.link.lost();
+        core.stop_ordered = Some(now);
+        let phase = match outcome {
+            Outcome::Open => {
+                core.intent = Intent::Written;
+                in_doubt::InDoubt::begin(&mut core, rollback::restarted())
+            }
+            Outcome::NotHere => {
+                core.intent = Intent::Withdrawn;
+                let end = rollback::End {
+                    failure: rollback::restarted(),
+                    ..rollback::End::cancelled()
+                };
+                rollback::Rollback::begin(
+                    &mut core,
+                    rollback::End {
+                        state: State::Failed,
+                        ..end
+                    },
+                )
+            }
+            Outcome::Here => commit::Moved::begin(&mut core),
+        };
+        Source { core, phase }
+    }
+
+    /// Takes something that happened. Late answers to what was given up are ignored; nothing panics.
+    pub fn handle(&mut self, now: Time, input: Input) {
+        self.core.now = self.core.now.max(now);
+        let phase = std::mem::replace(&mut self.phase, Phase::Ended);
+        self.phase = phase
+            .handle(&mut self.core, input)
+            .unwrap_or_else(|end| rollback::Rollback::begin(&mut self.core, end));
+    }
+
+    /// The next thing to do, in order. Poll until `None` after every `handle`.
+    pub fn poll(&mut self) -> Option<Output> {
+        self.core.take_output()
+    }
+
+    /// When to call `handle` with [`Input::Tick`] at the latest, if nothing else happens. `None`: nothing is waited for
+    /// by time.
+    pub fn poll_timeout(&self) -> Option<Time> {
+        let core = &self.core;
+        let watched = |phase: Time| Some(phase.min(core.next_watch()));
+        match &self.phase {
+            Phase::Greeting(phase) => watched(phase.next()),
+            Phase::Attaching(phase) => watched(phase.next()),
+            Phase::Round(phase) => watched(phase.next(core)),
+            Phase::Switchover(phase) => watched(phase.next(core)),
+            Phase::Commit(phase) => Some(phase.next()),
+            Phase::InDoubt(phase) => phase.next(),
+            Phase::Rollback(phase) => phase.next(),
+            Phase::Moved(_) | Phase::Ended => None,
+        }
+    }
+
+    /// The state as a person sees it.
+    pub fn state(&self) -> State {
+        self.core.state()
+    }
+
+    /// The figures so far; complete when [`Output::Finished`] has come.
+    pub fn figures(&self) -> &Figures {
+        &self.core.figures
+    }
+}
+
+impl Phase {
+    fn handle(self, core: &mut Core, input: Input) -> Step {
+        match self {
+            Phase::Commit(phase) => phase.handle(core, input),
+            Phase::InDoubt(phase) => phase.handle(core, input),
+            Phase::Moved(phase) => phase.handle(core, input),
+            Phase::Rollback(phase) => phase.handle(core, input),
+            Phase::Ended => Ok(Phase::Ended),
+            before_commit => {
+                let phase = match core.before_commit(input)? {
+                    Some(input) => before_commit.handle_its_own(core, input)?,
+                    None => before_commit,
+                };
+                phase.on_time(core)
+            }
+        }
+    }
+
+    /// An input that is not handled alike in all phases before `Commit`.
+    fn handle_its_own(self, core: &mut Core, input: Input) -> Step {
+        match self {
+            Phase::Greeting(phase) => phase.handle(core, input),
+            Phase::Attaching(phase) => phase.handle(core, input),
+            Phase::Round(phase) => phase.handle(core, input),
+            Phase::Switchover(phase) => phase.handle(core, input),
+            other => Ok(other),
+        }
+    }
+
+    /// What is due by now, in a phase before `Commit`.
+    fn on_time(self, core: &mut Core) -> Step {
+        match self {
+            Phase::Greeting(phase) => {
+                core.watch_peer()?;
+                phase.on_time(core)
+            }
+            Phase::Attaching(phase) => {
+                core.watch_peer()?;
+                phase.on_time(core)
+            }
+            Phase::Round(phase) => {
+                core.watch_peer()?;
+                phase.on_time(core)
+            }
+            Phase::Switchover(phase) => {
+                core.watch_peer()?;
+                phase.on_time(core)
+            }
+            other => Ok(other),
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Keeps to `--bandwidth-limit`: a bucket that fills with bytes at the limit's rate and that every batch drains.
+
+use std::time::Duration;
+
+use crate::engine::Time;
+use crate::limits::MAX_BATCH_BYTES;
+
+/// The bucket holds at most what flows in this time (but at least one batch), so that a pause is not made up for by a burst.
+const BURST: Duration = Duration::from_millis(20);
+
+/// A token bucket. Without a limit it never says no.
+#[derive(Debug)]
+pub(super) struct Pacer {
+    /// Bytes a second; none is unlimited.
+    rate: Option<u64>,
+    /// Bytes that may go now, times a billion (so that nanoseconds times rate lose nothing). A batch is let go when this
+    /// is positive and may overdraw it.
+    level: i128,
+    at: Time,
+}
+
+const SCALE: i128 = 1_000_000_000;
+
+impl Pacer {
+    pub(super) fn new(rate: Option<u64>, now: Time) -> Pacer {
+        let mut pacer = Pacer {
+            rate: rate.filter(|rate| *rate > 0),
+            level: 0,
+            at: now,
+        };
+        pacer.level = pacer.capacity();
+        pacer
+    }
+
+    fn capacity(&self) -> i128 {
+        let burst = i128::from(self.rate.unwrap_or(0)) * nanos(BURST);
+        burst.max(i128::from(MAX_BATCH_BYTES) * SCALE)
+    }
+
+    /// Whether a batch may go now.
+    pub(super) fn may_send(&mut self, now: Time) -> bool {
+        let Some(rate) = self.rate else { return true };
+        let flow = i128::from(rate) * nanos(now.since(self.at));
+        self.level = self.level.saturating_add(flow).min(self.capacity());
+        self.at = self.at.max(now);
+        self.level > 0
+    }
+
+    /// A batch of so many bytes goes.
+    pub(super) fn spend(&mut self, bytes: u64) {
+        self.level -= i128::from(bytes) * SCALE;
+    }
+
+    /// So many bytes of a batch did not go, because they were zero.
+    pub(super) fn refund(&mut self, bytes: u64) {
+        self.level = (self.level + i128::from(bytes) * SCALE).min(self.capacity());
+    }
+
+    /// When a batch may go, if it may not now.
+    pub(super) fn next(&self) -> Option<Time> {
+        let rate = self.rate.filter(|_| self.level <= 0)?;
+        let wait = (-self.level) / i128::from(rate) + 1;
+        Some(self.at.after(Duration::from_nanos(
+            u64::try_from(wait).unwrap_or(u64::MAX),
+        )))
+    }
+}
+
+fn nanos(duration: Duration) -> i128 {
+    i128::try_from(duration.as_nanos()).unwrap_or(i128::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const BATCH: u64 = MAX_BATCH_BYTES;
+
+    /// Sends batches as fast as the pacer allows and returns how many bytes went until `end`.
+    fn sent_until(pacer: &mut Pacer, end: Time) -> u64 {
+        let (mut now, mut sent) = (Time(0), 0);
+        while now < end {
+            while pacer.may_send(now) {
+                pacer.spend(BATCH);
+                sent += BATCH;
+            }
+            now = pacer.next().unwrap();
+        }
+        sent
+    }
+
+    #[test]
+    fn the_rate_is_kept() {
+        let mut pacer = Pacer::new(Some(100_000_000), Time(0));
+        let sent = sent_until(&mut pacer, Time(10_000_000_000));
+        assert!(
+            (1_000_000_000..=1_000_000_000 + 3 * BATCH).contains(&sent),
+            "{sent}"
+        );
+    }
+
+    #[test]
+    fn zeroes_cost_nothing() {
+        let mut pacer = Pacer::new(Some(1), Time(0));
+        for _ in 0..1000 {
+            assert!(pacer.may_send(Time(0)));
+            pacer.spend(BATCH);
+            pacer.refund(BATCH);
+        }
+        pacer.spend(BATCH);
+        assert!(!pacer.may_send(Time(0)));
+    }
+
+    #[test]
+    fn without_a_limit_everything_goes_at_once() {
+        let mut pacer = Pacer::new(None, Time(0));
+        pacer.spend(u64::MAX);
+        assert!(pacer.may_send(Time(0)) && pacer.next().is_none());
+    }
+}

@@ -1,0 +1,201 @@
+//! The way back: whatever fails before `Commit`, the guest runs on here.
+
+use super::core::{Core, Intent};
+use super::interface::{Input, Output};
+use super::{Phase, Step};
+use crate::engine::event::State;
+use crate::engine::journal::Record;
+use crate::engine::{Failure, Fault, Time};
+use crate::wire::{AbortCode, Message};
+
+/// Why a migration ends, and what the peer is told.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct End {
+    /// `Failed` or `Cancelled`.
+    pub(super) state: State,
+    pub(super) failure: Failure,
+    /// For the peer; none when it said so itself.
+    pub(super) code: Option<AbortCode>,
+}
+
+impl End {
+    pub(super) fn new(code: AbortCode, failure: Failure) -> End {
+        End {
+            state: State::Failed,
+            failure,
+            code: Some(code),
+        }
+    }
+
+    pub(super) fn cancelled() -> End {
+        let failure = Failure::new(
+            Fault::Operator,
+            "the operator cancelled the migration",
+            "nothing: the guest runs on here",
+        );
+        End {
+            state: State::Cancelled,
+            failure,
+            code: Some(AbortCode::Cancelled),
+        }
+    }
+
+    pub(super) fn protocol(what: String) -> End {
+        End::new(
+            AbortCode::Protocol,
+            Failure::new(
+                Fault::PeerHost,
+                what,
+                "run the same version of pagecopyd on both hosts; report this",
+            ),
+        )
+    }
+
+    /// The destination gave up, in its words.
+    pub(super) fn by_peer(code: AbortCode, reason: &str) -> End {
+        let (fault, remedy) = match code {
+            AbortCode::Cancelled => (Fault::Operator, "nothing: the guest runs on here"),
+            AbortCode::UnknownVm => (
+                Fault::PeerHost,
+                "run `pagecopy receive` for this guest at the destination, with the same --vm, then migrate again",
+            ),
+            AbortCode::MemoryMismatch => (
+                Fault::Operator,
+                "start the destination's QEMU with the same memory back ends: ids, sizes and page sizes",
+            ),
+            AbortCode::Busy => (
+                Fault::Operator,
+                "wait for the other migration of this guest, or cancel it",
+            ),
+            AbortCode::Qemu => (
+                Fault::Qemu,
+                "read the destination's QEMU log, start it anew, then migrate again",
+            ),
+            AbortCode::TimedOut => (
+                Fault::Network,
+                "check the network between the hosts, then migrate again",
+            ),
+            AbortCode::Incompatible => (
+                Fault::Operator,
+                "run versions of pagecopyd that fit on both hosts",
+            ),
+            AbortCode::NoMemory => (
+                Fault::PeerHost,
+                "free memory at the destination, then migrate again",
+            ),
+            AbortCode::VerifyFailed => (
+                Fault::PeerHost,
+                "keep the guest here and report this: its memory arrived changed",
+            ),
+            AbortCode::Protocol
+            | AbortCode::NotConverging
+            | AbortCode::Host
+            | AbortCode::Aborted => (
+                Fault::PeerHost,
+                "read the destination's log; the guest runs on here",
+            ),
+        };
+        let state = if code == AbortCode::Cancelled {
+            State::Cancelled
+        } else {
+            State::Failed
+        };
+        let what = format!("the destination gave up: {reason}");
+        End {
+            state,
+            failure: Failure::new(fault, what, remedy),
+            code: None,
+        }
+    }
+}
+
+/// Going back: the guest is being resumed, if it was stopped, and the journal told, if it has to know.
+#[derive(Debug)]
+pub(super) struct Rollback {
+    end: End,
+    resuming: bool,
+    recording: bool,
+    deadline: Time,
+}
+
+impl Rollback {
+    /// Does everything at once that has to be done; first of all the guest.
+    pub(super) fn begin(core: &mut Core, end: End) -> Phase {
+        let resuming = core.stop_ordered.is_some();
+        let recording = matches!(core.intent, Intent::Ordered | Intent::Written);
+        if resuming {
+            core.output(Output::ResumeGuest);
+        }
+        if let Some(code) = end.code.filter(|_| core.link.is_up()) {
+            let reason = format!("{}: {}", core.setup.host, end.failure.what);
+            core.send(Message::Abort { code, reason });
+        }
+        if recording {
+            core.journal(Record::RolledBack);
+        }
+        core.output(Output::Detach);
+        let deadline = core.now.after(core.setup.timeouts.resume);
+        Rollback {
+            end,
+            resuming,
+            recording,
+            deadline,
+        }
+        .finish_if_done(core)
+    }
+
+    pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
+        match input {
+            Input::GuestResumed => self.resuming = false,
+            Input::ResumeFailed(failure) if self.resuming => self.stands_still(&failure),
+            Input::Journaled(Record::RolledBack) => self.recording = false,
+            // `Commit` was not sent or was refused for good: the guest is safe here without the record, too. A daemon
+            // that is started anew will ask the destination and hear the same.
+            Input::JournalFailed(Record::RolledBack, failure) => {
+                self.recording = false;
+                core.notice(format!("the journal could not be closed: {}", failure.what));
+            }
+            Input::Resolve(_) => {
+                core.notice("nothing to resolve: the guest is being taken back here")
+            }
+            _ => {}
+        }
+        if self.resuming && core.now >= self.deadline {
+            self.stands_still(&Failure::new(Fault::Qemu, "QEMU does not answer", ""));
+        }
+        Ok(self.finish_if_done(core))
+    }
+
+    pub(super) fn next(&self) -> Option<Time> {
+        self.resuming.then_some(self.deadline)
+    }
+
+    fn stands_still(&mut self, why: &Failure) {
+        self.resuming = false;
+        self.end.state = State::Failed;
+        self.end.failure.what = format!(
+            "{}; and the guest could not be resumed, it stands stopped here: {}",
+            self.end.failure.what, why.what
+        );
+        self.end.failure.remedy = "send `cont` to this host's QEMU over QMP (`migrate_cancel` first if `query-migrate` says \
+                                   that it still migrates); the destination will not run the guest"
+            .to_owned();
+    }
+
+    fn finish_if_done(self, core: &mut Core) -> Phase {
+        if self.resuming || self.recording {
+            return Phase::Rollback(self);
+        }
+        core.finish(self.end.state, Some(self.end.failure));
+        Phase::Ended
+    }
+}
+
+/// Why a migration that a daemon finds in its journal ended.
+pub(super) fn restarted() -> Failure {
+    Failure::new(
+        Fault::ThisHost,
+        "pagecopyd was started anew in the middle of the migration",
+        "migrate again",
+    )
+}

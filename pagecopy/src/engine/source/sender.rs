@@ -1,0 +1,157 @@
+//! Keeps the data channels busy: batches under way, and what went how.
+
+use super::heat::Pages;
+use super::interface::{Batch, Output, Pushed};
+use super::pacing::Pacer;
+use crate::engine::{ChannelId, Time};
+use crate::limits::{MAX_BATCH_BYTES, MAX_BATCHES_PER_CHANNEL, MAX_RUNS};
+use crate::memory::{BlockSpec, Run};
+
+/// A batch is not made smaller than this to spread few pages over the channels.
+const MIN_BATCH_BYTES: u64 = 128 << 10;
+
+/// The data channels as the engine knows them.
+#[derive(Debug)]
+pub(super) struct Sender {
+    lanes: Vec<Vec<InFlight>>,
+    next_id: u64,
+    pacer: Pacer,
+    /// Since [`Sender::begin_round`].
+    round: Sent,
+    /// In the rounds before.
+    before: Sent,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct InFlight {
+    id: u64,
+    page_size: u64,
+}
+
+/// What was sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Sent {
+    pub(super) raw_bytes: u64,
+    pub(super) raw_pages: u64,
+    pub(super) zero_bytes: u64,
+    pub(super) zero_pages: u64,
+}
+
+impl Sender {
+    pub(super) fn new(channels: u16, bandwidth_limit: Option<u64>, now: Time) -> Sender {
+        Sender {
+            lanes: vec![Vec::new(); usize::from(channels)],
+            next_id: 0,
+            pacer: Pacer::new(bandwidth_limit, now),
+            round: Sent::default(),
+            before: Sent::default(),
+        }
+    }
+
+    /// Counts anew.
+    pub(super) fn begin_round(&mut self) {
+        self.before = self.total();
+        self.round = Sent::default();
+    }
+
+    /// What was sent in all rounds.
+    pub(super) fn total(&self) -> Sent {
+        Sent {
+            raw_bytes: self.before.raw_bytes + self.round.raw_bytes,
+            raw_pages: self.before.raw_pages + self.round.raw_pages,
+            zero_bytes: self.before.zero_bytes + self.round.zero_bytes,
+            zero_pages: self.before.zero_pages + self.round.zero_pages,
+        }
+    }
+
+    /// What was sent since the round began.
+    pub(super) fn round(&self) -> Sent {
+        self.round
+    }
+
+    /// The data channels.
+    pub(super) fn channels(&self) -> impl Iterator<Item = ChannelId> {
+        (1..=u16::try_from(self.lanes.len()).unwrap_or(u16::MAX)).map(ChannelId)
+    }
+
+    /// Puts as many batches under way as there is room, pages, and bandwidth for; the emptiest channel first.
+    pub(super) fn fill(
+        &mut self,
+        now: Time,
+        pages: &mut Pages,
+        specs: &[BlockSpec],
+    ) -> Vec<Output> {
+        let mut outputs = Vec::new();
+        while !pages.nothing_to_send() && self.pacer.may_send(now) {
+            let Some(lane) = self.free_lane() else { break };
+            let runs = pages.take(MAX_RUNS, self.batch_bytes(pages));
+            let Some(spec) = runs
+                .first()
+                .and_then(|run| specs.get(usize::from(run.block.0)))
+            else {
+                break;
+            };
+            self.pacer.spend(bytes(&runs, spec));
+            self.next_id += 1;
+            let id = self.next_id;
+            self.lanes[lane].push(InFlight {
+                id,
+                page_size: spec.page_size,
+            });
+            let channel = ChannelId(u16::try_from(lane + 1).unwrap_or(u16::MAX));
+            outputs.push(Output::Push {
+                channel,
+                batch: Batch { id, runs },
+            });
+        }
+        outputs
+    }
+
+    /// The channel with the fewest batches under way, if it has room.
+    fn free_lane(&self) -> Option<usize> {
+        let (lane, in_flight) = self
+            .lanes
+            .iter()
+            .enumerate()
+            .min_by_key(|(_, lane)| lane.len())?;
+        (in_flight.len() < MAX_BATCHES_PER_CHANNEL).then_some(lane)
+    }
+
+    /// Few pages are spread over all channels; many go in the largest batches.
+    fn batch_bytes(&self, pages: &Pages) -> u64 {
+        let share = pages.send_bytes() / self.lanes.len().max(1) as u64;
+        share.clamp(MIN_BATCH_BYTES, MAX_BATCH_BYTES)
+    }
+
+    /// A batch went. `None`: it is not one of those under way.
+    pub(super) fn pushed(&mut self, channel: ChannelId, batch: u64, pushed: Pushed) -> Option<()> {
+        let lane = self.lanes.get_mut(usize::from(channel.0).checked_sub(1)?)?;
+        let at = lane.iter().position(|in_flight| in_flight.id == batch)?;
+        let page_size = lane.remove(at).page_size;
+        self.pacer.refund(pushed.zero_bytes);
+        self.round.raw_bytes += pushed.raw_bytes;
+        self.round.raw_pages += pushed.raw_bytes / page_size;
+        self.round.zero_bytes += pushed.zero_bytes;
+        self.round.zero_pages += pushed.zero_bytes / page_size;
+        Some(())
+    }
+
+    /// Whether nothing is under way.
+    pub(super) fn idle(&self) -> bool {
+        self.lanes.iter().all(Vec::is_empty)
+    }
+
+    /// When the next batch may go, if only the bandwidth limit holds it back.
+    pub(super) fn next(&self, pages: &Pages) -> Option<Time> {
+        self.free_lane()?;
+        if pages.nothing_to_send() {
+            None
+        } else {
+            self.pacer.next()
+        }
+    }
+}
+
+fn bytes(runs: &[Run], spec: &BlockSpec) -> u64 {
+    runs.iter().map(|run| run.pages * spec.page_size).sum()
+}

@@ -1,0 +1,320 @@
+//! The switchover: the guest stops, what remains goes, QEMU's device state goes beside it, the destination loads.
+//!
+//! Three strands run at once and meet before `Commit`: the last pages (stop, scan, push, barrier), the device state, and
+//! the journal's `CommitIntent`, which is written while the destination loads. With `--verify`, digests are the fourth.
+
+use std::time::Duration;
+
+use super::commit::Commit;
+use super::core::{Core, Intent, millis};
+use super::greeting::outside;
+use super::interface::{Input, Output};
+use super::rollback::End;
+use super::{Phase, Step};
+use crate::engine::event::State;
+use crate::engine::journal::Record;
+use crate::engine::{Failure, Fault, Time};
+use crate::limits::{MAX_DEVICE_STATE, MAX_DEVICE_STATE_CHUNK, MAX_DIGESTS};
+use crate::wire::{AbortCode, Message};
+
+/// The guest was told to stop.
+#[derive(Debug)]
+pub(super) struct Switchover {
+    final_round: u32,
+    pages: Pages,
+    bytes: u64,
+    device_state: DeviceState,
+    /// Set while digests are still to be sent; none without `--verify`.
+    digests_owed: bool,
+    loaded: bool,
+    ordered: Time,
+    moved: Time,
+    /// What the deadlines are stretched by, for digests and for a limit that allows more.
+    grace: Duration,
+}
+
+/// Where the last pages are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pages {
+    /// The guest is stopping.
+    Stopping,
+    /// The last scan.
+    Scanning,
+    /// They leave.
+    Sending { since: Time },
+    /// Barriers are on their way.
+    Closing { since: Time },
+    /// The destination has them all.
+    InPlace { at: Time },
+}
+
+/// Where QEMU's device state is.
+#[derive(Clone, Copy, Debug, Default)]
+struct DeviceState {
+    bytes: u64,
+    crc: u32,
+    sent: bool,
+}
+
+impl Switchover {
+    pub(super) fn begin(core: &mut Core, final_round: u32) -> Phase {
+        core.enter(State::Completing);
+        core.stop_ordered = Some(core.now);
+        core.figures.predicted_downtime_ms = core.convergence.predicted().map(millis);
+        core.output(Output::StopGuest);
+        Phase::Switchover(Switchover {
+            final_round,
+            pages: Pages::Stopping,
+            bytes: 0,
+            device_state: DeviceState::default(),
+            digests_owed: core.setup.options.verify,
+            loaded: false,
+            ordered: core.now,
+            moved: core.now,
+            grace: core.setup.options.downtime_limit + core.convergence.verify() * 4,
+        })
+    }
+
+    pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
+        match input {
+            Input::GuestStopped if self.pages == Pages::Stopping => {
+                self.pages = Pages::Scanning;
+                core.output(Output::Scan { holes: true });
+                if self.digests_owed {
+                    core.output(Output::Digest);
+                }
+            }
+            Input::Scanned {
+                dirty,
+                populated: Some(populated),
+                ..
+            } if self.pages == Pages::Scanning => {
+                core.pages.stopped(&dirty, &populated).map_err(outside)?;
+                self.send_the_rest(core);
+            }
+            Input::Pushed {
+                channel,
+                batch,
+                pushed,
+            } => {
+                if core.sender.pushed(channel, batch, pushed).is_none() {
+                    return Ok(Phase::Switchover(self));
+                }
+                self.send_on(core);
+            }
+            Input::DeviceState(bytes) => self.device_state(core, &bytes)?,
+            Input::DeviceStateSaved => self.device_state_saved(core),
+            Input::Digests(digests) => self.send_digests(core, digests)?,
+            Input::PageDigests {
+                block,
+                chunk,
+                digests,
+            } => {
+                core.send(Message::PageDigests {
+                    block,
+                    chunk,
+                    digests,
+                });
+            }
+            Input::Journaled(Record::CommitIntent) => core.intent = Intent::Written,
+            Input::Message(message) => self.message(core, message)?,
+            _ => return Ok(Phase::Switchover(self)),
+        }
+        self.moved = core.now;
+        Ok(self.commit_if_ready(core))
+    }
+
+    fn message(&mut self, core: &mut Core, message: Message) -> Result<(), End> {
+        match (message, self.pages) {
+            (Message::BarrierReached { round }, Pages::Closing { since })
+                if round == self.final_round =>
+            {
+                let took = core.now.since(since);
+                if core.sender.round().raw_bytes > 0 {
+                    core.sending_time += took;
+                }
+                self.pages = Pages::InPlace { at: core.now };
+            }
+            (Message::ChunkDiffers { block, chunk }, Pages::InPlace { .. })
+                if core.setup.options.verify =>
+            {
+                self.page_digests(core, block, chunk)?;
+            }
+            (Message::Loaded, Pages::InPlace { at })
+                if self.device_state.sent && !self.digests_owed =>
+            {
+                if core.setup.options.verify {
+                    core.figures.verify_ms = Some(millis(core.now.since(at)));
+                }
+                self.loaded = true;
+            }
+            (message, _) => {
+                return Err(core.out_of_place(&message, "the guest was being switched over"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The last scan is in: everything goes, and QEMU saves its devices meanwhile.
+    fn send_the_rest(&mut self, core: &mut Core) {
+        self.pages = Pages::Sending { since: core.now };
+        self.bytes = core.pages.send_bytes();
+        core.send(Message::Stopped {
+            final_round: self.final_round,
+        });
+        core.sender.begin_round();
+        self.send_on(core);
+        core.output(Output::SaveDeviceState);
+    }
+
+    fn send_on(&mut self, core: &mut Core) {
+        let Pages::Sending { since } = self.pages else {
+            return;
+        };
+        core.fill_channels();
+        core.progress(self.final_round, since, self.bytes);
+        if core.all_sent() {
+            self.pages = Pages::Closing { since };
+            core.send_barriers(self.final_round);
+        }
+    }
+
+    fn device_state(&mut self, core: &mut Core, bytes: &bytes::Bytes) -> Result<(), End> {
+        self.device_state.bytes += bytes.len() as u64;
+        if self.device_state.bytes > MAX_DEVICE_STATE {
+            return Err(End::new(
+                AbortCode::Qemu,
+                Failure::new(
+                    Fault::Qemu,
+                    format!(
+                        "QEMU's device state is larger than {} MiB",
+                        MAX_DEVICE_STATE >> 20
+                    ),
+                    "put all RAM on memory-backend-file with share=on, so that only devices are in QEMU's own stream",
+                ),
+            ));
+        }
+        self.device_state.crc = crc32c::crc32c_append(self.device_state.crc, bytes);
+        let mut rest = bytes.clone();
+        while !rest.is_empty() {
+            core.send(Message::DeviceState(
+                rest.split_to(rest.len().min(MAX_DEVICE_STATE_CHUNK)),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The stream is whole. The intent is written while the destination loads.
+    fn device_state_saved(&mut self, core: &mut Core) {
+        if self.device_state.sent {
+            return;
+        }
+        let DeviceState { bytes, crc, .. } = self.device_state;
+        self.device_state.sent = true;
+        core.figures.device_state_bytes = bytes;
+        core.send(Message::DeviceStateEnd { bytes, crc });
+        core.intent = Intent::Ordered;
+        core.journal(Record::CommitIntent);
+    }
+
+    fn send_digests(&mut self, core: &mut Core, blocks: Vec<Vec<[u8; 16]>>) -> Result<(), End> {
+        if !self.digests_owed {
+            return Ok(());
+        }
+        self.digests_owed = false;
+        for (block, digests) in blocks.iter().enumerate() {
+            let mut first = 0;
+            for part in digests.chunks(MAX_DIGESTS) {
+                let block = u16::try_from(block)
+                    .map_err(|_| End::protocol("too many RAMBlocks".to_owned()))?;
+                core.send(Message::Digests {
+                    block,
+                    first,
+                    digests: part.to_vec(),
+                });
+                first += part.len() as u64;
+            }
+        }
+        Ok(())
+    }
+
+    fn page_digests(&mut self, core: &mut Core, block: u16, chunk: u64) -> Result<(), End> {
+        let spec = core.setup.blocks.get(usize::from(block));
+        let chunks = spec.map_or(0, |spec| spec.size.div_ceil(crate::limits::DIGEST_CHUNK));
+        if chunk >= chunks {
+            return Err(End::protocol(format!(
+                "the destination asked for chunk {chunk} of RAMBlock {block}"
+            )));
+        }
+        core.output(Output::PageDigests { block, chunk });
+        Ok(())
+    }
+
+    /// From `Commit` on the guest is the destination's: its answer `Loaded` and the record of our intent come first.
+    fn commit_if_ready(self, core: &mut Core) -> Phase {
+        if self.loaded && core.intent == Intent::Written {
+            Commit::begin(core)
+        } else {
+            Phase::Switchover(self)
+        }
+    }
+
+    pub(super) fn next(&self, core: &Core) -> Time {
+        let work = match self.pages {
+            Pages::Sending { .. } => core.sender.next(&core.pages),
+            _ => None,
+        };
+        work.into_iter().fold(self.deadline(core), Time::min)
+    }
+
+    fn deadline(&self, core: &Core) -> Time {
+        let timeouts = core.setup.timeouts;
+        let whole = self.ordered.after(timeouts.switchover).after(self.grace);
+        whole.min(self.moved.after(timeouts.progress).after(self.grace))
+    }
+
+    pub(super) fn on_time(mut self, core: &mut Core) -> Step {
+        if core.now >= self.deadline(core) {
+            let waited = millis(core.now.since(self.ordered));
+            return Err(End::new(
+                AbortCode::TimedOut,
+                Failure::new(
+                    Fault::PeerHost,
+                    format!(
+                        "the switchover did not end within {waited:.0} ms: {}",
+                        self.waits_for(core)
+                    ),
+                    "see what keeps the hosts or the network busy, then migrate again",
+                ),
+            ));
+        }
+        if core
+            .sender
+            .next(&core.pages)
+            .is_some_and(|next| core.now >= next)
+        {
+            self.send_on(core);
+        }
+        Ok(Phase::Switchover(self))
+    }
+
+    fn waits_for(&self, core: &Core) -> &'static str {
+        match self.pages {
+            Pages::Stopping => "QEMU did not stop the guest",
+            Pages::Scanning => "the last scan did not end",
+            Pages::Sending { .. } => "the last pages did not leave",
+            Pages::Closing { .. } => "the destination did not confirm the last pages",
+            Pages::InPlace { .. } if !self.device_state.sent => {
+                "QEMU did not save its device state"
+            }
+            Pages::InPlace { .. } if self.digests_owed => "the digests were not ready",
+            Pages::InPlace { .. } if !self.loaded => {
+                "the destination did not load the device state"
+            }
+            Pages::InPlace { .. } if core.intent == Intent::Ordered => {
+                "the journal was not written"
+            }
+            Pages::InPlace { .. } => "everything was ready",
+        }
+    }
+}

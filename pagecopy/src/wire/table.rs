@@ -1,0 +1,91 @@
+//! The table of messages: number, name, fields and their codecs. `encode`, `decode` and `number` all come from it, and a
+//! test holds it to the table in `WIRE.md`.
+
+use bytes::Bytes;
+
+use super::Message;
+use super::codec::{Reader, WireError, Writer};
+use super::fields::{Blocks, Chunk, Code, Codec, Digests, Flag, Id, Name, Reason, Runs, Stand};
+
+macro_rules! messages {
+    ($($number:literal $name:ident
+        $({ $($field:ident: $codec:ty),* $(,)? })?
+        $(( $only:ident: $only_codec:ty ))?
+    ;)*) => {
+        /// Number and name of every message, in order.
+        #[cfg(test)]
+        pub(super) const TABLE: &[(u16, &str)] = &[$(($number, stringify!($name))),*];
+
+        impl Message {
+            /// The message's name, for people.
+            pub fn name(&self) -> &'static str {
+                match self {
+                    $(Message::$name { .. } => stringify!($name),)*
+                }
+            }
+
+            /// The bytes of `WIRE.md`. A list above its limit is a bug of the caller's; a reason that is too long is cut.
+            pub fn encode(&self) -> Bytes {
+                let mut out = Writer::default();
+                match self {
+                    $(Message::$name $({ $($field),* })? $(($only))? => {
+                        out.put(&u16::to_le_bytes($number));
+                        $($(<$codec>::put($field, &mut out);)*)?
+                        $(<$only_codec>::put($only, &mut out);)?
+                    })*
+                }
+                out.finish().into()
+            }
+
+            /// Takes a message from its bytes.
+            ///
+            /// # Errors
+            /// [`WireError`]: the peer broke the protocol.
+            pub fn decode(bytes: &[u8]) -> Result<Message, WireError> {
+                let mut input = Reader::new(bytes);
+                let message = match u16::from_le_bytes(input.array("type")?) {
+                    $($number => Message::$name
+                        $({ $($field: <$codec>::get(stringify!($field), &mut input)?),* })?
+                        $((<$only_codec>::get(stringify!($only), &mut input)?))?,
+                    )*
+                    unknown => return Err(WireError::UnknownType(unknown)),
+                };
+                input.end()?;
+                Ok(message)
+            }
+        }
+    };
+}
+
+messages! {
+    1 Hello {
+        version_min: u16,
+        version_max: u16,
+        capabilities: u64,
+        id: Id,
+        vm: Name,
+        host: Name,
+        verify: Flag,
+        blocks: Blocks,
+    };
+    2 Accept { version: u16, capabilities: u64, host: Name };
+    3 Populate(runs: Runs);
+    4 Zero(runs: Runs);
+    5 Barrier { round: u32 };
+    6 BarrierReached { round: u32 };
+    7 Ping { nonce: u64 };
+    8 Pong { nonce: u64 };
+    9 Stopped { final_round: u32 };
+    10 DeviceState(bytes: Chunk);
+    11 DeviceStateEnd { bytes: u64, crc: u32 };
+    12 Digests { block: u16, first: u64, digests: Digests };
+    13 ChunkDiffers { block: u16, chunk: u64 };
+    14 PageDigests { block: u16, chunk: u64, digests: Digests };
+    15 Loaded;
+    16 Commit;
+    17 Running;
+    18 Closed;
+    19 Query { id: Id };
+    20 Answer { id: Id, standing: Stand };
+    21 Abort { code: Code, reason: Reason };
+}

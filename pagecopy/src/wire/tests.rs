@@ -1,0 +1,1 @@
+//! Placeholder until the golden samples are written below.
