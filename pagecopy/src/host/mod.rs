@@ -8,6 +8,7 @@ pub mod process;
 pub mod ram;
 pub mod track;
 
+mod seek;
 mod sys;
 
 use std::io;

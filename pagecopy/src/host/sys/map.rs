@@ -1,0 +1,124 @@
+//! Shared mappings of guest memory, read and written by copies through raw pointers only.
+//!
+//! Others (the guest, QEMU, the kernel) write this memory at any time, so no reference into it ever exists. Every access is
+//! volatile or a `memcpy` whose result is taken as "some bytes": a torn page is harmless, for its dirty bit is set again.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::ptr::{self, NonNull};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use super::zero;
+
+/// A whole file mapped `MAP_SHARED`; unmapped on drop.
+#[derive(Debug)]
+pub(crate) struct SharedMap {
+    base: NonNull<u8>,
+    len: usize,
+    writable: bool,
+}
+
+// SAFETY: the mapping belongs to no thread, and all access is by copies that assume concurrent writers.
+unsafe impl Send for SharedMap {}
+// SAFETY: as above; no method gives out a reference into the memory.
+unsafe impl Sync for SharedMap {}
+
+impl SharedMap {
+    /// Maps the first `len` bytes of `file`, left out of core dumps. Reserves nothing: on hugetlbfs QEMU's own mapping did.
+    pub(crate) fn new(file: BorrowedFd<'_>, len: usize, writable: bool) -> io::Result<SharedMap> {
+        let access = if writable {
+            ProtFlags::READ | ProtFlags::WRITE
+        } else {
+            ProtFlags::READ
+        };
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: no address is asked for, so the kernel picks one that nothing else uses.
+        let base = unsafe { rustix::mm::mmap(ptr::null_mut(), len, access, flags, file, 0)? };
+        let base =
+            NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
+        let map = SharedMap {
+            base,
+            len,
+            writable,
+        };
+        // Only a courtesy to whoever collects core dumps; old kernels may refuse it.
+        let _ = map.advise(0..len, Advice::LinuxDontDump);
+        Ok(map)
+    }
+
+    /// First address.
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// Bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Copies the bytes from `offset` on into `into`.
+    ///
+    /// # Panics
+    /// When they are not inside the mapping.
+    pub(crate) fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        let from = self.at(&(offset..offset.saturating_add(into.len())));
+        // SAFETY: `at` checked that the source is inside the mapping, which lives as long as `self`; the target is a
+        // private slice, so the two do not overlap.
+        unsafe { ptr::copy_nonoverlapping(from.cast_const(), into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Whether all bytes of `range` are zero now. Both ends are multiples of 64.
+    ///
+    /// # Panics
+    /// When it is not inside the mapping, or not aligned.
+    pub(crate) fn is_zero(&self, range: Range<usize>) -> bool {
+        let from = self.at(&range);
+        // SAFETY: `at` checked that the range is inside the mapping, which lives as long as `self`.
+        unsafe { zero::is_zero(from, range.len()) }
+    }
+
+    /// Writes zeroes to `range`. Its pages must be in the file already: where a page would have to be allocated and
+    /// cannot be, the kernel raises SIGBUS.
+    ///
+    /// # Panics
+    /// When the range is not inside the mapping, or the mapping is read-only.
+    pub(crate) fn fill_zero(&self, range: Range<usize>) {
+        assert!(
+            self.writable,
+            "zeroes are written to writable mappings only"
+        );
+        let at = self.at(&range);
+        // SAFETY: `at` checked that the range is inside the mapping, which is writable and lives as long as `self`.
+        unsafe { ptr::write_bytes(at, 0, range.len()) }
+    }
+
+    /// Allocates and maps the pages of `range` as a write to each would (`MADV_POPULATE_WRITE`); contents stay.
+    pub(crate) fn populate_write(&self, range: Range<usize>) -> io::Result<()> {
+        self.advise(range, Advice::LinuxPopulateWrite)
+    }
+
+    fn advise(&self, range: Range<usize>, advice: Advice) -> io::Result<()> {
+        let at = self.at(&range);
+        // SAFETY: the range is inside our mapping, and the two pieces of advice used here change no contents.
+        unsafe { Ok(rustix::mm::madvise(at.cast(), range.len(), advice)?) }
+    }
+
+    /// Address of a range that is inside the mapping.
+    fn at(&self, range: &Range<usize>) -> *mut u8 {
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "outside the mapping"
+        );
+        self.base.as_ptr().wrapping_add(range.start)
+    }
+}
+
+impl Drop for SharedMap {
+    fn drop(&mut self) {
+        // SAFETY: made by `new` with this address and length, and nothing refers to it any more. An error would only
+        // mean that the mapping stays.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
