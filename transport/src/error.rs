@@ -32,6 +32,9 @@ pub enum Error {
     /// The peer refused us, in its words.
     #[error("the peer refused: {0}")]
     Refused(String),
+    /// We refused the peer, in the words that it was told: it may not do what it asked for.
+    #[error("the peer was turned away: {0}")]
+    Denied(String),
     /// TLS: the peer's certificate is missing, wrong, expired, foreign, or its name is not on the allow-list.
     #[error("the peer is not trusted: {0}")]
     Untrusted(String),

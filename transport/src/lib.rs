@@ -10,9 +10,11 @@ pub mod error;
 pub mod limits;
 pub mod mem;
 pub mod region;
+mod stream;
+mod sys;
 pub mod tls;
 
 pub use channel::{Channel, Event, Op, Stats, SubmitError, Token};
-pub use connect::{Address, Greeting, Listener, Peer, Pending, Security};
+pub use connect::{Address, Greeting, Identity, Listener, Peer, Pending, Security, connect};
 pub use error::Error;
 pub use region::{Access, Extent, Region, RegionId, Regions};

@@ -10,6 +10,16 @@ pub const MAX_MESSAGE: usize = 1 << 20;
 pub const MAX_QUEUED: usize = 64;
 /// Channels of one connection, the control channel included.
 pub const MAX_CHANNELS: u16 = 65;
+/// Bytes of a reason in words, in a refusal or a fault frame.
+pub const MAX_REASON: usize = 1024;
+/// Pieces of memory in one system call (the kernel's `UIO_MAXIOV`).
+pub const MAX_IOVECS: usize = 1024;
+/// Bytes handed to the kernel in one send: enough to keep a fast link busy, few enough that completions come often.
+pub const MAX_SEND_BYTES: usize = 4 << 20;
+/// Bytes of the buffer for headers, extent tables and small messages.
+pub const INBOX_LEN: usize = 16 << 10;
+/// Bytes encrypted at a time, before the records' overhead.
+pub const TLS_BATCH: usize = 256 << 10;
 
 const _: () = assert!(
     MAX_EXTENTS <= 1024,
@@ -18,4 +28,8 @@ const _: () = assert!(
 const _: () = assert!(
     MAX_MESSAGE <= u32::MAX as usize,
     "a message's length fits its header field"
+);
+const _: () = assert!(
+    INBOX_LEN >= 32 + 16 * MAX_EXTENTS,
+    "the largest header with its extent table fits the inbox"
 );

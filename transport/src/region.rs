@@ -6,8 +6,11 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::ffi::c_void;
 use std::fmt;
 use std::sync::{Arc, RwLock};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 /// The number of a region, the same on both sides of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -67,6 +70,27 @@ impl Region {
         }
     }
 
+    /// A region over fresh anonymous memory, all zeroes, which is given back with the last clone. For tests and
+    /// simulations; guest memory is mapped by its owner.
+    ///
+    /// # Errors
+    /// The system's, when there is no memory or `len` is zero.
+    pub fn anonymous(len: usize) -> std::io::Result<Region> {
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: the kernel chooses the address, so the new mapping replaces none.
+        let base = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                flags,
+            )
+        }?;
+        let owner = Arc::new(Anonymous { base, len });
+        // SAFETY: `owner` unmaps the memory when it is dropped, not before.
+        Ok(unsafe { Region::new(base.cast(), len, owner) })
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> u64 {
         self.len as u64
@@ -85,6 +109,60 @@ impl Region {
         }
         let offset = usize::try_from(extent.offset).ok()?;
         Some(self.base.wrapping_add(offset))
+    }
+
+    /// Copies bytes out, starting at `offset`. Meant for tests and the in-process network: where the mapped file is full,
+    /// touching it from here raises `SIGBUS`, whereas the socket back ends leave all copying to the kernel.
+    ///
+    /// # Panics
+    /// When the range is not inside the region.
+    pub fn copy_out(&self, offset: u64, to: &mut [u8]) {
+        if !to.is_empty() {
+            let from = self
+                .address(Extent {
+                    offset,
+                    len: to.len() as u64,
+                })
+                .expect("a range inside the region");
+            // SAFETY: `address` has checked the range, which stays mapped; `to` is ours alone. Bytes that others write
+            // meanwhile come out old or new.
+            unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) }
+        }
+    }
+
+    /// Copies bytes in, starting at `offset`. As [`copy_out`](Self::copy_out).
+    ///
+    /// # Panics
+    /// When the range is not inside the region.
+    pub fn copy_in(&self, offset: u64, from: &[u8]) {
+        if !from.is_empty() {
+            let to = self
+                .address(Extent {
+                    offset,
+                    len: from.len() as u64,
+                })
+                .expect("a range inside the region");
+            // SAFETY: as in `copy_out`, the other way round.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
+        }
+    }
+}
+
+/// Anonymous memory that is unmapped in the end.
+struct Anonymous {
+    base: *mut c_void,
+    len: usize,
+}
+
+// SAFETY: an address and a length; only `drop` uses them.
+unsafe impl Send for Anonymous {}
+// SAFETY: as above.
+unsafe impl Sync for Anonymous {}
+
+impl Drop for Anonymous {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `Region::anonymous`, and the last region over it is gone.
+        let _ = unsafe { munmap(self.base, self.len) };
     }
 }
 

@@ -3,16 +3,26 @@
 //! Everything here blocks, and everything is bounded by the deadline that the caller gives: a peer that connects and
 //! says nothing costs one thread for that long and no more.
 
+pub(crate) mod greeting;
+mod link;
+mod listener;
+pub(crate) mod socket;
+
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::greeting::{Answer, Code, Hello};
+use self::link::Link;
+pub use self::listener::{Listener, Pending};
+use self::socket::{Bounded, Deadline};
 use crate::channel::Channel;
 use crate::error::Error;
 use crate::region::Regions;
 pub use crate::tls::Identity;
+use crate::tls::handshake;
 
 /// Where a peer listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,63 +77,50 @@ pub enum Security {
 /// [`Error::Io`] when nobody answers, [`Error::Refused`] with the peer's words, [`Error::PeerIncompatible`] when only
 /// one side uses TLS or no version fits, [`Error::Untrusted`] when the peer's certificate does not pass.
 pub fn connect(
-    _address: &Address,
-    _security: &Security,
-    _greeting: &Greeting,
-    _regions: &Regions,
-    _deadline: Duration,
+    address: &Address,
+    security: &Security,
+    greeting: &Greeting,
+    regions: &Regions,
+    deadline: Duration,
 ) -> Result<(Box<dyn Channel>, Peer), Error> {
-    Err(Error::Misuse(String::new()))
+    let bounded = Bounded::dial(address, Deadline::after(deadline))?;
+    let (mut link, names) = match security {
+        Security::Plaintext => (Link::Plain(bounded), Vec::new()),
+        Security::Tls(identity) => {
+            let (tls, names) = handshake::client(bounded, identity)?;
+            (Link::Tls(Box::new(tls)), names)
+        }
+    };
+    // A peer that refuses may close before it has read the greeting: its answer tells more than our failure to send.
+    let greeted = link.write_all(&Hello::new(*greeting).encode());
+    let answer = link
+        .read_answer()
+        .map_err(|error| match (&error, greeted) {
+            (Error::Closed | Error::Io { .. }, Err(earlier)) => earlier,
+            _ => error,
+        })?;
+    match answer.code {
+        Code::Welcome => {}
+        Code::NeedsTls | Code::NoTls | Code::Version => {
+            return Err(Error::PeerIncompatible(answer.text));
+        }
+        Code::Refused | Code::Untrusted | Code::Malformed => {
+            return Err(Error::Refused(answer.text));
+        }
+    }
+    let peer = Peer {
+        address: address.to_string(),
+        names,
+    };
+    Ok((link.into_channel(regions.clone())?, peer))
 }
 
-/// A socket that peers dial.
-#[derive(Debug)]
-pub struct Listener {}
-
-impl Listener {
-    /// Listens at `address`. A unix socket that nobody listens on any more is replaced.
-    ///
-    /// # Errors
-    /// [`Error::Io`]: the address is in use, not ours, or needs a privilege.
-    pub fn bind(_address: &Address) -> Result<Listener, Error> {
-        Err(Error::Misuse(String::new()))
-    }
-
-    /// The address, with the port that the kernel chose if it was 0.
-    pub fn local_address(&self) -> Address {
-        Address::Unix(PathBuf::new())
-    }
-
-    /// Waits at most `timeout` for a peer.
-    ///
-    /// # Errors
-    /// [`Error::Io`]: the process is out of descriptors, or the like. The listener stays usable.
-    pub fn accept(&self, _timeout: Duration) -> Result<Option<Pending>, Error> {
-        Ok(None)
-    }
-}
-
-/// A peer that has dialled and said nothing yet.
-#[derive(Debug)]
-pub struct Pending {}
-
-impl Pending {
-    /// The peer's address, for people.
-    pub fn peer_address(&self) -> String {
-        String::new()
-    }
-
-    /// Takes the peer's greeting and answers it. `admit` decides by greeting and certificate, and says which regions
-    /// the channel gives access to; its error is told to the peer. Blocks, at most for `deadline` in all.
-    ///
-    /// # Errors
-    /// As [`connect`]; with `admit`'s refusal it is [`Error::Misuse`] with the same words.
-    pub fn establish(
-        self,
-        _security: &Security,
-        _deadline: Duration,
-        _admit: impl FnOnce(&Greeting, &Peer) -> Result<Regions, String>,
-    ) -> Result<(Greeting, Peer, Box<dyn Channel>), Error> {
-        Err(Error::Misuse(String::new()))
+/// Tells the peer why it is turned away, and gives it time to read that.
+fn turn_away(mut link: Link, code: Code, text: &str) {
+    if link
+        .write_all(&Answer::refusal(code, text).encode())
+        .is_ok()
+    {
+        link.close_gently();
     }
 }

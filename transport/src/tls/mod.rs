@@ -1,25 +1,7 @@
 //! TLS 1.3 between peers that both show a certificate.
 
-use std::path::Path;
-use std::sync::Arc;
+pub(crate) mod handshake;
+mod identity;
+pub(crate) mod link;
 
-use crate::error::Error;
-
-/// Who we are to peers, and which peers we talk to.
-#[derive(Debug)]
-pub struct Identity {}
-
-impl Identity {
-    /// Reads the files (PEM). `allow` lists the DNS names that peers' certificates may carry.
-    ///
-    /// # Errors
-    /// [`Error::Misuse`] naming the file and what is wrong with it.
-    pub fn load(
-        _ca: &Path,
-        _cert: &Path,
-        _key: &Path,
-        _allow: Vec<String>,
-    ) -> Result<Arc<Identity>, Error> {
-        Err(Error::Misuse(String::new()))
-    }
-}
+pub use self::identity::Identity;

@@ -1,0 +1,22 @@
+//! The conformance suite: one body over every back end, and what is particular to sockets and certificates.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    missing_docs,
+    unreachable_pub
+)]
+
+mod body;
+mod harness;
+
+use harness::Sockets;
+
+#[test]
+fn tcp() {
+    body::all(&Sockets::tcp());
+}
+
+#[test]
+fn unix() {
+    body::all(&Sockets::unix());
+}
