@@ -9,7 +9,7 @@
 mod body;
 mod harness;
 
-use harness::Sockets;
+use harness::{Mem, Sockets};
 
 #[test]
 fn tcp() {
@@ -19,4 +19,9 @@ fn tcp() {
 #[test]
 fn unix() {
     body::all(&Sockets::unix());
+}
+
+#[test]
+fn mem() {
+    body::all(&Mem::new());
 }
