@@ -55,9 +55,10 @@ impl Channel for MemChannel {
         }
         let item = match op {
             Op::Write { region, extents } => {
-                check_extents(&end.regions, region, &extents)?;
+                let from = check_extents(&end.regions, region, &extents)?;
                 Item::Write {
                     token,
+                    from,
                     region,
                     extents,
                 }
