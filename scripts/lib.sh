@@ -36,7 +36,30 @@ as_root() {
     fi
 }
 
-# need_root_tests: network namespaces and attaching to another process need root.
-need_root() {
-    ((EUID == 0)) || die "$1 needs root (network namespaces, ptrace): run it with sudo -E"
+# run_and_clean_up COMMAND...: runs a program that starts QEMUs, daemons and namespaces. However it ends, by Ctrl-C too,
+# its processes end with it, and what it named after its pid is removed (tests/src/real/scratch.rs has the names).
+run_and_clean_up() {
+    local status=0
+    set -m # a process group of its own, which can be ended as a whole
+    "$@" </dev/null &
+    local group=$!
+    set +m
+    # shellcheck disable=SC2064 # the group is known now
+    trap "clean_up $group; exit 130" INT TERM
+    wait "$group" || status=$?
+    trap - INT TERM
+    clean_up "$group"
+    return "$status"
+}
+
+clean_up() {
+    local group=$1 name
+    # The group is the program and all that it started; none of it outlives this.
+    kill -TERM -- "-$group" 2>/dev/null || true
+    wait "$group" 2>/dev/null || true
+    kill -KILL -- "-$group" 2>/dev/null || true
+    for name in $(ip netns list 2>/dev/null | cut -d' ' -f1 | grep "^pagecopy-$group-" || true); do
+        ip netns delete "$name" || true
+    done
+    rm -rf "/tmp/pagecopy-$group-"* "/dev/shm/pagecopy-$group-"*
 }

@@ -85,6 +85,17 @@ impl Cli {
         })
     }
 
+    /// The figures of the last migration of `vm` that ended here, as `pagecopy status --json` tells them.
+    pub fn last_finished(&self, vm: &str) -> Option<Value> {
+        let output = self.run(&["status", "--json"]);
+        let all: Value = serde_json::from_slice(&output.stdout).ok()?;
+        let of_vm = |one: &&Value| one["vm"] == vm && one["finished"].is_object();
+        all.as_array()?
+            .iter()
+            .rfind(of_vm)
+            .map(|one| one["finished"].clone())
+    }
+
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(program("pagecopy"));
         command
