@@ -59,6 +59,21 @@ impl Destination {
         }
     }
 
+    /// Takes a migration up again after a crash of the daemon whose journal says `Committed` and not yet `Running`: runs
+    /// the guest (`cont` on one that runs already does nothing), then says and records so. Of the set-up, only `timeouts`
+    /// matters.
+    ///
+    /// To be called when the source's `Query` has come, with that connection, and not before: a source that asks has not
+    /// taken the guest back. A source whose operator has taken it back never asks.
+    pub fn recover(setup: Setup, now: Time) -> Destination {
+        let mut core = Core::new(setup, now);
+        core.greeted = true;
+        core.qemu_used = true;
+        core.enter(State::Completing);
+        let phase = commit::Starting::begin(&mut core);
+        Destination { core, phase }
+    }
+
     /// Takes something that happened. Late answers to what was given up are ignored; nothing panics.
     pub fn handle(&mut self, now: Time, input: Input) {
         self.core.now = self.core.now.max(now);

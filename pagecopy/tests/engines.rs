@@ -1,0 +1,302 @@
+//! Source and destination against each other, in one thread and virtual time: what must happen when all goes well, and
+//! what must never happen when anything goes wrong at any step.
+#![allow(clippy::unwrap_used, unreachable_pub, missing_docs)]
+
+mod pair;
+
+use std::time::Duration;
+
+use pagecopy::engine::Fault;
+use pagecopy::engine::event::State;
+use pagecopy::engine::source::{self, Resolution};
+use pair::{Pair, Trouble};
+
+const STEPS: u64 = 200_000;
+
+#[test]
+fn an_idle_guest_moves_after_one_round() {
+    let mut pair = Pair::new(3000, |_| {});
+    pair.run(STEPS);
+    assert_eq!(pair.result().state, State::Completed, "{:?}", pair.result());
+    assert!(pair.destination_runs && !pair.source_runs);
+    assert_eq!(pair.source_pages, pair.destination_pages);
+    let figures = &pair.result().figures;
+    assert_eq!(
+        (figures.rounds, figures.pages_sent, figures.pages_zero),
+        (1, 2000, 0)
+    );
+    assert_eq!(figures.attach_stop_us, Some(300));
+    assert_eq!(figures.device_state_bytes, 300_000);
+    let downtime = figures.downtime_ms.unwrap();
+    assert!((1.0..20.0).contains(&downtime), "{downtime}");
+}
+
+#[test]
+fn a_guest_that_writes_moves_whole() {
+    for direct_io in [false, true] {
+        let mut pair = Pair::new(20_000, |setup| {
+            setup.direct_io = direct_io;
+            setup.options.downtime_limit = Duration::from_millis(12);
+        });
+        pair.writes_per_ms = 100;
+        pair.working_set = 4000;
+        pair.run(STEPS);
+        assert_eq!(pair.result().state, State::Completed, "{:?}", pair.result());
+        assert!(pair.rounds > 1, "one round was enough");
+        assert_eq!(pair.source_pages, pair.destination_pages);
+    }
+}
+
+#[test]
+fn what_becomes_a_hole_arrives_as_one() {
+    let mut pair = Pair::new(3000, |_| {});
+    while pair.rounds < 1 {
+        assert!(pair.step());
+    }
+    // A balloon takes it, and no scan sees that.
+    pair.source_pages[100] = 0;
+    pair.run(STEPS);
+    assert_eq!(pair.result().state, State::Completed);
+    assert_eq!(pair.source_pages, pair.destination_pages);
+}
+
+#[test]
+fn the_bandwidth_limit_is_kept() {
+    let mut pair = Pair::new(30_000, |setup| {
+        setup.options.bandwidth_limit = Some(20_000_000)
+    });
+    pair.run(STEPS);
+    let figures = &pair.result().figures;
+    // 20,000 pages of 4 KiB at 20 MB/s, less the first batches that the bucket lets through.
+    assert!(
+        (3_800.0..4_300.0).contains(&figures.total_ms),
+        "{figures:?}"
+    );
+}
+
+#[test]
+fn a_guest_that_is_too_busy_stays_with_a_verdict() {
+    let limits: [fn(&mut source::Options); 3] = [
+        |options| options.max_rounds = 5,
+        |options| options.timeout = Some(Duration::from_millis(700)),
+        |_| {},
+    ];
+    for limit in limits {
+        let mut pair = Pair::new(40_000, |setup| {
+            setup.options.downtime_limit = Duration::from_millis(15);
+            setup.options.bandwidth_limit = Some(100_000_000);
+            setup.options.max_rounds = 10_000;
+            limit(&mut setup.options);
+        });
+        pair.writes_per_ms = 2000;
+        pair.run(STEPS);
+        let failure = pair.result().failure.clone().unwrap();
+        assert_eq!(
+            (pair.result().state, failure.fault),
+            (State::Failed, Fault::Guest),
+            "{failure:?}"
+        );
+        assert!(
+            failure.what.contains("MB/s and") && failure.what.contains("limit 15.0 ms"),
+            "{}",
+            failure.what
+        );
+        assert!(failure.remedy.contains("--downtime-limit"));
+        assert!(pair.source_runs && !pair.destination_runs);
+        assert_eq!(pair.destination_finished.unwrap().0, State::Failed);
+    }
+}
+
+#[test]
+fn verify_agrees_and_says_what_it_cost() {
+    let mut pair = Pair::new(5000, |setup| setup.options.verify = true);
+    pair.run(STEPS);
+    assert_eq!(pair.result().state, State::Completed, "{:?}", pair.result());
+    assert!(pair.result().figures.verify_ms.unwrap() >= 1.0);
+}
+
+#[test]
+fn verify_names_the_page_that_differs() {
+    let mut pair = Pair::new(5000, |setup| setup.options.verify = true);
+    pair.spoil = Some(3001);
+    pair.run(STEPS);
+    let failure = pair.result().failure.clone().unwrap();
+    assert!(
+        failure
+            .what
+            .contains("page 3001 (at byte 0xbb9000) of RAMBlock \"ram\""),
+        "{}",
+        failure.what
+    );
+    assert!(pair.source_runs && !pair.destination_runs);
+}
+
+const TROUBLES: [Trouble; 6] = [
+    Trouble::CancelAtSource,
+    Trouble::CancelAtDestination,
+    Trouble::LinkCut,
+    Trouble::SourceQemuFails,
+    Trouble::SourceCrashes,
+    Trouble::DestinationCrashes,
+];
+
+/// A migration of which every step is disturbed once.
+fn small(verify: bool) -> Pair {
+    let mut pair = Pair::new(600, |setup| setup.options.verify = verify);
+    pair.writes_per_ms = 5;
+    pair
+}
+
+#[test]
+fn trouble_at_any_step_leaves_one_whole_guest() {
+    for verify in [false, true] {
+        let mut undisturbed = small(verify);
+        undisturbed.run(STEPS);
+        for trouble in TROUBLES {
+            let mut ends = [0; 2];
+            for step in 0..undisturbed.steps {
+                let mut pair = small(verify);
+                for _ in 0..step {
+                    pair.step();
+                }
+                pair.trouble(trouble);
+                pair.run(STEPS);
+                let at = format!(
+                    "{trouble:?} at step {step}: {:?} {:?}",
+                    pair.finished, pair.notices
+                );
+                assert!(pair.source_runs != pair.destination_runs, "{at}");
+                let completed = pair.result().state == State::Completed;
+                assert_eq!(completed, pair.destination_runs, "{at}");
+                if completed {
+                    assert_eq!(pair.source_pages, pair.destination_pages, "{at}");
+                }
+                ends[usize::from(completed)] += 1;
+            }
+            assert!(
+                ends[0] > 0 && ends[1] > 0,
+                "{trouble:?} ends both ways: {ends:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_guest_runs_on_within_100_ms_when_something_fails_before_commit() {
+    let mut pair = small(false);
+    while pair.source_runs {
+        assert!(pair.step());
+    }
+    let cut = pair.now;
+    pair.trouble(Trouble::LinkCut);
+    while !pair.source_runs {
+        assert!(pair.step());
+    }
+    assert!(pair.now.since(cut) < Duration::from_millis(100));
+}
+
+/// Both guests stand still, `Commit` is lost or on its way, and the network is gone.
+fn in_doubt() -> Pair {
+    let mut pair = small(false);
+    loop {
+        let mut ahead = small(false);
+        for _ in 0..=pair.steps {
+            ahead.step();
+        }
+        ahead.network_gone = true;
+        ahead.trouble(Trouble::LinkCut);
+        if ahead
+            .finished
+            .last()
+            .is_some_and(|finished| finished.state == State::InDoubt)
+        {
+            return ahead;
+        }
+        assert!(pair.step() && !pair.ended());
+    }
+}
+
+#[test]
+fn in_doubt_nothing_is_resumed_and_the_peer_is_asked_until_it_answers() {
+    let mut pair = in_doubt();
+    for _ in 0..50 {
+        assert!(pair.step());
+    }
+    assert!(
+        !pair.source_runs && pair.notices.iter().any(|text| text.contains("no route")),
+        "{:?}",
+        pair.notices
+    );
+    pair.tell_source(source::Input::Cancel);
+    pair.network_gone = false;
+    pair.run(STEPS);
+    assert!(
+        pair.notices
+            .iter()
+            .any(|text| text.contains("too late to cancel"))
+    );
+    assert!(pair.source_runs != pair.destination_runs);
+    assert_eq!(pair.finished.len(), 2);
+}
+
+#[test]
+fn an_operator_decides_when_the_peer_is_gone() {
+    for (resolution, state) in [
+        (Resolution::ResumeHere, State::Failed),
+        (Resolution::Abandon, State::Completed),
+    ] {
+        let mut pair = in_doubt();
+        pair.destination = None;
+        pair.destination_runs = false;
+        for _ in 0..20 {
+            assert!(pair.step());
+        }
+        pair.tell_source(source::Input::Resolve(resolution));
+        pair.run(STEPS);
+        assert_eq!(
+            (pair.result().state, pair.source_runs),
+            (state, resolution == Resolution::ResumeHere)
+        );
+    }
+}
+
+#[test]
+fn there_is_nothing_to_resolve_without_doubt() {
+    let mut pair = small(false);
+    pair.tell_source(source::Input::Resolve(Resolution::ResumeHere));
+    pair.run(STEPS);
+    assert!(
+        pair.notices
+            .iter()
+            .any(|text| text.contains("nothing to resolve")),
+        "{:?}",
+        pair.notices
+    );
+    assert_eq!(pair.result().state, State::Completed);
+}
+
+#[test]
+fn a_source_that_falls_silent_is_given_up_and_a_destination_too() {
+    let mut pair = small(false);
+    for _ in 0..10 {
+        pair.step();
+    }
+    let source = pair.source.take();
+    while pair.destination_finished.is_none() {
+        assert!(pair.step());
+    }
+    let (_, failure) = pair.destination_finished.take().unwrap();
+    assert!(failure.unwrap().what.contains("silent for 10.0 s"));
+    let mut pair = small(false);
+    pair.source = source;
+    pair.destination = None;
+    pair.run(STEPS);
+    assert!(
+        pair.result()
+            .failure
+            .as_ref()
+            .unwrap()
+            .what
+            .contains("has not answered for 10.0 s")
+    );
+}
