@@ -1,1 +1,541 @@
-//! Placeholder until the golden samples are written below.
+//! The codec against golden samples, against itself, against hostile bytes, and against `WIRE.md`.
+#![allow(clippy::unwrap_used)]
+
+use bytes::Bytes;
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::table::TABLE;
+use super::{AbortCode, Message, Standing, WireError, capability};
+use crate::engine::MigrationId;
+use crate::limits;
+use crate::memory::{BlockId, BlockSpec, Run};
+
+const TEXT: &str = include_str!("../../WIRE.md");
+
+fn ram() -> BlockSpec {
+    BlockSpec {
+        name: "ram".into(),
+        size: 0x20_0000,
+        page_size: 0x1000,
+    }
+}
+
+fn run() -> Run {
+    Run {
+        block: BlockId(1),
+        first: 2,
+        pages: 3,
+    }
+}
+
+const ID: MigrationId = MigrationId([0xab; 16]);
+const ID_HEX: &str = "abababababababababababababababab";
+
+/// One sample of every message, in the table's order, with its bytes in hex.
+fn samples() -> Vec<(Message, String)> {
+    let run_hex = "0100 0200000000000000 0300000000000000";
+    let digest = "cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd";
+    vec![
+        (
+            Message::Hello {
+                version_min: 1,
+                version_max: 2,
+                capabilities: capability::VERIFY,
+                id: ID,
+                vm: "vm".into(),
+                host: "a".into(),
+                verify: true,
+                blocks: vec![ram()],
+            },
+            format!(
+                "0100 0100 0200 0100000000000000 {ID_HEX} 02000000 766d 01000000 61 01 \
+                 01000000 03000000 72616d 0000200000000000 0010000000000000"
+            ),
+        ),
+        (
+            Message::Accept {
+                version: 1,
+                capabilities: 1,
+                host: "b".into(),
+            },
+            "0200 0100 0100000000000000 01000000 62".into(),
+        ),
+        (
+            Message::Populate(vec![run()]),
+            format!("0300 01000000 {run_hex}"),
+        ),
+        (
+            Message::Zero(vec![run(), run()]),
+            format!("0400 02000000 {run_hex} {run_hex}"),
+        ),
+        (Message::Barrier { round: 7 }, "0500 07000000".into()),
+        (Message::BarrierReached { round: 7 }, "0600 07000000".into()),
+        (
+            Message::Ping { nonce: 1 << 40 },
+            "0700 0000000000010000".into(),
+        ),
+        (
+            Message::Pong { nonce: 1 << 40 },
+            "0800 0000000000010000".into(),
+        ),
+        (Message::Stopped { final_round: 9 }, "0900 09000000".into()),
+        (
+            Message::DeviceState(Bytes::from_static(b"QEVM")),
+            "0a00 04000000 5145564d".into(),
+        ),
+        (
+            Message::DeviceStateEnd {
+                bytes: 4,
+                crc: 0x1234_5678,
+            },
+            "0b00 0400000000000000 78563412".into(),
+        ),
+        (
+            Message::Digests {
+                block: 1,
+                first: 2,
+                digests: vec![[0xcd; 16]],
+            },
+            format!("0c00 0100 0200000000000000 01000000 {digest}"),
+        ),
+        (
+            Message::ChunkDiffers { block: 1, chunk: 2 },
+            "0d00 0100 0200000000000000".into(),
+        ),
+        (
+            Message::PageDigests {
+                block: 1,
+                chunk: 2,
+                digests: vec![[0xcd; 16]],
+            },
+            format!("0e00 0100 0200000000000000 01000000 {digest}"),
+        ),
+        (Message::Loaded, "0f00".into()),
+        (Message::Commit, "1000".into()),
+        (Message::Running, "1100".into()),
+        (Message::Closed, "1200".into()),
+        (Message::Query { id: ID }, format!("1300 {ID_HEX}")),
+        (
+            Message::Answer {
+                id: ID,
+                standing: Standing::Aborted,
+            },
+            format!("1400 {ID_HEX} 02"),
+        ),
+        (
+            Message::Abort {
+                code: AbortCode::Qemu,
+                reason: "no".into(),
+            },
+            "1500 0700 02000000 6e6f".into(),
+        ),
+    ]
+}
+
+fn from_hex(hex: &str) -> Vec<u8> {
+    let digits: String = hex.split_whitespace().collect();
+    (0..digits.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&digits[at..at + 2], 16).unwrap())
+        .collect()
+}
+
+#[test]
+fn every_message_has_the_bytes_of_its_golden_sample() {
+    let samples = samples();
+    let names: Vec<&str> = samples.iter().map(|(message, _)| message.name()).collect();
+    assert_eq!(
+        names,
+        TABLE.iter().map(|(_, name)| *name).collect::<Vec<_>>(),
+        "one sample each"
+    );
+    for (message, hex) in samples {
+        let bytes = from_hex(&hex);
+        assert_eq!(message.encode(), bytes, "{message:?}");
+        assert_eq!(Message::decode(&bytes), Ok(message));
+    }
+}
+
+#[test]
+fn a_message_cut_short_or_with_bytes_behind_it_is_refused() {
+    for (message, hex) in samples() {
+        let bytes = from_hex(&hex);
+        for len in 0..bytes.len() {
+            let error = Message::decode(&bytes[..len]).unwrap_err();
+            assert!(
+                matches!(error, WireError::Truncated(_)),
+                "{} cut to {len}: {error}",
+                message.name()
+            );
+        }
+        let longer = [bytes.as_slice(), &[0]].concat();
+        assert_eq!(
+            Message::decode(&longer),
+            Err(WireError::TrailingBytes(1)),
+            "{}",
+            message.name()
+        );
+    }
+}
+
+#[test]
+fn an_unknown_type_is_refused() {
+    for number in [0, 22, u16::MAX] {
+        assert_eq!(
+            Message::decode(&number.to_le_bytes()),
+            Err(WireError::UnknownType(number))
+        );
+    }
+}
+
+/// Bytes that break one rule each.
+#[test]
+fn figures_outside_their_rules_are_refused() {
+    let hello = |tail: &str| {
+        format!("0100 0100 0100 0000000000000000 {ID_HEX} 01000000 76 01000000 61 {tail}")
+    };
+    let cases = [
+        (hello("02"), "verify is not valid"),
+        (hello("00 00000000"), "at least one RAMBlock"),
+        (hello("00 41000000"), "blocks is 65, above its limit of 64"),
+        (
+            hello("00 01000000 00000000 0010000000000000 0010000000000000 00"),
+            "a name is not empty",
+        ),
+        (
+            hello("00 01000000 01000000 61 0010000000000000 0018000000000000"),
+            "power of two",
+        ),
+        (
+            hello("00 01000000 01000000 61 0000400000000000 0000400000000000"),
+            "power of two",
+        ),
+        (
+            hello("00 01000000 01000000 61 0018000000000000 0010000000000000"),
+            "whole number of pages",
+        ),
+        (
+            hello("00 01000000 01000000 61 0000000000000000 0010000000000000"),
+            "whole number of pages",
+        ),
+        (
+            hello("00 01000000 01000000 61 0010000000004000 0010000000000000"),
+            "block size is",
+        ),
+        (
+            hello(
+                "00 02000000 01000000 61 0010000000000000 0010000000000000 \
+                 01000000 61 0010000000000000 0010000000000000",
+            ),
+            "the same name",
+        ),
+        (
+            "0200 0100 0000000000000000 00010000".into(),
+            "host is 256, above its limit of 255",
+        ),
+        (
+            "0200 0100 0000000000000000 01000000 0a".into(),
+            "no control characters",
+        ),
+        ("0200 0100 0000000000000000 01000000 ff".into(), "UTF-8"),
+        ("0400 00000000".into(), "a list of runs is not empty"),
+        (
+            "0400 01010000".into(),
+            "runs is 257, above its limit of 256",
+        ),
+        (
+            "0400 01000000 4000 0000000000000000 0100000000000000".into(),
+            "run block is 64",
+        ),
+        (
+            "0400 01000000 0000 0000000000000000 0000000000000000".into(),
+            "a run has a page",
+        ),
+        (
+            "0400 01000000 0000 ffffffffffffffff 0100000000000000".into(),
+            "largest RAMBlock",
+        ),
+        ("0a00 00000000".into(), "not empty"),
+        (
+            "0a00 01000400".into(),
+            "bytes is 262145, above its limit of 262144",
+        ),
+        (
+            "0c00 0000 0000000000000000 01080000".into(),
+            "digests is 2049, above its limit of 2048",
+        ),
+        ("1500 0000 00000000".into(), "no such abort code"),
+        ("1500 0e00 00000000".into(), "no such abort code"),
+        (
+            "1500 0100 01040000".into(),
+            "reason is 1025, above its limit of 1024",
+        ),
+        (format!("1400 {ID_HEX} 05"), "no such standing"),
+    ];
+    for (hex, expected) in cases {
+        let error = Message::decode(&from_hex(&hex)).unwrap_err().to_string();
+        assert!(error.contains(expected), "{hex}: {error}");
+    }
+}
+
+#[test]
+fn a_reason_of_ours_is_cut_and_cleaned_rather_than_refused() {
+    let long = format!("line\nline {}", "ü".repeat(2000));
+    let abort = Message::Abort {
+        code: AbortCode::Host,
+        reason: long,
+    };
+    let Ok(Message::Abort { reason, .. }) = Message::decode(&abort.encode()) else {
+        panic!()
+    };
+    assert!(reason.starts_with("line line ü") && reason.len() >= limits::MAX_REASON - 3);
+}
+
+fn name() -> impl Strategy<Value = String> {
+    "[a-zA-Z0-9äß ._-]{1,100}"
+}
+
+fn runs() -> impl Strategy<Value = Vec<Run>> {
+    let run = (0u16..64, 0u64..1 << 33, 1u64..1 << 33);
+    vec(
+        run.prop_map(|(block, first, pages)| Run {
+            block: BlockId(block),
+            first,
+            pages,
+        }),
+        1..=limits::MAX_RUNS,
+    )
+}
+
+fn block_list() -> impl Strategy<Value = Vec<BlockSpec>> {
+    vec((12u32..=21, 1u64..1 << 20), 1..=limits::MAX_BLOCKS).prop_map(|list| {
+        let spec = |(index, (bits, pages)): (usize, (u32, u64))| BlockSpec {
+            name: format!("ram{index}"),
+            size: pages << bits,
+            page_size: 1 << bits,
+        };
+        list.into_iter().enumerate().map(spec).collect()
+    })
+}
+
+fn digests() -> impl Strategy<Value = Vec<[u8; 16]>> {
+    vec(any::<[u8; 16]>(), 1..64)
+}
+
+fn hello() -> impl Strategy<Value = Message> {
+    (
+        any::<(u16, u16, u64, [u8; 16], bool)>(),
+        name(),
+        name(),
+        block_list(),
+    )
+        .prop_map(
+            |((version_min, version_max, capabilities, id, verify), vm, host, blocks)| {
+                Message::Hello {
+                    version_min,
+                    version_max,
+                    capabilities,
+                    id: MigrationId(id),
+                    vm,
+                    host,
+                    verify,
+                    blocks,
+                }
+            },
+        )
+}
+
+fn with_payload() -> impl Strategy<Value = Message> {
+    prop_oneof![
+        hello(),
+        (any::<u16>(), any::<u64>(), name()).prop_map(|(version, capabilities, host)| {
+            Message::Accept {
+                version,
+                capabilities,
+                host,
+            }
+        }),
+        runs().prop_map(Message::Populate),
+        runs().prop_map(Message::Zero),
+        vec(any::<u8>(), 1..2000).prop_map(|bytes| Message::DeviceState(bytes.into())),
+        (any::<u16>(), any::<u64>(), digests()).prop_map(|(block, first, digests)| {
+            Message::Digests {
+                block,
+                first,
+                digests,
+            }
+        }),
+        (any::<u16>(), any::<u64>(), digests()).prop_map(|(block, chunk, digests)| {
+            Message::PageDigests {
+                block,
+                chunk,
+                digests,
+            }
+        }),
+        (0..AbortCode::ALL.len(), name()).prop_map(|(code, reason)| Message::Abort {
+            code: AbortCode::ALL[code],
+            reason
+        }),
+        (any::<[u8; 16]>(), 0..Standing::ALL.len()).prop_map(|(id, s)| Message::Answer {
+            id: MigrationId(id),
+            standing: Standing::ALL[s]
+        }),
+    ]
+}
+
+fn of_numbers() -> impl Strategy<Value = Message> {
+    (
+        0..12,
+        any::<u64>(),
+        any::<u32>(),
+        any::<u16>(),
+        any::<[u8; 16]>(),
+    )
+        .prop_map(|(which, a, b, c, id)| match which {
+            0 => Message::Barrier { round: b },
+            1 => Message::BarrierReached { round: b },
+            2 => Message::Ping { nonce: a },
+            3 => Message::Pong { nonce: a },
+            4 => Message::Stopped { final_round: b },
+            5 => Message::DeviceStateEnd { bytes: a, crc: b },
+            6 => Message::ChunkDiffers { block: c, chunk: a },
+            7 => Message::Loaded,
+            8 => Message::Commit,
+            9 => Message::Running,
+            10 => Message::Closed,
+            _ => Message::Query {
+                id: MigrationId(id),
+            },
+        })
+}
+
+proptest! {
+    #[test]
+    fn what_was_encoded_is_decoded(message in prop_oneof![with_payload(), of_numbers()]) {
+        prop_assert_eq!(Message::decode(&message.encode()), Ok(message));
+    }
+
+    #[test]
+    fn hostile_bytes_do_not_panic_and_what_they_mean_has_one_form(
+        number in 0u16..24,
+        rest in vec(prop_oneof![3 => Just(0u8), 1 => any::<u8>()], 0..200),
+    ) {
+        let bytes = [number.to_le_bytes().as_slice(), &rest].concat();
+        if let Ok(message) = Message::decode(&bytes) {
+            prop_assert_eq!(message.encode(), bytes);
+        }
+    }
+
+    #[test]
+    fn a_spoiled_message_does_not_panic(message in with_payload(), at in any::<prop::sample::Index>(), to in any::<u8>()) {
+        let mut bytes = message.encode().to_vec();
+        let at = at.index(bytes.len());
+        bytes[at] = to;
+        if let Ok(message) = Message::decode(&bytes) {
+            prop_assert_eq!(message.encode(), bytes);
+        }
+    }
+}
+
+/// First two cells of every row of the table under `heading` in `WIRE.md` whose first cell is a number.
+fn rows(heading: &str) -> Vec<(u16, String)> {
+    let (_, section) = TEXT.split_once(&format!("\n### {heading}\n")).unwrap();
+    let section = section.split("\n#").next().unwrap();
+    let row = |line: &str| {
+        let mut cells = line.strip_prefix('|')?.split('|').map(str::trim);
+        Some((cells.next()?.parse().ok()?, cells.next()?.to_owned()))
+    };
+    section.lines().filter_map(row).collect()
+}
+
+#[test]
+fn the_document_and_the_code_name_the_same_numbers() {
+    let of_code: Vec<(u16, String)> = TABLE
+        .iter()
+        .map(|(number, name)| (*number, (*name).to_owned()))
+        .collect();
+    assert_eq!(rows("Messages"), of_code);
+    let of_code = AbortCode::ALL.map(|code| (code as u16, format!("{code:?}")));
+    assert_eq!(rows("Abort codes"), of_code);
+    let mut of_code = Standing::ALL.map(|standing| (standing as u16, format!("{standing:?}")));
+    of_code.sort();
+    assert_eq!(rows("Standings"), of_code);
+    assert_eq!(rows("Versions and capabilities").len(), 1);
+    assert_eq!(
+        capability::VERIFY,
+        1 << rows("Versions and capabilities")[0].0
+    );
+}
+
+#[test]
+fn the_document_and_the_code_have_the_same_fields() {
+    // `12 Digests { block: u16, …}` in the table against the fourth cell of its row.
+    let code = include_str!("table.rs");
+    for (number, name) in TABLE {
+        let row = TEXT
+            .lines()
+            .find(|line| line.starts_with(&format!("| {number} | {name} |")))
+            .unwrap();
+        let document = row.split('|').nth(4).unwrap();
+        let fields = document
+            .split(',')
+            .map(|field| field.trim().split(' ').next().unwrap().to_owned());
+        let documented: Vec<String> = fields.filter(|field| !field.is_empty()).collect();
+        let line = code
+            .split(&format!("    {number} {name}"))
+            .nth(1)
+            .unwrap()
+            .split(';')
+            .next()
+            .unwrap();
+        let coded: Vec<String> = line
+            .split(['{', '(', ',', '}', ')', '\n'])
+            .filter_map(|field| {
+                field
+                    .trim()
+                    .split_once(':')
+                    .map(|(name, _)| name.to_owned())
+            })
+            .map(|field| {
+                if field == "bytes" && *name == "DeviceState" {
+                    "chunk".into()
+                } else {
+                    field
+                }
+            })
+            .collect();
+        assert_eq!(documented, coded, "{name}");
+    }
+}
+
+#[test]
+fn the_document_and_the_code_have_the_same_limits() {
+    let data_channels = format!("1 to {} data channels", limits::MAX_DATA_CHANNELS);
+    let expected = [
+        format!("*n* from 1 to {};", limits::MAX_NAME),
+        format!("*n* from 0 to {};", limits::MAX_REASON),
+        format!("*n* from 1 to {}; names differ", limits::MAX_BLOCKS),
+        format!(
+            "| runs | u32 *n*, then *n* runs | *n* from 1 to {} |",
+            limits::MAX_RUNS
+        ),
+        format!("*n* from 1 to {} |\n| chunk", limits::MAX_DIGESTS),
+        format!(
+            "| chunk | u32 *n*, then [n] | *n* from 1 to {} |",
+            limits::MAX_DEVICE_STATE_CHUNK
+        ),
+        format!("1 page to {} TiB", limits::MAX_BLOCK_SIZE >> 40),
+        format!(
+            "from {} KiB to {} MiB",
+            limits::MIN_PAGE_SIZE >> 10,
+            limits::MAX_PAGE_SIZE >> 20
+        ),
+        format!("{} GiB in all at most", limits::MAX_DEVICE_STATE >> 30),
+        format!("a chunk of {} MiB", limits::DIGEST_CHUNK >> 20),
+        data_channels,
+    ];
+    for limit in expected {
+        assert!(TEXT.contains(&limit), "WIRE.md does not say: {limit}");
+    }
+}
