@@ -7,7 +7,9 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use serde_json::json;
-use tests::real::{Machine, Qemu, Role, Scratch, Version, outside_downtime};
+use tests::real::{
+    Backing, Hugepages, Machine, Qemu, Role, Scratch, Version, outside_downtime, skipped,
+};
 
 const PAGE: usize = 4096;
 const MIB: u64 = 1 << 20;
@@ -125,4 +127,33 @@ fn guest_notices_its_table_set_back() {
 #[test]
 fn guest_finds_nothing_wrong_when_nothing_is() {
     assert!(!noticed("rate=50 set=16", |_| {}));
+}
+
+#[test]
+fn huge_pages_are_given_back() {
+    const COUNT: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+    let scratch = Scratch::new();
+    let hugepages = match Hugepages::reserve(32, &scratch.files().join("huge")) {
+        Ok(hugepages) => hugepages,
+        Err(reason) => return skipped(&reason),
+    };
+    let backing = Backing::Hugetlbfs(hugepages.mount().to_owned());
+    let machine = Machine::new(Version::V7_2, 64, "rate=20 set=8").with_backing(&backing);
+    let qemu = Qemu::start(&scratch, "huge", &machine, Role::Source);
+    qemu.serial.wait_filled();
+    qemu.serial.verify();
+    let reserved: u64 = std::fs::read_to_string(COUNT)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    drop(qemu);
+    std::fs::remove_file(hugepages.mount().join("huge-ram0")).unwrap();
+    drop(hugepages);
+    let after: u64 = std::fs::read_to_string(COUNT)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    assert_eq!(after + 32, reserved);
 }
