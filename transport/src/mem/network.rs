@@ -45,7 +45,7 @@ impl Default for Faults {
 }
 
 /// Bytes on their way in one direction of a channel, at most, as in the buffers of a socket.
-pub const BUFFER: u64 = 4 << 20;
+const BUFFER: u64 = 4 << 20;
 
 /// A network. Cheap to clone; all clones are the same network.
 #[derive(Clone)]
@@ -244,7 +244,8 @@ impl Network {
         }
     }
 
-    /// While on, nothing arrives, and nobody is told. Senders go on until [`BUFFER`] bytes are on their way. When it ends,
+    /// While on, nothing arrives, and nobody is told. Senders go on until 4 MiB are on their way in
+    /// each direction of a channel. When it ends,
     /// what was held up arrives, as TCP sends lost segments again.
     pub fn blackhole(&self, on: bool) {
         self.lock().blackhole = on;
@@ -410,13 +411,11 @@ impl State {
     fn read_piece(&mut self, end: usize, leaving: &mut Leaving) -> Option<u64> {
         let (from, region, extents, write) = match &leaving.item {
             Item::Write {
-                region, extents, ..
-            } => (
-                self.ends[end].regions.get(*region)?.0,
-                *region,
+                from,
+                region,
                 extents,
-                true,
-            ),
+                ..
+            } => (from.clone(), *region, extents, true),
             Item::Reply {
                 from,
                 region,

@@ -72,13 +72,13 @@ impl Gather {
         self.len += push_extents(&mut self.iovecs, region, extents, skip, most, MAX_IOVECS);
     }
 
-    /// A vector of one owned buffer, which [`take_buffer`](Self::take_buffer) gives back.
-    pub(crate) fn from_buffer(buffer: Vec<u8>) -> Gather {
+    /// The first `len` bytes of an owned buffer, which [`take_buffer`](Self::take_buffer) gives back.
+    pub(crate) fn from_buffer(buffer: Vec<u8>, len: usize) -> Gather {
         let mut gather = Gather {
-            len: buffer.len(),
+            len,
             ..Gather::default()
         };
-        push(&mut gather.iovecs, buffer.as_ptr().cast_mut(), buffer.len());
+        push(&mut gather.iovecs, buffer[..len].as_ptr().cast_mut(), len);
         gather.buffer = Some(buffer);
         gather
     }
@@ -94,23 +94,19 @@ impl Gather {
         self.len -= consume(&mut self.iovecs, n);
     }
 
-    /// Copies all of it to the front of `to`, which is long enough. The kernel copies.
-    pub(crate) fn copy_to(&self, to: &mut [u8]) -> io::Result<()> {
-        assert!(
-            to.len() >= self.len,
-            "the staging buffer holds a whole batch"
-        );
-        let local = libc::iovec {
-            iov_base: to.as_mut_ptr().cast(),
-            iov_len: self.len,
-        };
-        // SAFETY: `local` is writable memory of `len` bytes that we hold exclusively; the kernel checks every remote
-        // address and only reads there.
+    /// Copies all of it to `to`, which has as many bytes. The kernel copies.
+    pub(crate) fn copy_to(&self, to: &mut [&mut [u8]]) -> io::Result<()> {
+        let mut local = Vec::with_capacity(to.len());
+        for piece in to {
+            push(&mut local, piece.as_mut_ptr(), piece.len());
+        }
+        // SAFETY: the local pieces are writable memory that we hold exclusively, and the kernel writes nothing else. The
+        // remote pieces are only read, and the kernel checks every address.
         let n = unsafe {
             libc::process_vm_readv(
                 libc::getpid(),
-                &local,
-                1,
+                local.as_ptr(),
+                local.len() as _,
                 self.iovecs.as_ptr(),
                 self.iovecs.len() as _,
                 0,

@@ -7,6 +7,7 @@
 )]
 
 mod body;
+mod certificates;
 mod harness;
 
 use harness::{Mem, Sockets};
@@ -24,4 +25,9 @@ fn unix() {
 #[test]
 fn mem() {
     body::all(&Mem::new());
+}
+
+#[test]
+fn tls() {
+    body::all(&certificates::sockets());
 }
