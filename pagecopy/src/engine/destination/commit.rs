@@ -178,6 +178,6 @@ impl Running {
     }
 
     pub(super) fn next(&self) -> Option<Time> {
-        (!self.closed).then_some(self.deadline)
+        (self.recorded && !self.closed).then_some(self.deadline)
     }
 }

@@ -58,6 +58,7 @@ pub(super) struct Convergence {
     limit: Duration,
     max_rounds: u32,
     timeout: Option<Duration>,
+    bandwidth_limit: Option<u64>,
     fixed: Duration,
     /// What `--verify` is expected to add. Shown, but not held against the limit: it was asked for.
     verify: Duration,
@@ -93,6 +94,7 @@ impl Convergence {
             limit: options.downtime_limit,
             max_rounds: options.max_rounds.max(1),
             timeout: options.timeout,
+            bandwidth_limit: options.bandwidth_limit,
             fixed,
             verify,
             goodput: Goodput::Unmeasured,
@@ -118,12 +120,16 @@ impl Convergence {
         };
     }
 
-    /// Bytes a second that arrive.
+    /// Bytes a second that arrive. A small round may have been measured within the limit's first burst.
     pub(super) fn goodput(&self) -> f64 {
-        match self.goodput {
+        let measured = match self.goodput {
             Goodput::Unmeasured => UNMEASURED,
-            Goodput::AtLeast(rate) | Goodput::Measured(rate) => rate.max(1.0),
-        }
+            Goodput::AtLeast(rate) | Goodput::Measured(rate) => rate,
+        };
+        let limit = self
+            .bandwidth_limit
+            .map_or(f64::INFINITY, |limit| limit as f64);
+        measured.min(limit).max(1.0)
     }
 
     /// Bytes a second that the guest dirties, by the last scan.
@@ -263,4 +269,143 @@ fn ms(duration: Duration) -> String {
 
 fn mb_s(bytes_s: f64) -> String {
     format!("{:.1} MB/s", bytes_s / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn convergence(change: impl FnOnce(&mut Options)) -> Convergence {
+        let mut options = Options {
+            downtime_limit: 50 * MS,
+            bandwidth_limit: None,
+            max_rounds: 1000,
+            timeout: None,
+            verify: false,
+            quit_source: false,
+        };
+        change(&mut options);
+        let mut convergence = Convergence::new(&options, 20 * MS, 1 << 30);
+        // 100 MB in 100 ms: 1 GB/s.
+        convergence.sent(
+            Sent {
+                raw_bytes: 100_000_000,
+                ..Sent::default()
+            },
+            100 * MS,
+        );
+        convergence
+    }
+
+    /// Round `round` at 100 ms each; `remaining` bytes were dirtied in it.
+    fn end(round: u32, remaining: u64) -> RoundEnd {
+        RoundEnd {
+            round,
+            now: Time(0).after(round * 100 * MS),
+            elapsed: round * 100 * MS,
+            dirty: Scan {
+                pages: remaining / 4096,
+                bytes: remaining,
+            },
+            dirtied_in: 100 * MS,
+            remaining,
+            all_hot: false,
+        }
+    }
+
+    #[test]
+    fn it_switches_over_exactly_when_the_prediction_is_within_the_limit() {
+        let mut convergence = convergence(|_| {});
+        assert_eq!(
+            convergence.decide(&end(0, 30_100_000)).0,
+            Decision::NextRound
+        );
+        let (decision, words) = convergence.decide(&end(1, 30_000_000));
+        assert_eq!(decision, Decision::SwitchOver);
+        assert_eq!(
+            words,
+            "switch over: 30.0 MB remain, the guest dirties 300.0 MB/s and 1000.0 MB/s arrive, \
+             predicted downtime 50.0 ms (of it 20.0 ms whatever remains), limit 50.0 ms"
+        );
+    }
+
+    #[test]
+    fn hot_pages_go_when_there_are_no_others() {
+        let hot = RoundEnd {
+            all_hot: true,
+            ..end(0, 90_000_000)
+        };
+        assert_eq!(convergence(|_| {}).decide(&hot).0, Decision::NextRoundHot);
+    }
+
+    #[test]
+    fn it_gives_up_at_each_limit_and_not_before() {
+        let mut rounds = convergence(|options| options.max_rounds = 3);
+        assert_eq!(rounds.decide(&end(1, 90_000_000)).0, Decision::NextRound);
+        let (Decision::GiveUp(failure), _) = rounds.decide(&end(2, 90_000_000)) else {
+            panic!("three rounds are allowed")
+        };
+        assert_eq!(
+            failure.what,
+            "the guest dirties 900.0 MB/s and 1000.0 MB/s arrive; 3 rounds were sent, as many as are \
+             allowed; predicted downtime 110.0 ms, limit 50.0 ms"
+        );
+        let mut time = convergence(|options| options.timeout = Some(200 * MS));
+        assert_eq!(time.decide(&end(1, 90_000_000)).0, Decision::NextRound);
+        assert!(time.out_of_time(199 * MS).is_none() && time.out_of_time(200 * MS).is_some());
+        assert!(matches!(
+            time.decide(&end(2, 90_000_000)).0,
+            Decision::GiveUp(_)
+        ));
+    }
+
+    #[test]
+    fn it_is_patient_as_long_as_things_improve() {
+        let mut convergence = convergence(|_| {});
+        let mut remaining = 900_000_000.0;
+        for round in 0..40 {
+            let decision = convergence.decide(&end(round, remaining as u64)).0;
+            assert_eq!(decision, Decision::NextRound, "round {round}");
+            remaining *= 0.98;
+        }
+        let stuck = (40..90).find(|round| {
+            matches!(
+                convergence.decide(&end(*round, 800_000_000)).0,
+                Decision::GiveUp(_)
+            )
+        });
+        assert!(
+            stuck.is_some_and(|round| (60..=75).contains(&round)),
+            "{stuck:?}"
+        );
+    }
+
+    #[test]
+    fn latency_is_not_taken_for_goodput() {
+        let mut convergence = convergence(|_| {});
+        convergence.sent(
+            Sent {
+                raw_bytes: 4096,
+                ..Sent::default()
+            },
+            MS,
+        );
+        assert!((convergence.goodput() - 1e9).abs() < 1.0);
+        convergence.sent(
+            Sent {
+                raw_bytes: 50_000_000,
+                ..Sent::default()
+            },
+            100 * MS,
+        );
+        assert!((convergence.goodput() - 0.75e9).abs() < 1.0);
+    }
+
+    #[test]
+    fn a_bandwidth_limit_bounds_the_goodput() {
+        let convergence = convergence(|options| options.bandwidth_limit = Some(1_000_000));
+        assert!((convergence.goodput() - 1e6).abs() < 1.0);
+    }
 }

@@ -115,11 +115,9 @@ impl Round {
                     batch,
                     pushed,
                 },
-            ) => {
-                if core.sender.pushed(channel, batch, pushed).is_some() {
-                    self.moved = core.now;
-                    self.send_on(core);
-                }
+            ) if core.sender.pushed(channel, batch, pushed) => {
+                self.moved = core.now;
+                self.send_on(core);
             }
             (Stage::Closing, Input::Message(Message::BarrierReached { round }))
                 if round == self.number =>

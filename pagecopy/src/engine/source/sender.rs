@@ -123,17 +123,24 @@ impl Sender {
         share.clamp(MIN_BATCH_BYTES, MAX_BATCH_BYTES)
     }
 
-    /// A batch went. `None`: it is not one of those under way.
-    pub(super) fn pushed(&mut self, channel: ChannelId, batch: u64, pushed: Pushed) -> Option<()> {
-        let lane = self.lanes.get_mut(usize::from(channel.0).checked_sub(1)?)?;
-        let at = lane.iter().position(|in_flight| in_flight.id == batch)?;
-        let page_size = lane.remove(at).page_size;
+    /// A batch went. False: it is not one of those under way.
+    pub(super) fn pushed(&mut self, channel: ChannelId, batch: u64, pushed: Pushed) -> bool {
+        let Some(page_size) = self.land(channel, batch) else {
+            return false;
+        };
         self.pacer.refund(pushed.zero_bytes);
         self.round.raw_bytes += pushed.raw_bytes;
         self.round.raw_pages += pushed.raw_bytes / page_size;
         self.round.zero_bytes += pushed.zero_bytes;
         self.round.zero_pages += pushed.zero_bytes / page_size;
-        Some(())
+        true
+    }
+
+    /// Takes a batch out of those under way, and returns its page size.
+    fn land(&mut self, channel: ChannelId, batch: u64) -> Option<u64> {
+        let lane = self.lanes.get_mut(usize::from(channel.0).checked_sub(1)?)?;
+        let at = lane.iter().position(|in_flight| in_flight.id == batch)?;
+        Some(lane.remove(at).page_size)
     }
 
     /// Whether nothing is under way.

@@ -97,7 +97,7 @@ impl Switchover {
                 batch,
                 pushed,
             } => {
-                if core.sender.pushed(channel, batch, pushed).is_none() {
+                if !core.sender.pushed(channel, batch, pushed) {
                     return Ok(Phase::Switchover(self));
                 }
                 self.send_on(core);
