@@ -35,7 +35,8 @@ pub(crate) fn alert_error(alert: AlertDescription) -> Error {
         AlertDescription::CertificateExpired => refused(
             "to it our certificate has expired, or is not valid yet: renew it, or set the clocks right",
         ),
-        AlertDescription::UnknownCA => refused(
+        // The second when it knows another authority of the same name.
+        AlertDescription::UnknownCA | AlertDescription::DecryptError => refused(
             "it does not know the authority that signed our certificate: compare `cert` here with `ca` there",
         ),
         AlertDescription::AccessDenied => refused(
