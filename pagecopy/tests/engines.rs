@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use pagecopy::engine::Fault;
 use pagecopy::engine::event::State;
+use pagecopy::engine::journal::Record;
 use pagecopy::engine::source::{self, Resolution};
 use pair::{Pair, Trouble};
 
@@ -131,13 +132,17 @@ fn verify_names_the_page_that_differs() {
     assert!(pair.source_runs && !pair.destination_runs);
 }
 
-const TROUBLES: [Trouble; 6] = [
+const TROUBLES: [Trouble; 10] = [
     Trouble::CancelAtSource,
     Trouble::CancelAtDestination,
     Trouble::LinkCut,
     Trouble::SourceQemuFails,
-    Trouble::SourceCrashes,
-    Trouble::DestinationCrashes,
+    Trouble::SourceHostFails,
+    Trouble::DestinationHostFails,
+    Trouble::SourceCrashes { synced: false },
+    Trouble::SourceCrashes { synced: true },
+    Trouble::DestinationCrashes { synced: false },
+    Trouble::DestinationCrashes { synced: true },
 ];
 
 /// A migration of which every step is disturbed once.
@@ -299,4 +304,93 @@ fn a_source_that_falls_silent_is_given_up_and_a_destination_too() {
             .what
             .contains("has not answered for 10.0 s")
     );
+}
+
+#[test]
+fn a_disk_that_refuses_a_record_never_makes_two_guests_or_none() {
+    use Record::{Aborted, Closed, CommitIntent, Committed, GuestMoved, Running};
+    for record in [
+        CommitIntent,
+        GuestMoved,
+        Committed,
+        Running,
+        Closed,
+        Aborted,
+    ] {
+        for there in [false, true] {
+            let mut pair = small(false);
+            pair.refused = vec![record.clone()];
+            pair.refused_but_there = there;
+            pair.run(STEPS);
+            let at = format!("{record:?} {there}: {:?}", pair.finished);
+            assert!(pair.source_runs != pair.destination_runs, "{at}");
+            let stays = matches!(record, CommitIntent | Committed);
+            assert_eq!(pair.source_runs, stays, "{at}");
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_takes_neither_decision_leaves_it_to_the_operator() {
+    let mut pair = small(false);
+    pair.refused = vec![Record::Committed, Record::Aborted];
+    while pair.destination_finished.is_none() {
+        assert!(pair.step());
+    }
+    let failure = pair.destination_finished.clone().unwrap().1.unwrap();
+    assert!(failure.remedy.contains("--resume-here"), "{failure:?}");
+    while pair.finished.is_empty() {
+        assert!(pair.step());
+    }
+    assert_eq!(pair.result().state, State::InDoubt);
+    assert!(!pair.source_runs && !pair.destination_runs);
+}
+
+#[test]
+fn a_guest_that_does_not_resume_is_said_to_stand_stopped() {
+    let mut pair = small(false);
+    while pair.source_runs {
+        assert!(pair.step());
+    }
+    pair.qemu_refuses = true;
+    pair.trouble(Trouble::CancelAtSource);
+    pair.run(STEPS);
+    let failure = pair.result().failure.clone().unwrap();
+    assert_eq!(pair.result().state, State::Failed);
+    assert!(
+        failure.what.contains("stands stopped here: QEMU said no"),
+        "{failure:?}"
+    );
+    assert!(failure.remedy.contains("`cont`"), "{failure:?}");
+}
+
+#[test]
+fn a_committed_guest_is_started_until_it_runs() {
+    let mut pair = small(false);
+    pair.qemu_refuses = true;
+    while pair.notices.len() < 4 {
+        assert!(pair.step());
+    }
+    assert_eq!(pair.result().state, State::InDoubt);
+    pair.qemu_refuses = false;
+    pair.run(STEPS);
+    assert_eq!(pair.result().state, State::Completed);
+    assert!(pair.destination_runs);
+}
+
+#[test]
+fn a_committed_guest_that_never_starts_is_left_to_the_operator_and_not_resumed_here() {
+    let mut pair = small(false);
+    pair.qemu_refuses = true;
+    while pair.destination_finished.is_none() {
+        assert!(pair.step());
+    }
+    let (state, failure) = pair.destination_finished.clone().unwrap();
+    assert_eq!(state, State::Failed);
+    assert!(failure.unwrap().what.contains("does not start"));
+    for _ in 0..100 {
+        assert!(pair.step());
+    }
+    assert_eq!(pair.result().state, State::InDoubt);
+    assert!(!pair.source_runs && !pair.destination_runs);
 }

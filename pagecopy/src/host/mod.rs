@@ -2,6 +2,16 @@
 //!
 //! Three traits, each with one real implementation here and one simulated one in the workspace's tests. All of them
 //! speak in runs of pages of numbered RAMBlocks; the numbers are the engine's.
+//!
+//! - [`process`]: what `/proc` tells of a QEMU before anything is touched.
+//! - [`attach`]: gets a userfaultfd that acts on QEMU's memory.
+//! - [`track`]: implements [`Tracker`] with it.
+//! - [`ram`]: implements [`Ram`] and [`Placer`] over mappings of the same files.
+#![allow(
+    clippy::disallowed_types,
+    clippy::disallowed_methods,
+    reason = "the ban on files, threads and clocks is for the engines; this half is where they belong"
+)]
 
 pub mod attach;
 pub mod process;

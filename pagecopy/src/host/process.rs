@@ -80,7 +80,7 @@ impl Process {
     /// # Errors
     /// `Gone` when there is none.
     pub fn open(pid: i32) -> Result<Process, TrackError> {
-        let id = Pid::from_raw(pid).ok_or(TrackError::Gone(pid))?;
+        let id = Pid::from_raw(pid.max(0)).ok_or(TrackError::Gone(pid))?;
         match rustix::process::pidfd_open(id, PidfdFlags::empty()) {
             Ok(handle) => Ok(Process { pid, handle }),
             Err(rustix::io::Errno::SRCH) => Err(TrackError::Gone(pid)),
@@ -305,10 +305,11 @@ fn whole_mapping(
 }
 
 /// Other processes (not `pid`, not this one) that have the file mapped writable, such as vhost-user back ends. What they
-/// write is not seen through QEMU's page table.
+/// write is not seen through QEMU's page table. A process that this one may not look into, although it may trace QEMU, is
+/// another tenant's (of an outer container, say) and left out.
 ///
 /// # Errors
-/// `/proc` cannot be read, or not for every process.
+/// `/proc` cannot be read.
 pub fn other_writers(pid: i32, mapping: &RamMapping) -> io::Result<Vec<ProcessName>> {
     let own = i32::try_from(std::process::id()).unwrap_or(0);
     let mut writers = Vec::new();
@@ -323,6 +324,10 @@ pub fn other_writers(pid: i32, mapping: &RamMapping) -> io::Result<Vec<ProcessNa
         let mappings = match maps(other) {
             Ok(mappings) => mappings,
             Err(error) if is_gone(&error) => continue,
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                tracing::debug!(pid = other, "not looked into for mappings of guest memory");
+                continue;
+            }
             Err(error) => return Err(error),
         };
         let writes = |found: &Mapping| {

@@ -1,6 +1,8 @@
 //! Both engines in one world: virtual time, a network with latency, guests whose pages are numbers, journals that survive
 //! crashes. Everything is deterministic, so a run can be repeated and disturbed at any of its steps.
 
+mod trouble;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -13,6 +15,8 @@ use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
 use pagecopy::limits::DIGEST_CHUNK;
 use pagecopy::memory::{BlockId, BlockSpec, Run};
 use pagecopy::wire::{Message, Standing};
+
+pub use trouble::Trouble;
 
 pub const PAGE: u64 = 4096;
 pub const ID: MigrationId = MigrationId([9; 16]);
@@ -31,17 +35,7 @@ enum Event {
     GuestWrites,
 }
 
-/// What goes wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trouble {
-    CancelAtSource,
-    CancelAtDestination,
-    LinkCut,
-    SourceQemuFails,
-    SourceCrashes,
-    DestinationCrashes,
-}
-
+/// The world.
 pub struct Pair {
     pub now: Time,
     pub steps: u64,
@@ -62,6 +56,11 @@ pub struct Pair {
     /// Spoils a page on its way, for `--verify` to find.
     pub spoil: Option<usize>,
     pub network_gone: bool,
+    /// Records that a disk refuses, and whether they are on it all the same.
+    pub refused: Vec<Record>,
+    pub refused_but_there: bool,
+    /// QEMU's answers to `RunGuest` and `ResumeGuest` while this is set.
+    pub qemu_refuses: bool,
     setup: source::Setup,
     queue: BTreeMap<(Time, u64), Event>,
     sequence: u64,
@@ -138,6 +137,9 @@ impl Pair {
             working_set: pages,
             spoil: None,
             network_gone: false,
+            refused: Vec::new(),
+            refused_but_there: false,
+            qemu_refuses: false,
             setup,
             queue: BTreeMap::new(),
             sequence: 0,
@@ -179,7 +181,8 @@ impl Pair {
         };
         self.now = self.now.max(next);
         self.steps += 1;
-        if next_event.is_some_and(|time| time <= self.now) {
+        let ticked = next_event.is_none_or(|time| time > self.now);
+        if !ticked {
             let (_, event) = self.queue.pop_first().unwrap();
             self.happen(event);
         } else {
@@ -223,76 +226,29 @@ impl Pair {
         self.finished.last().unwrap()
     }
 
-    pub fn trouble(&mut self, trouble: Trouble) {
-        let lost = || {
-            Failure::new(
-                Fault::Network,
-                "the connection was reset",
-                "look at the cable",
-            )
-        };
-        match trouble {
-            Trouble::CancelAtSource => self.tell_source(source::Input::Cancel),
-            Trouble::CancelAtDestination => self.tell_destination(destination::Input::Cancel),
-            Trouble::LinkCut => {
-                self.cut();
-                self.tell_source(source::Input::LinkLost(lost()));
-                self.tell_destination(destination::Input::LinkLost(lost()));
-            }
-            Trouble::SourceQemuFails => {
-                self.tell_source(source::Input::QemuFailed(Failure::new(
-                    Fault::Qemu,
-                    "QEMU said no",
-                    "",
-                )));
-            }
-            Trouble::SourceCrashes => {
-                self.cut();
-                self.source = None;
-                self.queue
-                    .retain(|_, event| !matches!(event, Event::ToSource(_)));
-                self.tell_destination(destination::Input::LinkLost(lost()));
-                self.after(Duration::from_secs(1), Event::RestartSource);
-            }
-            Trouble::DestinationCrashes => {
-                self.cut();
-                self.destination = None;
-                self.queue
-                    .retain(|_, event| !matches!(event, Event::ToDestination(_)));
-                self.tell_source(source::Input::LinkLost(lost()));
-            }
-        }
-        self.drain();
-    }
-
-    /// What was on its way is lost.
-    fn cut(&mut self) {
-        self.link = false;
-        self.queue.retain(|_, event| {
-            !matches!(
-                event,
-                Event::Land(_)
-                    | Event::ToSource(source::Input::Message(_) | source::Input::Reconnected)
-                    | Event::ToDestination(
-                        destination::Input::Message(_) | destination::Input::Barrier { .. }
-                    )
-            )
-        });
-    }
-
     fn happen(&mut self, event: Event) {
         match event {
             Event::ToSource(source::Input::GuestStopped) => {
                 self.source_runs = false;
                 self.tell_source(source::Input::GuestStopped);
             }
+            Event::ToSource(source::Input::GuestResumed) if self.qemu_refuses => {
+                self.tell_source(source::Input::ResumeFailed(qemu_said_no()));
+            }
+            Event::ToDestination(destination::Input::GuestRunning) if self.qemu_refuses => {
+                self.tell_destination(destination::Input::QemuFailed(qemu_said_no()));
+            }
             Event::ToSource(source::Input::GuestResumed) => {
                 self.source_runs = true;
                 self.tell_source(source::Input::GuestResumed);
             }
             Event::ToSource(source::Input::Journaled(record)) => {
-                self.source_journal.extend(journal::encode(&record));
-                self.tell_source(source::Input::Journaled(record));
+                let input = if self.write(Side::Source, &record) {
+                    source::Input::Journaled(record)
+                } else {
+                    source::Input::JournalFailed(record, disk_full())
+                };
+                self.tell_source(input);
             }
             Event::ToSource(input) => self.tell_source(input),
             Event::ToDestination(destination::Input::GuestRunning) => {
@@ -300,8 +256,12 @@ impl Pair {
                 self.tell_destination(destination::Input::GuestRunning);
             }
             Event::ToDestination(destination::Input::Journaled(record)) => {
-                self.destination_journal.extend(journal::encode(&record));
-                self.tell_destination(destination::Input::Journaled(record));
+                let input = if self.write(Side::Destination, &record) {
+                    destination::Input::Journaled(record)
+                } else {
+                    destination::Input::JournalFailed(record, disk_full())
+                };
+                self.tell_destination(input);
             }
             Event::ToDestination(input) => self.tell_destination(input),
             Event::Land(pages) => {
@@ -325,6 +285,19 @@ impl Pair {
             }
             Event::GuestWrites => self.guest_writes(),
         }
+    }
+
+    /// Writes a record. False: the disk refuses.
+    fn write(&mut self, side: Side, record: &Record) -> bool {
+        let refused = self.refused.contains(record);
+        if !refused || self.refused_but_there {
+            let journal = match side {
+                Side::Source => &mut self.source_journal,
+                Side::Destination => &mut self.destination_journal,
+            };
+            journal.extend(journal::encode(record));
+        }
+        !refused
     }
 
     fn guest_writes(&mut self) {
@@ -461,7 +434,7 @@ impl Pair {
             self.tell_destination(destination::Input::LinkLost(lost));
         }
         let records = journal::decode(&self.destination_journal).unwrap().records;
-        let served = self.destination.is_some();
+        let served = self.destination.is_some() && self.destination_finished.is_none();
         let standing = match journal::standing_for(Some(&records)) {
             Standing::Unknown if journal::outcome(&records) == Outcome::Open && !served => {
                 self.destination_journal
@@ -570,6 +543,14 @@ impl Pair {
             .filter(|(_, content)| **content != 0);
         held.map(|(page, _)| run(page)).collect()
     }
+}
+
+fn disk_full() -> Failure {
+    Failure::new(Fault::ThisHost, "the disk is full", "free some of it")
+}
+
+fn qemu_said_no() -> Failure {
+    Failure::new(Fault::Qemu, "QEMU said no", "ask it again")
 }
 
 fn run(page: usize) -> Run {

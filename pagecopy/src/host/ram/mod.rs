@@ -28,6 +28,8 @@ const ALLOCATE_STEP: u64 = 16 << 20;
 /// Bytes that one step of `zero` looks at.
 const ZERO_STEP: usize = 64 << 10;
 
+static ZERO_PAGE: [u8; page_bytes()] = [0; page_bytes()];
+
 const _: () = assert!(ALLOCATE_STEP.is_multiple_of(MAX_PAGE_SIZE));
 const _: () = assert!((ZERO_STEP as u64).is_multiple_of(MIN_PAGE_SIZE));
 
@@ -164,7 +166,7 @@ impl MappedBlock {
             let bytes = &mut buffer[..step];
             self.file.read_exact_at(bytes, start)?;
             for (index, page) in bytes.chunks(page_bytes()).enumerate() {
-                if page.iter().any(|byte| *byte != 0) {
+                if page != &ZERO_PAGE[..page.len()] {
                     let at = as_usize(start) + index * page_bytes();
                     self.map.fill_zero(at..at + page.len());
                 }

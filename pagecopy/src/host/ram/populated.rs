@@ -5,13 +5,15 @@
 //! maps a page that the file has and answers `EFAULT` for one that it lacks, without ever allocating. It is asked once for
 //! each huge page, on a mapping made for the purpose, so nothing else of this process ever faults there.
 
+use std::fs::OpenOptions;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use super::MappedBlock;
 use crate::host::seek::DataCursor;
 use crate::host::sys::map::SharedMap;
+use crate::host::sys::pagemap::push_merged;
 use crate::host::sys::uffd::{self, Uffd};
 
 impl MappedBlock {
@@ -25,7 +27,7 @@ impl MappedBlock {
             Err(error)
                 if matches!(
                     error.raw_os_error(),
-                    Some(libc::EPERM | libc::EINVAL | libc::ENOSYS)
+                    Some(libc::EPERM | libc::EACCES | libc::EINVAL | libc::ENOSYS)
                 ) =>
             {
                 tracing::warn!(block = self.spec.name, %error, "holes on hugetlbfs cannot be listed; all of it is sent");
@@ -38,14 +40,10 @@ impl MappedBlock {
 
     /// The pages that a file on hugetlbfs has. Nothing is reported unless all of them could be asked for.
     fn huge_pages(&self, found: &mut impl FnMut(Range<u64>)) -> io::Result<()> {
-        let probe = SharedMap::new(self.file.as_fd(), self.map.len(), true).or_else(|error| {
-            // A read-only descriptor; minor faults do not care.
-            if error.kind() == io::ErrorKind::PermissionDenied {
-                SharedMap::new(self.file.as_fd(), self.map.len(), false)
-            } else {
-                Err(error)
-            }
-        })?;
+        // A range can be registered only where its descriptor would allow writing, and ours may be read-only.
+        let descriptor = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let file = OpenOptions::new().read(true).write(true).open(descriptor)?;
+        let probe = SharedMap::new(file.as_fd(), self.map.len(), true)?;
         let base = probe.base() as u64;
         let uffd = Uffd::own()?;
         uffd.enable(uffd::FEATURE_MINOR_HUGETLBFS)?;
@@ -54,7 +52,7 @@ impl MappedBlock {
         let mut extents: Vec<Range<u64>> = Vec::new();
         for offset in (0..self.spec.size).step_by(usize::try_from(page).unwrap_or(usize::MAX)) {
             if uffd.map_present(&(base + offset..base + offset + page))? {
-                crate::host::sys::pagemap::push_merged(&mut extents, offset..offset + page);
+                push_merged(&mut extents, offset..offset + page);
             }
         }
         extents.into_iter().for_each(found);

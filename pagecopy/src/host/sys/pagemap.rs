@@ -12,8 +12,10 @@ use std::os::fd::AsRawFd;
 
 use super::ioc;
 
-/// Extents of one call: the kernel collects up to 512 before it copies them out, so fewer would only cost calls.
-const EXTENTS: usize = 1024;
+/// Extents of one call: as many as the kernel collects before it copies them out. With more, the `walk_end` of a call that
+/// copied out several times can be stale (seen on Linux 6.18: smaller than the end of the last extent reported), and
+/// what it had reported would be reported again by the next call.
+const EXTENTS: usize = 512;
 
 /// What to look for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,13 +116,15 @@ impl Pagemap {
                 return_mask: mask,
             };
             let filled = self.ioctl(&mut args)?;
-            for extent in extents.iter().take(filled) {
+            for extent in &extents[..filled] {
                 push_merged(found, extent.start..extent.end);
             }
-            if args.walk_end <= start {
+            let reported = extents[..filled].last().map_or(start, |extent| extent.end);
+            let walked = args.walk_end.max(reported);
+            if walked <= start {
                 return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
             }
-            start = args.walk_end;
+            start = walked;
         }
         Ok(())
     }

@@ -47,12 +47,6 @@ struct RegisterArgs {
 }
 
 #[repr(C)]
-struct WriteProtectArgs {
-    range: RangeArgs,
-    mode: u64,
-}
-
-#[repr(C)]
 struct ContinueArgs {
     range: RangeArgs,
     mode: u64,
@@ -62,13 +56,11 @@ struct ContinueArgs {
 const UFFDIO_API: libc::c_ulong = ioc(3, 0xAA, 0x3F, size_of::<ApiArgs>());
 const UFFDIO_REGISTER: libc::c_ulong = ioc(3, 0xAA, 0x00, size_of::<RegisterArgs>());
 const UFFDIO_UNREGISTER: libc::c_ulong = ioc(2, 0xAA, 0x01, size_of::<RangeArgs>());
-const UFFDIO_WRITEPROTECT: libc::c_ulong = ioc(3, 0xAA, 0x06, size_of::<WriteProtectArgs>());
 const UFFDIO_CONTINUE: libc::c_ulong = ioc(3, 0xAA, 0x07, size_of::<ContinueArgs>());
 
 const _: () = assert!(UFFDIO_API == 0xC018_AA3F);
 const _: () = assert!(UFFDIO_REGISTER == 0xC020_AA00);
 const _: () = assert!(UFFDIO_UNREGISTER == 0x8010_AA01);
-const _: () = assert!(UFFDIO_WRITEPROTECT == 0xC018_AA06);
 const _: () = assert!(UFFDIO_CONTINUE == 0xC020_AA07);
 
 /// A userfaultfd. Its ioctls act on the address space that created it, whoever calls them. When the last descriptor
@@ -121,17 +113,6 @@ impl Uffd {
     /// `UFFDIO_UNREGISTER`. Takes what write-protection is left off the range.
     pub(crate) fn unregister(&self, range: &Range<u64>) -> io::Result<()> {
         self.ioctl(UFFDIO_UNREGISTER, &mut RangeArgs::from(range))
-    }
-
-    /// `UFFDIO_WRITEPROTECT` without the flag: takes the write-protection off.
-    pub(crate) fn unprotect(&self, range: &Range<u64>) -> io::Result<()> {
-        self.ioctl(
-            UFFDIO_WRITEPROTECT,
-            &mut WriteProtectArgs {
-                range: range.into(),
-                mode: 0,
-            },
-        )
     }
 
     /// `UFFDIO_CONTINUE` of one page: maps the page that the file has. Whether the file has it; never allocates.
