@@ -132,13 +132,14 @@ fn verify_names_the_page_that_differs() {
     assert!(pair.source_runs && !pair.destination_runs);
 }
 
-const TROUBLES: [Trouble; 10] = [
+const TROUBLES: [Trouble; 11] = [
     Trouble::CancelAtSource,
     Trouble::CancelAtDestination,
     Trouble::LinkCut,
     Trouble::SourceQemuFails,
     Trouble::SourceHostFails,
     Trouble::DestinationHostFails,
+    Trouble::DestinationQemuFails,
     Trouble::SourceCrashes { synced: false },
     Trouble::SourceCrashes { synced: true },
     Trouble::DestinationCrashes { synced: false },
@@ -368,7 +369,7 @@ fn a_guest_that_does_not_resume_is_said_to_stand_stopped() {
 fn a_committed_guest_is_started_until_it_runs() {
     let mut pair = small(false);
     pair.qemu_refuses = true;
-    while pair.notices.len() < 4 {
+    while pair.finished.is_empty() {
         assert!(pair.step());
     }
     assert_eq!(pair.result().state, State::InDoubt);

@@ -7,7 +7,7 @@ mod codec;
 mod fields;
 mod table;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use codec::WireError;
 

@@ -32,6 +32,11 @@ fn run() -> Run {
 const ID: MigrationId = MigrationId([0xab; 16]);
 const ID_HEX: &str = "abababababababababababababababab";
 
+/// One of every message, for the engines' tables of what is legal when.
+pub(crate) fn one_of_each() -> Vec<Message> {
+    samples().into_iter().map(|(message, _)| message).collect()
+}
+
 /// One sample of every message, in the table's order, with its bytes in hex.
 fn samples() -> Vec<(Message, String)> {
     let run_hex = "0100 0200000000000000 0300000000000000";

@@ -17,6 +17,8 @@ mod greeting;
 mod interface;
 mod load;
 mod receive;
+#[cfg(test)]
+mod tests;
 mod verify;
 
 pub use interface::{Input, Output, Setup};

@@ -22,6 +22,8 @@ mod rollback;
 mod round;
 mod sender;
 mod switchover;
+#[cfg(test)]
+mod tests;
 
 pub use interface::{Batch, Input, Options, Output, Pushed, Resolution, Setup};
 

@@ -1,0 +1,419 @@
+//! The source's transition table: which message is legal in which phase, and where each phase leads.
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use super::{Input, Options, Output, Resolution, Setup, Source};
+use crate::engine::event::State;
+use crate::engine::journal::{Outcome, Record};
+use crate::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
+use crate::memory::{BlockId, BlockSpec, Run};
+use crate::wire::{AbortCode, Message, Standing, tests::one_of_each};
+
+const ID: MigrationId = MigrationId([3; 16]);
+/// Later than the pause between two scans.
+const NOW: Time = Time(1_000_000_000);
+
+fn setup() -> Setup {
+    Setup {
+        id: ID,
+        vm: "guest".into(),
+        host: "alpha".into(),
+        blocks: vec![BlockSpec {
+            name: "ram".into(),
+            size: 8 << 20,
+            page_size: 4096,
+        }],
+        direct_io: false,
+        data_channels: 1,
+        fixed_downtime: Duration::from_millis(10),
+        options: Options {
+            downtime_limit: Duration::from_millis(300),
+            bandwidth_limit: None,
+            max_rounds: 10,
+            timeout: None,
+            verify: false,
+            quit_source: true,
+        },
+        timeouts: Timeouts::default(),
+    }
+}
+
+/// What leads from each phase to the next, in the undisturbed case with nothing to send.
+fn path() -> Vec<(&'static str, Vec<Input>)> {
+    let accept = Message::Accept {
+        version: 1,
+        capabilities: 1,
+        host: "beta".into(),
+    };
+    let scanned = |populated| Input::Scanned {
+        dirty: Vec::new(),
+        populated,
+        took: Duration::ZERO,
+    };
+    vec![
+        ("Attaching", vec![Input::Message(accept)]),
+        (
+            "Round",
+            vec![Input::Attached {
+                stopped: Duration::ZERO,
+                populated: Vec::new(),
+            }],
+        ),
+        (
+            "Switchover",
+            vec![
+                Input::Message(Message::BarrierReached { round: 0 }),
+                Input::Tick,
+                scanned(None),
+            ],
+        ),
+        (
+            "Commit",
+            vec![
+                Input::GuestStopped,
+                scanned(Some(Vec::new())),
+                Input::DeviceState(bytes::Bytes::from_static(b"state")),
+                Input::DeviceStateSaved,
+                Input::Message(Message::BarrierReached { round: 1 }),
+                Input::Message(Message::Loaded),
+                Input::Journaled(Record::CommitIntent),
+            ],
+        ),
+        ("Moved", vec![Input::Message(Message::Running)]),
+        ("Ended", vec![Input::Journaled(Record::GuestMoved)]),
+    ]
+}
+
+fn outputs(source: &mut Source) -> Vec<Output> {
+    std::iter::from_fn(|| source.poll()).collect()
+}
+
+fn phase(source: &Source) -> String {
+    let debug = format!("{:?}", source.phase);
+    debug.split(['(', ' ']).next().unwrap().to_owned()
+}
+
+/// A source that has gone the first `steps` of the path, with what it asked for on the last of them.
+fn after(steps: usize) -> (Source, Vec<Output>) {
+    let mut source = Source::new(setup(), Time(0));
+    let mut asked = outputs(&mut source);
+    let mut now = NOW;
+    for (name, inputs) in path().into_iter().take(steps) {
+        asked.clear();
+        for input in inputs {
+            now = now.after(Duration::from_millis(6));
+            source.handle(now, input);
+            asked.extend(outputs(&mut source));
+        }
+        assert_eq!(phase(&source), name);
+    }
+    (source, asked)
+}
+
+fn sent(outputs: &[Output]) -> Vec<&'static str> {
+    let name = |output: &Output| match output {
+        Output::Send(message) | Output::SendOn(_, message) => Some(message.name()),
+        _ => None,
+    };
+    outputs
+        .iter()
+        .filter_map(name)
+        .filter(|name| *name != "Ping")
+        .collect()
+}
+
+fn aborts_with(outputs: &[Output]) -> Option<AbortCode> {
+    outputs.iter().find_map(|output| match output {
+        Output::Send(Message::Abort { code, .. }) => Some(*code),
+        _ => None,
+    })
+}
+
+fn position(outputs: &[Output], wanted: &Output) -> usize {
+    let position = outputs.iter().position(|output| output == wanted);
+    position.unwrap_or_else(|| panic!("{wanted:?} is not among {outputs:?}"))
+}
+
+#[test]
+fn each_step_asks_for_what_it_needs() {
+    assert_eq!(sent(&after(0).1), ["Hello"]);
+    assert!(after(1).1.contains(&Output::Attach));
+    assert_eq!(sent(&after(2).1), ["Barrier"]);
+    assert!(after(3).1.contains(&Output::StopGuest));
+    let (_, switchover) = after(4);
+    assert_eq!(
+        sent(&switchover),
+        [
+            "Stopped",
+            "Barrier",
+            "DeviceState",
+            "DeviceStateEnd",
+            "Commit"
+        ]
+    );
+    let (_, moved) = after(5);
+    assert!(moved.contains(&Output::Journal(Record::GuestMoved)));
+    let (_, ended) = after(6);
+    assert_eq!(sent(&ended), ["Closed"]);
+    assert!(position(&ended, &Output::Detach) < position(&ended, &Output::QuitGuest));
+    assert!(matches!(ended.last(), Some(Output::Finished(f)) if f.state == State::Completed));
+}
+
+#[test]
+fn commit_needs_both_the_answer_and_the_record() {
+    let inputs = &path()[3].1;
+    for missing in [3, 4, 5, 6] {
+        let (mut source, _) = after(3);
+        for (index, input) in inputs.iter().enumerate() {
+            // Without the end of the device state, or the last barrier, `Loaded` would be a lie.
+            let lie = matches!(input, Input::Message(Message::Loaded)) && missing < 5;
+            if index != missing && !lie {
+                source.handle(NOW.after(Duration::from_millis(20)), input.clone());
+            }
+        }
+        assert!(
+            !sent(&outputs(&mut source)).contains(&"Commit"),
+            "without {:?}",
+            inputs[missing]
+        );
+        assert_eq!(phase(&source), "Switchover");
+    }
+}
+
+/// A row a phase. What is not named ends the migration with `Abort(Protocol)`; the guest runs on. `Ping` and `Pong` are
+/// legal always, `Abort` ends it without an answer.
+#[test]
+fn only_these_messages_are_legal_before_commit() {
+    let table: [(&str, &[&str]); 4] = [
+        ("Greeting", &["Accept"]),
+        ("Attaching", &[]),
+        ("Round", &["BarrierReached"]),
+        ("Switchover", &[]),
+    ];
+    for (steps, (name, legal)) in table.iter().enumerate() {
+        for message in one_of_each() {
+            let message = match message {
+                Message::BarrierReached { .. } => Message::BarrierReached { round: 0 },
+                other => other,
+            };
+            let (mut source, _) = after(steps);
+            let always = matches!(
+                message,
+                Message::Ping { .. } | Message::Pong { .. } | Message::Abort { .. }
+            );
+            let expected = always || legal.contains(&message.name());
+            let what = message.name();
+            source.handle(NOW, Input::Message(message));
+            let outputs = outputs(&mut source);
+            assert_eq!(
+                aborts_with(&outputs) == Some(AbortCode::Protocol),
+                !expected,
+                "{what} in {name}"
+            );
+            let resumes = outputs.contains(&Output::ResumeGuest);
+            assert_eq!(
+                resumes,
+                *name == "Switchover" && !matches!(what, "Ping" | "Pong"),
+                "{what} in {name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn after_commit_nothing_but_the_peers_abort_or_answer_resumes_the_guest() {
+    let failure = || Failure::new(Fault::Network, "something", "");
+    let mut inputs: Vec<Input> = one_of_each()
+        .into_iter()
+        .filter(|message| !matches!(message, Message::Abort { .. }))
+        .map(Input::Message)
+        .collect();
+    inputs.extend([
+        Input::Tick,
+        Input::Cancel,
+        Input::LinkLost(failure()),
+        Input::HostFailed(failure()),
+        Input::QemuFailed(failure()),
+        Input::JournalFailed(Record::CommitIntent, failure()),
+        Input::Resolve(Resolution::ResumeHere),
+    ]);
+    for input in inputs {
+        let (mut source, _) = after(4);
+        source.handle(NOW, input.clone());
+        assert!(
+            !outputs(&mut source).contains(&Output::ResumeGuest),
+            "{input:?}"
+        );
+        assert_eq!(aborts_with(&outputs(&mut source)), None, "{input:?}");
+    }
+    let (mut source, _) = after(4);
+    let refused = Message::Abort {
+        code: AbortCode::Host,
+        reason: "its disk is full".into(),
+    };
+    source.handle(NOW, Input::Message(refused));
+    let outputs = outputs(&mut source);
+    assert!(
+        position(&outputs, &Output::ResumeGuest)
+            < position(&outputs, &Output::Journal(Record::RolledBack))
+    );
+}
+
+/// In doubt, with a connection and a question.
+fn asking() -> Source {
+    let mut source = Source::recover(setup(), Outcome::Open, NOW);
+    let begun = outputs(&mut source);
+    assert!(
+        matches!(&begun[..], [.., Output::Finished(f), Output::Connect] if f.state == State::InDoubt)
+    );
+    source.handle(NOW, Input::Reconnected);
+    assert_eq!(sent(&outputs(&mut source)), ["Query"]);
+    source
+}
+
+fn answer(standing: Standing) -> Input {
+    Input::Message(Message::Answer { id: ID, standing })
+}
+
+#[test]
+fn an_answer_decides() {
+    let mut source = asking();
+    source.handle(NOW, answer(Standing::Running));
+    assert_eq!(outputs(&mut source), [Output::Journal(Record::GuestMoved)]);
+
+    let mut source = asking();
+    source.handle(NOW, answer(Standing::Aborted));
+    let rolled_back = outputs(&mut source);
+    assert_eq!(
+        rolled_back,
+        [
+            Output::ResumeGuest,
+            Output::Journal(Record::RolledBack),
+            Output::Detach
+        ]
+    );
+
+    for standing in [Standing::Unknown, Standing::Committed] {
+        let mut source = asking();
+        source.handle(NOW, answer(standing));
+        assert!(
+            matches!(outputs(&mut source)[..], [Output::Report(_)]),
+            "{standing:?}"
+        );
+        let again = source.poll_timeout().unwrap();
+        source.handle(again, Input::Tick);
+        assert_eq!(sent(&outputs(&mut source)), ["Query"], "asked again");
+    }
+}
+
+#[test]
+fn an_answer_about_another_migration_decides_nothing() {
+    let mut source = asking();
+    let other = Message::Answer {
+        id: MigrationId([4; 16]),
+        standing: Standing::Aborted,
+    };
+    source.handle(NOW, Input::Message(other));
+    assert_eq!(outputs(&mut source), []);
+}
+
+#[test]
+fn an_operators_decision_is_recorded_first_and_refused_where_it_is_dangerous() {
+    let resume_here = || Input::Resolve(Resolution::ResumeHere);
+    let mut source = asking();
+    source.handle(NOW, resume_here());
+    assert!(
+        matches!(outputs(&mut source)[..], [Output::Report(_)]),
+        "a question is on its way"
+    );
+    source.handle(NOW, answer(Standing::Committed));
+    outputs(&mut source);
+    source.handle(NOW, resume_here());
+    assert!(
+        matches!(outputs(&mut source)[..], [Output::Report(_)]),
+        "the peer is about to run it"
+    );
+    source.handle(
+        NOW,
+        Input::LinkLost(Failure::new(Fault::Network, "gone", "")),
+    );
+    source.handle(NOW, resume_here());
+    assert_eq!(outputs(&mut source), [Output::Journal(Record::RolledBack)]);
+    source.handle(NOW, Input::Journaled(Record::RolledBack));
+    assert_eq!(outputs(&mut source), [Output::ResumeGuest, Output::Detach]);
+    source.handle(NOW, Input::GuestResumed);
+    assert!(
+        matches!(outputs(&mut source).last(), Some(Output::Finished(f)) if f.state == State::Failed)
+    );
+}
+
+#[test]
+fn a_decision_that_cannot_be_recorded_is_not_acted_upon() {
+    let mut source = asking();
+    source.handle(NOW, answer(Standing::Unknown));
+    source.handle(NOW, Input::Resolve(Resolution::ResumeHere));
+    outputs(&mut source);
+    let full = Failure::new(Fault::ThisHost, "the disk is full", "");
+    source.handle(NOW, Input::JournalFailed(Record::RolledBack, full));
+    assert!(matches!(outputs(&mut source)[..], [Output::Report(_)]));
+    assert_eq!(
+        (phase(&source).as_str(), source.state()),
+        ("InDoubt", State::InDoubt)
+    );
+}
+
+#[test]
+fn a_restarted_daemon_does_what_its_journal_says() {
+    let mut back = Source::recover(setup(), Outcome::NotHere, NOW);
+    assert_eq!(outputs(&mut back), [Output::ResumeGuest, Output::Detach]);
+    back.handle(NOW, Input::GuestResumed);
+    assert!(
+        matches!(outputs(&mut back).last(), Some(Output::Finished(f)) if f.state == State::Failed)
+    );
+
+    let mut gone = Source::recover(setup(), Outcome::Here, NOW);
+    assert_eq!(outputs(&mut gone), [Output::Journal(Record::GuestMoved)]);
+    gone.handle(NOW, Input::Journaled(Record::GuestMoved));
+    let outputs = outputs(&mut gone);
+    assert!(outputs.contains(&Output::QuitGuest) && sent(&outputs).is_empty());
+}
+
+#[test]
+fn with_direct_io_no_page_is_read_before_the_disk_is_still() {
+    let mut setup = setup();
+    setup.direct_io = true;
+    let mut source = Source::new(setup, Time(0));
+    let accept = Message::Accept {
+        version: 1,
+        capabilities: 1,
+        host: "beta".into(),
+    };
+    source.handle(NOW, Input::Message(accept));
+    let populated = vec![Run {
+        block: BlockId(0),
+        first: 0,
+        pages: 9,
+    }];
+    source.handle(
+        NOW,
+        Input::Attached {
+            stopped: Duration::ZERO,
+            populated,
+        },
+    );
+    let before = outputs(&mut source);
+    assert!(
+        before.contains(&Output::DrainIo)
+            && !before.iter().any(|o| matches!(o, Output::Push { .. }))
+    );
+    source.handle(NOW, Input::IoDrained);
+    let pushed: Vec<ChannelId> = outputs(&mut source)
+        .into_iter()
+        .filter_map(|output| match output {
+            Output::Push { channel, .. } => Some(channel),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(pushed, [ChannelId(1)]);
+}
