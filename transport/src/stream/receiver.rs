@@ -180,8 +180,16 @@ impl Receiver {
 
     /// Copies payload to its place.
     fn place(&mut self, bytes: &[u8]) -> Result<usize, Error> {
+        self.check_access()?;
+        let State::Memory { region, left, .. } = &self.state else {
+            return Ok(0);
+        };
         let mut scatter = std::mem::take(&mut self.scratch);
-        self.direct(&mut scatter)?;
+        // No more than there is: the kernel pins all pages named before it copies.
+        let most = usize::try_from(*left)
+            .unwrap_or(usize::MAX)
+            .min(bytes.len());
+        scatter.push_region(region, &self.extents[self.extent..], self.skip, most);
         let n = scatter.copy_from(bytes).map_err(|e| receive_error(&e))?;
         scatter.clear();
         self.scratch = scatter;
