@@ -7,6 +7,8 @@ pub(crate) mod greeting;
 mod link;
 mod listener;
 pub(crate) mod socket;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::net::SocketAddr;
