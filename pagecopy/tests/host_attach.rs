@@ -326,6 +326,9 @@ fn a_sandboxed_qemu_is_attached_to_and_tracked() {
         tracker.scan(&mut dirty).unwrap();
     }
     assert!(!dirty.is_empty(), "the guest wrote");
+    let started = Instant::now();
+    tracker.scan(&mut dirty).unwrap();
+    println!("QEMU's 64 MiB scanned in {:?}", started.elapsed());
     tracker.disarm();
     assert!(!is_registered(pid));
     assert_eq!(process::userfaultfds(pid).unwrap(), 0);

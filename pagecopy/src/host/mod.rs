@@ -7,11 +7,6 @@
 //! - [`attach`]: gets a userfaultfd that acts on QEMU's memory.
 //! - [`track`]: implements [`Tracker`] with it.
 //! - [`ram`]: implements [`Ram`] and [`Placer`] over mappings of the same files.
-#![allow(
-    clippy::disallowed_types,
-    clippy::disallowed_methods,
-    reason = "the ban on files, threads and clocks is for the engines; this half is where they belong"
-)]
 
 pub mod attach;
 pub mod process;

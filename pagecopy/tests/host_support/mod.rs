@@ -176,6 +176,9 @@ pub struct Target {
     _turn: MutexGuard<'static, ()>,
 }
 
+/// What another thread of a target does.
+pub type Background = Box<dyn Fn(&[Map]) + Send + Sync>;
+
 /// What a target can be told.
 #[derive(Clone, Copy)]
 pub enum Command {
@@ -205,7 +208,7 @@ pub enum Command {
 
 impl Target {
     /// A process with these files mapped. The first thread of it waits in `read` for commands; the others run `background`.
-    pub fn new(files: &[&RamFile], background: Vec<Box<dyn Fn(&[Map]) + Send + Sync>>) -> Target {
+    pub fn new(files: &[&RamFile], background: Vec<Background>) -> Target {
         // A forked process inherits what other tests have open and mapped; so one test forks at a time.
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
