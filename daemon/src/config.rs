@@ -1,0 +1,237 @@
+//! The configuration file of `pagecopyd`.
+//!
+//! Every key is checked when the daemon starts; an unknown one is refused with its name, the file, and the keys that
+//! exist, so that a typing error never turns into a silent default. See `README.md` for an example.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::failure::{Failure, Fault};
+
+/// The whole file.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// This daemon's name, told to peers and shown in their messages.
+    pub name: String,
+    /// Where peers connect: `HOST:PORT`, or `unix:PATH`.
+    pub listen: String,
+    /// The unix socket of the API.
+    pub api: PathBuf,
+    /// Where journals, receivers and measured figures are kept.
+    pub state_dir: PathBuf,
+    /// Whether to run without TLS. Guest memory then crosses the network in the clear and any host may connect.
+    #[serde(default)]
+    pub insecure_plaintext: bool,
+    /// TLS between the peers.
+    pub tls: Option<Tls>,
+}
+
+/// Table `[tls]`: mutual TLS 1.3 between the daemons.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Tls {
+    /// PEM file with the certificates that peers' certificates must be signed by.
+    pub ca: PathBuf,
+    /// PEM file with this daemon's certificate (and intermediates).
+    pub cert: PathBuf,
+    /// PEM file with its private key.
+    pub key: PathBuf,
+    /// DNS names of the peers that may send to this host or take from it.
+    pub allow: Vec<String>,
+}
+
+impl Config {
+    /// Reads and checks `file`.
+    ///
+    /// # Errors
+    /// [`ConfigError`], ready for the operator.
+    pub fn load(file: &Path) -> Result<Config, ConfigError> {
+        let text = std::fs::read_to_string(file).map_err(|error| ConfigError {
+            file: file.to_owned(),
+            line: None,
+            what: format!("cannot be read: {error}"),
+        })?;
+        Config::parse(file, &text)
+    }
+
+    /// Checks `text`, the content of `file`. Relative paths in it are relative to the file.
+    ///
+    /// # Errors
+    /// [`ConfigError`], ready for the operator.
+    pub fn parse(file: &Path, text: &str) -> Result<Config, ConfigError> {
+        let fail = |line, what| ConfigError {
+            file: file.to_owned(),
+            line,
+            what,
+        };
+        let mut config: Config = toml::from_str(text).map_err(|error| {
+            let line = error
+                .span()
+                .map(|span| 1 + text[..span.start].matches('\n').count());
+            let message = error
+                .message()
+                .replace("unknown field", "unknown key")
+                .replace("missing field", "missing key");
+            fail(line, message.replace("expected one of", "the keys are"))
+        })?;
+        config.check().map_err(|what| fail(None, what))?;
+        let file = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
+        config.make_absolute(file.parent().unwrap_or(Path::new("/")));
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.name.is_empty() || self.name.len() > pagecopy::limits::MAX_NAME {
+            return Err(format!(
+                "name must have 1 to {} bytes",
+                pagecopy::limits::MAX_NAME
+            ));
+        }
+        let has_port = |listen: &str| {
+            listen
+                .rsplit_once(':')
+                .is_some_and(|(_, port)| port.parse::<u16>().is_ok())
+        };
+        if !self.listen.starts_with("unix:") && !has_port(&self.listen) {
+            return Err(format!(
+                "listen = {:?} is not HOST:PORT, such as \"0.0.0.0:7070\" or \"[::]:7070\"",
+                self.listen
+            ));
+        }
+        match &self.tls {
+            None if !self.insecure_plaintext => Err("there is no [tls] table. Guest memory would cross the network in \
+                 the clear; if that is wanted, say insecure-plaintext = true"
+                .to_owned()),
+            Some(_) if self.insecure_plaintext => {
+                Err("there is a [tls] table and insecure-plaintext = true: remove one of them".to_owned())
+            }
+            Some(tls) if tls.allow.is_empty() => {
+                Err("tls.allow is empty, so no peer could ever connect: list the DNS names of the peers' certificates"
+                    .to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn make_absolute(&mut self, base: &Path) {
+        let paths = [&mut self.api, &mut self.state_dir].into_iter();
+        let tls = self
+            .tls
+            .iter_mut()
+            .flat_map(|tls| [&mut tls.ca, &mut tls.cert, &mut tls.key]);
+        for path in paths.chain(tls) {
+            *path = base.join(&*path);
+        }
+    }
+}
+
+/// Why a configuration was refused.
+#[derive(Debug)]
+pub struct ConfigError {
+    /// The file.
+    pub file: PathBuf,
+    /// The line, where it is known.
+    pub line: Option<usize>,
+    /// What is wrong with it, and what would be right.
+    pub what: String,
+}
+
+impl std::error::Error for ConfigError {}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "configuration {}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ", line {line}")?;
+        }
+        write!(f, ": {}", self.what)
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Failure {
+        Failure::new(
+            Fault::Operator,
+            error.to_string(),
+            "correct the configuration file and start pagecopyd again",
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const PLAIN: &str = "name = 'a'\nlisten = '127.0.0.1:7070'\napi = 'api.sock'\nstate-dir = '/var/lib/pagecopy'\n";
+    const TLS: &str =
+        "[tls]\nca = 'ca.pem'\ncert = 'a.pem'\nkey = 'a.key'\nallow = ['b.example']\n";
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(Path::new("/etc/pagecopy/a.toml"), text).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn tls_and_relative_paths() {
+        let config = parse(&format!("{PLAIN}{TLS}")).unwrap();
+        assert_eq!(config.api, Path::new("/etc/pagecopy/api.sock"));
+        assert_eq!(config.state_dir, Path::new("/var/lib/pagecopy"));
+        let tls = config.tls.unwrap();
+        assert_eq!(tls.ca, Path::new("/etc/pagecopy/ca.pem"));
+        assert_eq!(tls.allow, ["b.example"]);
+    }
+
+    #[test]
+    fn plaintext_must_be_asked_for() {
+        let error = parse(PLAIN).unwrap_err();
+        assert!(error.contains("insecure-plaintext = true"), "{error}");
+        assert!(
+            parse(&format!("{PLAIN}insecure-plaintext = true\n"))
+                .unwrap()
+                .insecure_plaintext
+        );
+        let both = parse(&format!("{PLAIN}insecure-plaintext = true\n{TLS}")).unwrap_err();
+        assert!(both.contains("remove one"), "{both}");
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_the_file_and_the_known_keys() {
+        let error = parse(&format!("{PLAIN}lisen = 'x'\n")).unwrap_err();
+        for part in [
+            "/etc/pagecopy/a.toml",
+            "line 5",
+            "`lisen`",
+            "`listen`",
+            "`state-dir`",
+            "`insecure-plaintext`",
+        ] {
+            assert!(error.contains(part), "{part} is not in: {error}");
+        }
+        let nested = parse(&format!("{PLAIN}{TLS}alow = []\n")).unwrap_err();
+        assert!(
+            nested.contains("`alow`") && nested.contains("`allow`"),
+            "{nested}"
+        );
+    }
+
+    #[test]
+    fn missing_and_malformed_values() {
+        let error = parse("name = 'a'\nlisten = '1.2.3.4:1'\napi = 'x'\n").unwrap_err();
+        assert!(error.contains("missing key `state-dir`"), "{error}");
+        let error = parse(&PLAIN.replace(":7070", "")).unwrap_err();
+        assert!(error.contains("HOST:PORT"), "{error}");
+        let error = parse(&format!("{PLAIN}{}", TLS.replace("'b.example'", ""))).unwrap_err();
+        assert!(error.contains("tls.allow is empty"), "{error}");
+    }
+
+    #[test]
+    fn an_absent_file_is_named() {
+        let error = Config::load(Path::new("/nonexistent/p.toml"))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("/nonexistent/p.toml"), "{error}");
+    }
+}
