@@ -1,0 +1,15 @@
+//! QEMU as the sessions use it: what it is made of, and the few orders that a migration gives it.
+//!
+//! - [`discover`]: a running or waiting QEMU's version, process and RAMBlocks, or why it cannot be migrated.
+//! - [`settings`]: migration capabilities and parameters, set for the time of a migration and put back.
+//! - [`outgoing`]: stop, save, resume at the source.
+//! - [`incoming`]: load, run at the destination.
+
+pub mod discover;
+pub mod incoming;
+pub mod maps;
+pub mod outgoing;
+pub mod settings;
+mod status;
+
+pub use discover::{Block, Guest};
