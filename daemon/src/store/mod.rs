@@ -1,0 +1,96 @@
+//! What outlives the daemon: everything under `state-dir`.
+//!
+//! ```text
+//! state-dir/lock                       held while a daemon runs on it
+//! state-dir/journal/UUID.source        the decisions of one migration, see pagecopy::engine::journal
+//! state-dir/journal/UUID.destination
+//! state-dir/journal/UUID.settings      what QEMU had set before a migration that is under way here
+//! state-dir/receivers.json             which QEMU waits for which guest
+//! state-dir/fixed-downtime.json        the part of the downtime that does not depend on bytes, as last measured
+//! ```
+
+mod downtime;
+mod files;
+mod journal;
+mod receivers;
+
+use std::fs::{self, File};
+use std::path::Path;
+
+pub use downtime::FixedDowntime;
+pub use journal::{JournalFile, Journals};
+pub use receivers::{Receiver, Receivers};
+
+use crate::failure::{Failure, host, operator};
+
+/// The state directory, held by this daemon alone.
+#[derive(Debug)]
+pub struct Store {
+    /// The journals.
+    pub journals: Journals,
+    /// The waiting QEMUs.
+    pub receivers: Receivers,
+    /// The measured downtime.
+    pub downtime: FixedDowntime,
+    /// Holds the lock.
+    _lock: File,
+}
+
+impl Store {
+    /// Opens (and makes) `dir`.
+    ///
+    /// # Errors
+    /// The directory cannot be used, or another daemon uses it.
+    pub fn open(dir: &Path) -> Result<Store, Failure> {
+        let cannot = |what: &str, error: &dyn std::fmt::Display| {
+            host(
+                format!("state-dir {}: {what}: {error}", dir.display()),
+                "give a directory that pagecopyd may write, on a disk that is not full",
+            )
+        };
+        fs::create_dir_all(dir).map_err(|error| cannot("cannot be made", &error))?;
+        let lock =
+            File::create(dir.join("lock")).map_err(|error| cannot("cannot be written", &error))?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
+            |_| {
+                operator(
+                    format!("another pagecopyd runs on state-dir {}", dir.display()),
+                    "end it, or give this one a state-dir of its own",
+                )
+            },
+        )?;
+        Ok(Store {
+            journals: Journals::open(&dir.join("journal"))
+                .map_err(|error| cannot("journal", &error))?,
+            receivers: Receivers::open(dir.join("receivers.json"))
+                .map_err(|error| cannot("receivers.json", &error))?,
+            downtime: FixedDowntime::open(dir.join("fixed-downtime.json")),
+            _lock: lock,
+        })
+    }
+}
+
+#[cfg(test)]
+pub(crate) fn test_dir(name: &str) -> std::path::PathBuf {
+    let dir = std::env::temp_dir().join(format!("pagecopy-test-{name}-{}", uuid::Uuid::new_v4()));
+    #[allow(clippy::unwrap_used)] // A test without its directory cannot go on.
+    fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn one_daemon_a_directory() {
+        let dir = test_dir("lock");
+        let first = Store::open(&dir).unwrap();
+        let second = Store::open(&dir).unwrap_err();
+        assert!(second.what.contains("another pagecopyd"), "{second:?}");
+        drop(first);
+        Store::open(&dir).unwrap();
+        fs::remove_dir_all(dir).unwrap();
+    }
+}

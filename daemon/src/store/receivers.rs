@@ -1,0 +1,121 @@
+//! Which QEMU waits for which guest, kept over restarts.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use super::files::{read_json, write_json};
+
+/// A QEMU that waits for a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Receiver {
+    /// The guest's name.
+    pub vm: String,
+    /// QEMU's QMP socket.
+    pub qmp: PathBuf,
+}
+
+/// All waiting QEMUs, by the name of the guest.
+#[derive(Debug)]
+pub struct Receivers {
+    path: PathBuf,
+    map: Mutex<BTreeMap<String, Receiver>>,
+}
+
+impl Receivers {
+    /// Reads the file, if there is one.
+    ///
+    /// # Errors
+    /// It cannot be read, or is none of ours.
+    pub fn open(path: PathBuf) -> io::Result<Receivers> {
+        let list: Vec<Receiver> = read_json(&path)?.unwrap_or_default();
+        let map = list
+            .into_iter()
+            .map(|receiver| (receiver.vm.clone(), receiver))
+            .collect();
+        Ok(Receivers {
+            path,
+            map: Mutex::new(map),
+        })
+    }
+
+    /// The one that waits for `vm`.
+    pub fn get(&self, vm: &str) -> Option<Receiver> {
+        self.lock().get(vm).cloned()
+    }
+
+    /// All of them, by name.
+    pub fn list(&self) -> Vec<Receiver> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// Adds one; replaces an earlier one for the same guest.
+    ///
+    /// # Errors
+    /// The disk refused; nothing has changed.
+    pub fn insert(&self, receiver: Receiver) -> io::Result<()> {
+        let mut map = self.lock();
+        let mut new = map.clone();
+        new.insert(receiver.vm.clone(), receiver);
+        self.write(&new)?;
+        *map = new;
+        Ok(())
+    }
+
+    /// Removes the one that waits for `vm`. Says whether there was one.
+    ///
+    /// # Errors
+    /// The disk refused; nothing has changed.
+    pub fn remove(&self, vm: &str) -> io::Result<bool> {
+        let mut map = self.lock();
+        let mut new = map.clone();
+        let found = new.remove(vm).is_some();
+        if found {
+            self.write(&new)?;
+            *map = new;
+        }
+        Ok(found)
+    }
+
+    fn write(&self, map: &BTreeMap<String, Receiver>) -> io::Result<()> {
+        write_json(&self.path, &map.values().collect::<Vec<_>>())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Receiver>> {
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::test_dir;
+    use super::*;
+
+    #[test]
+    fn receivers_survive_a_restart() {
+        let dir = test_dir("receivers");
+        let path = dir.join("receivers.json");
+        let receivers = Receivers::open(path.clone()).unwrap();
+        let web = Receiver {
+            vm: "web".into(),
+            qmp: "/run/web.qmp".into(),
+        };
+        receivers.insert(web.clone()).unwrap();
+        receivers
+            .insert(Receiver {
+                vm: "db".into(),
+                qmp: "/run/db.qmp".into(),
+            })
+            .unwrap();
+        assert!(receivers.remove("db").unwrap());
+        assert!(!receivers.remove("db").unwrap());
+        let again = Receivers::open(path).unwrap();
+        assert_eq!(again.list(), [web.clone()]);
+        assert_eq!(again.get("web"), Some(web));
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+}
