@@ -1,0 +1,72 @@
+//! A data channel at the destination: the transport places the bytes; zero runs and barriers are ours.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use pagecopy::engine::ChannelId;
+use pagecopy::host::Placer;
+use pagecopy::memory::BlockSpec;
+use pagecopy::wire::Message;
+use transport::Token;
+
+use super::{Events, Handler, LaneEvent, Ops};
+
+/// Places zero runs, and reports barriers behind them.
+pub struct DestinationData {
+    id: ChannelId,
+    specs: Arc<[BlockSpec]>,
+    placer: Arc<dyn Placer>,
+    zero_bytes: u64,
+}
+
+/// Nothing is ever sent on it.
+#[derive(Debug)]
+pub enum Command {}
+
+impl DestinationData {
+    /// For channel `id`, placing into `placer`. `specs` are in the order of the source's numbers.
+    pub fn new(id: ChannelId, specs: Arc<[BlockSpec]>, placer: Arc<dyn Placer>) -> DestinationData {
+        DestinationData {
+            id,
+            specs,
+            placer,
+            zero_bytes: 0,
+        }
+    }
+}
+
+impl Handler for DestinationData {
+    type Command = Command;
+
+    fn command(&mut self, command: Command, _ops: &mut Ops) {
+        match command {}
+    }
+
+    fn sent(&mut self, _token: Token, _events: &Events) {}
+
+    fn message(&mut self, message: Bytes, events: &Events) -> Result<(), String> {
+        match Message::decode(&message).map_err(|error| error.to_string())? {
+            Message::Zero(runs) => {
+                for run in runs {
+                    self.placer.zero(run).map_err(|error| error.to_string())?;
+                    let page_size = self
+                        .specs
+                        .get(usize::from(run.block.0))
+                        .map_or(0, |spec| spec.page_size);
+                    self.zero_bytes += run.pages * page_size;
+                }
+                Ok(())
+            }
+            Message::Barrier { round } => {
+                let zero_bytes = std::mem::take(&mut self.zero_bytes);
+                events(LaneEvent::Barrier {
+                    channel: self.id,
+                    round,
+                    zero_bytes,
+                });
+                Ok(())
+            }
+            other => Err(format!("{} on data channel {}", other.name(), self.id.0)),
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! Lanes: one thread for each channel, which owns it and drives it.
+//!
+//! The session gives a lane commands through a queue and wakes it; what comes back goes to the session as
+//! [`LaneEvent`]s. What a channel is used for differs ([`control`], [`source`], [`destination`]); the loop is the same.
+
+pub mod control;
+pub mod destination;
+pub mod source;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::task::Waker;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use pagecopy::engine::ChannelId;
+use pagecopy::engine::source::Pushed;
+use pagecopy::wire::Message;
+use transport::{Channel, Error, Event, Op, SubmitError, Token};
+
+use crate::failure::{Failure, host};
+
+/// How long a control channel that is being closed waits for the peer to take what was sent and close, too.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// What a lane tells its session.
+#[derive(Debug)]
+pub enum LaneEvent {
+    /// A message on the control channel.
+    Message(Message),
+    /// A batch has left.
+    Pushed {
+        /// The channel.
+        channel: ChannelId,
+        /// The batch.
+        batch: u64,
+        /// What went how.
+        pushed: Pushed,
+    },
+    /// A barrier arrived, and all before it is in place.
+    Barrier {
+        /// The channel.
+        channel: ChannelId,
+        /// The round that it ends.
+        round: u32,
+        /// Bytes of zero runs placed since the barrier before.
+        zero_bytes: u64,
+    },
+    /// The peer sent what it may not.
+    Misbehaved(String),
+    /// The channel is broken. The lane has ended.
+    Lost(ChannelId, Error),
+}
+
+/// Where a lane's events go.
+pub type Events = Box<dyn Fn(LaneEvent) + Send>;
+
+/// What one kind of channel is used for.
+pub trait Handler: Send + 'static {
+    /// What the session may ask of it.
+    type Command: Send + 'static;
+
+    /// Turns a command into operations, in order.
+    fn command(&mut self, command: Self::Command, ops: &mut Ops);
+
+    /// An operation has left.
+    fn sent(&mut self, token: Token, events: &Events);
+
+    /// The peer's message.
+    ///
+    /// # Errors
+    /// How it breaks the protocol.
+    fn message(&mut self, message: Bytes, events: &Events) -> Result<(), String>;
+}
+
+/// Operations that wait for a place in the channel.
+#[derive(Debug, Default)]
+pub struct Ops {
+    waiting: VecDeque<(Token, Op)>,
+    next: u64,
+}
+
+impl Ops {
+    /// Adds an operation, and names it.
+    pub fn push(&mut self, op: Op) -> Token {
+        let token = Token(self.next);
+        self.next += 1;
+        self.waiting.push_back((token, op));
+        token
+    }
+}
+
+/// Bytes that a lane has moved, readable from elsewhere.
+#[derive(Debug, Default)]
+pub struct Moved {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl Moved {
+    /// Bytes on the wire, both ways.
+    pub fn bytes(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed) + self.received.load(Ordering::Relaxed)
+    }
+}
+
+enum Order<C> {
+    Do(C),
+    /// Send what waits, let the peer take it, then close.
+    Close,
+    /// Stop touching the channel, but keep it open.
+    Park,
+}
+
+/// A channel with its thread. Dropping it closes the channel at once.
+#[derive(Debug)]
+pub struct Lane<C: Send + 'static> {
+    orders: Sender<Order<C>>,
+    waker: Waker,
+    thread: Option<JoinHandle<Box<dyn Channel>>>,
+    kind: &'static str,
+    moved: Arc<Moved>,
+}
+
+impl<C: Send + 'static> Lane<C> {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub fn start<H: Handler<Command = C>>(
+        name: &str,
+        id: ChannelId,
+        channel: Box<dyn Channel>,
+        handler: H,
+        events: Events,
+    ) -> Result<Lane<C>, Failure> {
+        let (orders, queue) = self::channel();
+        let (waker, kind, moved) = (channel.waker(), channel.kind(), Arc::new(Moved::default()));
+        let driver = Driver {
+            id,
+            channel,
+            handler,
+            events,
+            queue,
+            ops: Ops::default(),
+            moved: Arc::clone(&moved),
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("{name}-{}", id.0))
+            .spawn(move || driver.run())
+            .map_err(|error| {
+                host(
+                    format!("no thread for a channel: {error}"),
+                    "raise the limit of processes",
+                )
+            })?;
+        Ok(Lane {
+            orders,
+            waker,
+            thread: Some(thread),
+            kind,
+            moved,
+        })
+    }
+
+    /// Gives a command. One to a lane that has ended is lost; the session was told of the end.
+    pub fn give(&self, command: C) {
+        self.order(Order::Do(command));
+    }
+
+    /// Sends what waits, then closes the channel in order, in the background.
+    pub fn close(mut self) {
+        self.order(Order::Close);
+        // The thread goes on by itself for the time that the closing takes.
+        drop(self.thread.take());
+    }
+
+    /// Stops the thread and returns the channel, still open and no longer touched.
+    pub fn park(mut self) -> Option<Box<dyn Channel>> {
+        self.order(Order::Park);
+        self.thread.take()?.join().ok()
+    }
+
+    /// The transport's name of the channel.
+    pub fn kind(&self) -> &'static str {
+        self.kind
+    }
+
+    /// What it has moved.
+    pub fn moved(&self) -> Arc<Moved> {
+        Arc::clone(&self.moved)
+    }
+
+    fn order(&self, order: Order<C>) {
+        // A lane that has ended has said so.
+        let _ = self.orders.send(order);
+        self.waker.wake_by_ref();
+    }
+}
+
+impl<C: Send + 'static> Drop for Lane<C> {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.order(Order::Park);
+            // The channel closes when it is dropped here.
+            drop(thread.join());
+        }
+    }
+}
+
+struct Driver<H: Handler> {
+    id: ChannelId,
+    channel: Box<dyn Channel>,
+    handler: H,
+    events: Events,
+    queue: Receiver<Order<H::Command>>,
+    ops: Ops,
+    moved: Arc<Moved>,
+}
+
+enum Next {
+    Go,
+    Close,
+    Park,
+}
+
+impl<H: Handler> Driver<H> {
+    fn run(mut self) -> Box<dyn Channel> {
+        match self.serve() {
+            Ok(Next::Close) => self.linger(),
+            Ok(_) => {}
+            Err(error) => (self.events)(LaneEvent::Lost(self.id, error)),
+        }
+        self.channel
+    }
+
+    fn serve(&mut self) -> Result<Next, Error> {
+        let mut under_way = 0_usize;
+        let mut closing = false;
+        // After the first breach nothing more is taken from the peer, so that it cannot flood the session.
+        let mut muted = false;
+        loop {
+            match self.take_orders() {
+                Next::Go => {}
+                Next::Close => closing = true,
+                Next::Park => return Ok(Next::Park),
+            }
+            under_way += self.submit()?;
+            if closing && under_way == 0 && self.ops.waiting.is_empty() {
+                return Ok(Next::Close);
+            }
+            let event = self.channel.poll(None);
+            self.publish();
+            match event? {
+                Some(Event::Sent(token)) => {
+                    under_way = under_way.saturating_sub(1);
+                    self.handler.sent(token, &self.events);
+                }
+                Some(Event::Message(message)) if !muted => {
+                    if let Err(what) = self.handler.message(message, &self.events) {
+                        muted = true;
+                        (self.events)(LaneEvent::Misbehaved(what));
+                    }
+                }
+                Some(Event::Message(_) | Event::Fetched(_)) | None => {}
+            }
+        }
+    }
+
+    fn take_orders(&mut self) -> Next {
+        loop {
+            match self.queue.try_recv() {
+                Ok(Order::Do(command)) => self.handler.command(command, &mut self.ops),
+                Ok(Order::Close) => return Next::Close,
+                Ok(Order::Park) | Err(TryRecvError::Disconnected) => return Next::Park,
+                Err(TryRecvError::Empty) => return Next::Go,
+            }
+        }
+    }
+
+    /// Submits what there is room for; returns how many operations were taken.
+    fn submit(&mut self) -> Result<usize, Error> {
+        let mut taken = 0;
+        while let Some((token, op)) = self.ops.waiting.pop_front() {
+            match self.channel.submit(token, op) {
+                Ok(()) => taken += 1,
+                Err(SubmitError::Full(op)) => {
+                    self.ops.waiting.push_front((token, op));
+                    break;
+                }
+                Err(SubmitError::Invalid(what)) => return Err(Error::Misuse(what.to_owned())),
+                // The poll that follows says why.
+                Err(SubmitError::Closed) => break,
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Waits until the peer has closed: closing first, with the peer's bytes unread, would make the system throw away
+    /// what we have sent.
+    fn linger(&mut self) {
+        let end = Instant::now() + LINGER;
+        while let Some(left) = end.checked_duration_since(Instant::now()) {
+            if self.channel.poll(Some(left)).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn publish(&self) {
+        let stats = self.channel.stats();
+        self.moved.sent.store(stats.sent, Ordering::Relaxed);
+        self.moved.received.store(stats.received, Ordering::Relaxed);
+    }
+}
