@@ -1,0 +1,208 @@
+//! Reaching the other daemon.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use transport::{Address, Channel, Error, Greeting, Peer, Regions, Security};
+use uuid::Uuid;
+
+use crate::failure::{Failure, Fault, host, operator};
+use crate::session::link_failure;
+
+/// How long making one channel may take.
+pub const DIAL_LIMIT: Duration = Duration::from_secs(5);
+
+/// The other daemon, and how it is trusted.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// `HOST:PORT`, or `unix:PATH`.
+    pub to: String,
+    /// TLS or not.
+    pub security: Security,
+}
+
+/// The addresses that `HOST:PORT` (or `unix:PATH`) stands for. HOST may be a name, an IPv4 address or an IPv6 address in
+/// brackets.
+///
+/// # Errors
+/// It is malformed, or the name is not known.
+pub async fn resolve(to: &str) -> Result<Vec<Address>, Failure> {
+    if let Some(path) = to.strip_prefix("unix:") {
+        return Ok(vec![Address::Unix(PathBuf::from(path))]);
+    }
+    check_host_port(to)?;
+    look_up(to).await
+}
+
+/// The addresses to listen on. As [`resolve`], and port 0 lets the kernel choose.
+///
+/// # Errors
+/// As [`resolve`].
+pub async fn resolve_to_listen(listen: &str) -> Result<Vec<Address>, Failure> {
+    match listen.strip_prefix("unix:") {
+        Some(path) => Ok(vec![Address::Unix(PathBuf::from(path))]),
+        None => look_up(listen).await,
+    }
+}
+
+async fn look_up(to: &str) -> Result<Vec<Address>, Failure> {
+    let found: Vec<Address> = match tokio::net::lookup_host(to).await {
+        Ok(found) => found.map(Address::Tcp).collect(),
+        Err(error) => {
+            return Err(operator(
+                format!("the host of {to} is not known: {error}"),
+                "check the name, or give an address",
+            ));
+        }
+    };
+    if found.is_empty() {
+        return Err(operator(
+            format!("the host of {to} has no address"),
+            "check the name, or give an address",
+        ));
+    }
+    Ok(found)
+}
+
+/// Checks the form of `HOST:PORT`.
+///
+/// # Errors
+/// Says what would be right.
+pub fn check_host_port(to: &str) -> Result<(), Failure> {
+    let remedy = "write HOST:PORT, such as host-b:7070, 192.0.2.7:7070 or [2001:db8::7]:7070";
+    let Some((name, port)) = to.rsplit_once(':') else {
+        return Err(operator(format!("{to:?} has no port"), remedy));
+    };
+    if port.parse::<u16>().is_ok_and(|port| port != 0) && !name.is_empty() {
+        let ambiguous = name.contains(':') && to.parse::<SocketAddr>().is_err();
+        if !ambiguous {
+            return Ok(());
+        }
+    }
+    Err(operator(format!("{to:?} is not HOST:PORT"), remedy))
+}
+
+/// Makes a connection of `channels` channels, the control channel first.
+///
+/// # Errors
+/// Nobody answers, the peer refuses, or one side does not trust the other.
+pub async fn dial(
+    target: &Target,
+    channels: u16,
+    regions: &Regions,
+) -> Result<(Vec<Box<dyn Channel>>, Peer), Failure> {
+    let addresses = resolve(&target.to).await?;
+    let (security, regions, to) = (target.security.clone(), regions.clone(), target.to.clone());
+    let task = tokio::task::spawn_blocking(move || {
+        let mut failure = None;
+        for address in addresses {
+            match dial_one(&address, &security, channels, &regions) {
+                Ok(connection) => return Ok(connection),
+                // Another of the name's addresses may be the one that is listened on; a refusal is an answer.
+                Err(error @ Error::Io { .. }) => failure = Some(error),
+                Err(error) => {
+                    failure = Some(error);
+                    break;
+                }
+            }
+        }
+        let mut failure = failure.map_or_else(
+            || Failure::new(Fault::Network, "no address", ""),
+            |e| link_failure(&e),
+        );
+        failure.what = format!("{to} cannot be connected to: {}", failure.what);
+        Err(failure)
+    });
+    task.await
+        .map_err(|error| host(error.to_string(), "report this"))?
+}
+
+/// Makes a connection of a control channel alone, to ask what became of a migration.
+///
+/// # Errors
+/// As [`dial`].
+pub async fn dial_control(target: &Target) -> Result<Box<dyn Channel>, Failure> {
+    let (channels, _) = dial(target, 1, &Regions::new()).await?;
+    channels
+        .into_iter()
+        .next()
+        .ok_or_else(|| host("no channel was made", "report this"))
+}
+
+fn dial_one(
+    address: &Address,
+    security: &Security,
+    channels: u16,
+    regions: &Regions,
+) -> Result<(Vec<Box<dyn Channel>>, Peer), Error> {
+    let session = *Uuid::new_v4().as_bytes();
+    let mut made = Vec::new();
+    let mut peer = None;
+    for channel in 0..channels {
+        let greeting = Greeting {
+            session,
+            channel,
+            channels,
+        };
+        let (channel, who) =
+            transport::connect::connect(address, security, &greeting, regions, DIAL_LIMIT)?;
+        made.push(channel);
+        peer = Some(who);
+    }
+    let peer =
+        peer.ok_or_else(|| Error::Misuse("a connection has at least one channel".to_owned()))?;
+    Ok((made, peer))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn forms_of_an_address() {
+        for good in [
+            "host:1",
+            "127.0.0.1:7070",
+            "[::1]:7070",
+            "a.b.example:65535",
+        ] {
+            check_host_port(good).unwrap();
+        }
+        for bad in [
+            "host",
+            "host:",
+            ":1",
+            "host:0",
+            "host:70000",
+            "::1:7070",
+            "host:port",
+        ] {
+            assert!(
+                check_host_port(bad)
+                    .unwrap_err()
+                    .remedy
+                    .contains("HOST:PORT"),
+                "{bad}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn names_and_sockets_are_resolved() {
+        let found = resolve("[::1]:7070").await.unwrap();
+        assert_eq!(found, [Address::Tcp("[::1]:7070".parse().unwrap())]);
+        assert_eq!(
+            resolve("unix:/run/x").await.unwrap(),
+            [Address::Unix("/run/x".into())]
+        );
+        assert!(
+            resolve("no-such-host.invalid:1")
+                .await
+                .unwrap_err()
+                .what
+                .contains("no-such-host.invalid")
+        );
+    }
+}

@@ -1,0 +1,346 @@
+//! The migrations that this daemon knows: what the API shows of them, and how it reaches their sessions.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pagecopy::engine::MigrationId;
+use pagecopy::engine::event::{Figures, Report, State};
+use pagecopy::engine::journal::Side;
+use pagecopy::engine::source::Resolution;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::{broadcast, mpsc, watch};
+use uuid::Uuid;
+
+use crate::failure::{self, Failure, Fault};
+
+/// Ended migrations that stay visible.
+const KEPT: usize = 200;
+/// Live events kept for a reader that is behind.
+const EVENT_BACKLOG: usize = 1024;
+
+/// What the operator asks of a running migration.
+#[derive(Clone, Copy, Debug)]
+pub enum Request {
+    /// End it; the guest stays at the source.
+    Cancel,
+    /// Decide one that is in doubt.
+    Resolve(Resolution),
+    /// The daemon ends: cancel, unless the guest is already on its way.
+    Shutdown,
+    /// At the destination: the source has lost the connection and asks on another.
+    Disconnect,
+}
+
+/// How a migration ended: the last event, as the command line prints it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Finished {
+    /// Always `finished`.
+    pub event: String,
+    /// The migration.
+    pub id: Uuid,
+    /// `completed`, `failed`, `cancelled` or `in-doubt`.
+    pub status: State,
+    /// `precopy`.
+    pub mode: String,
+    /// `tcp`, `tls`, `unix` or `rdma`; none before there was a connection.
+    pub transport: Option<String>,
+    /// Bytes on all channels, both ways, headers and encryption included.
+    pub bytes_on_wire: u64,
+    /// Why, unless completed, in one line: what, whose fault, what to do.
+    pub error: Option<String>,
+    /// Whose fault it is, unless completed.
+    pub fault: Option<Fault>,
+    /// What to do about it, unless completed.
+    pub remedy: Option<String>,
+    /// The engine's figures.
+    #[serde(flatten)]
+    pub figures: Figures,
+}
+
+impl Finished {
+    /// The end of migration `id`.
+    pub fn new(
+        id: MigrationId,
+        status: State,
+        failure: Option<&Failure>,
+        figures: Figures,
+    ) -> Finished {
+        Finished {
+            event: "finished".to_owned(),
+            id: Uuid::from_bytes(id.0),
+            status,
+            mode: "precopy".to_owned(),
+            transport: None,
+            bytes_on_wire: 0,
+            error: failure.map(|failure| failure::Shown(failure).to_string()),
+            fault: failure.map(|failure| failure.fault),
+            remedy: failure.map(|failure| failure.remedy.clone()),
+            figures,
+        }
+    }
+}
+
+/// What is shown of a migration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Shown {
+    /// The migration.
+    pub id: Uuid,
+    /// The guest's name.
+    pub vm: String,
+    /// Which side this daemon is.
+    pub side: Side,
+    /// The other daemon.
+    pub peer: String,
+    /// QEMU's QMP socket here.
+    pub qmp: PathBuf,
+    /// Its state.
+    pub state: State,
+    /// The last progress event.
+    pub progress: Option<Value>,
+    /// How it ended.
+    pub finished: Option<Finished>,
+}
+
+/// A migration, shared by its session and the API.
+#[derive(Debug)]
+pub struct Migration {
+    inner: Mutex<Inner>,
+    live: broadcast::Sender<Value>,
+    requests: mpsc::UnboundedSender<Request>,
+    /// Whether the session has ended.
+    over: watch::Sender<bool>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    shown: Shown,
+    /// Every event but the progress, for late readers.
+    history: Vec<Value>,
+}
+
+impl Migration {
+    /// A migration that begins. The session takes the operator's requests from the receiver.
+    pub fn new(
+        id: MigrationId,
+        vm: &str,
+        side: Side,
+        peer: &str,
+        qmp: PathBuf,
+    ) -> (Arc<Migration>, mpsc::UnboundedReceiver<Request>) {
+        let (requests, receiver) = mpsc::unbounded_channel();
+        let shown = Shown {
+            id: Uuid::from_bytes(id.0),
+            vm: vm.to_owned(),
+            side,
+            peer: peer.to_owned(),
+            qmp,
+            state: State::Pending,
+            progress: None,
+            finished: None,
+        };
+        let inner = Mutex::new(Inner {
+            shown,
+            history: Vec::new(),
+        });
+        let (live, over) = (broadcast::channel(EVENT_BACKLOG).0, watch::channel(false).0);
+        (
+            Arc::new(Migration {
+                inner,
+                live,
+                requests,
+                over,
+            }),
+            receiver,
+        )
+    }
+
+    /// What is shown now.
+    pub fn shown(&self) -> Shown {
+        self.lock().shown.clone()
+    }
+
+    /// Asks the session for something. False when the session has ended.
+    pub fn request(&self, request: Request) -> bool {
+        self.requests.send(request).is_ok()
+    }
+
+    /// An engine's report.
+    pub fn report(&self, report: &Report) {
+        let value = serde_json::to_value(report).unwrap_or(Value::Null);
+        let mut inner = self.lock();
+        match report {
+            Report::State { state } => inner.shown.state = *state,
+            Report::Progress { .. } => inner.shown.progress = Some(value.clone()),
+            _ => {}
+        }
+        if !matches!(report, Report::Progress { .. }) {
+            inner.history.push(value.clone());
+        }
+        // Without a reader nobody needs it.
+        let _ = self.live.send(value);
+    }
+
+    /// The migration ended so (an in-doubt one may end once more).
+    pub fn finish(&self, finished: Finished) {
+        let value = serde_json::to_value(&finished).unwrap_or(Value::Null);
+        let mut inner = self.lock();
+        inner.shown.state = finished.status;
+        inner.shown.finished = Some(finished);
+        // A late reader of a resolved migration must not stop at its doubt.
+        inner
+            .history
+            .retain(|event| event.get("event") != Some(&json!("finished")));
+        inner.history.push(value.clone());
+        let _ = self.live.send(value);
+    }
+
+    /// The session has ended.
+    pub fn over(&self) {
+        self.over.send_replace(true);
+    }
+
+    /// Whether the session has ended.
+    pub fn is_over(&self) -> bool {
+        *self.over.borrow()
+    }
+
+    fn runs(&self, vm: &str, side: Side) -> bool {
+        let inner = self.lock();
+        !self.is_over() && inner.shown.vm == vm && inner.shown.side == side
+    }
+
+    /// Waits until the session has ended.
+    pub async fn wait_over(&self) {
+        // An error would say that the sender is gone, which lives in this migration.
+        let _ = self.over.subscribe().wait_for(|over| *over).await;
+    }
+
+    /// The events so far without progress, and those to come.
+    pub fn events(&self) -> (Vec<Value>, broadcast::Receiver<Value>) {
+        let inner = self.lock();
+        (inner.history.clone(), self.live.subscribe())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All migrations of this daemon.
+#[derive(Debug, Default)]
+pub struct Migrations {
+    map: Mutex<BTreeMap<u64, Arc<Migration>>>,
+}
+
+impl Migrations {
+    /// Makes a migration known. At most one of a guest may run on each side (both sides may be here).
+    ///
+    /// # Errors
+    /// The one that runs.
+    pub fn add(&self, migration: &Arc<Migration>) -> Result<(), Shown> {
+        let mut map = self.lock();
+        let Shown { vm, side, .. } = migration.shown();
+        if let Some(running) = map.values().find(|other| other.runs(&vm, side)) {
+            return Err(running.shown());
+        }
+        let key = map.keys().next_back().map_or(0, |last| last + 1);
+        map.insert(key, Arc::clone(migration));
+        let ended: Vec<u64> = map
+            .iter()
+            .filter(|(_, m)| m.is_over())
+            .map(|(key, _)| *key)
+            .collect();
+        for key in ended.iter().take(ended.len().saturating_sub(KEPT)) {
+            map.remove(key);
+        }
+        Ok(())
+    }
+
+    /// The migration of `vm` that runs on that side, if one does.
+    pub fn running(&self, vm: &str, side: Side) -> Option<Shown> {
+        self.lock()
+            .values()
+            .find(|migration| migration.runs(vm, side))
+            .map(|migration| migration.shown())
+    }
+
+    /// The migration of that id; with both sides here, the source's.
+    pub fn get(&self, id: Uuid) -> Option<Arc<Migration>> {
+        self.side(id, Side::Source)
+            .or_else(|| self.side(id, Side::Destination))
+    }
+
+    /// The migration of that id, seen from one side.
+    pub fn side(&self, id: Uuid, side: Side) -> Option<Arc<Migration>> {
+        let matches = |shown: &Shown| shown.id == id && shown.side == side;
+        // The latest: one that was taken up again comes behind its earlier self.
+        self.lock()
+            .values()
+            .rev()
+            .find(|migration| matches(&migration.lock().shown))
+            .cloned()
+    }
+
+    /// All, in the order in which they began.
+    pub fn list(&self) -> Vec<Arc<Migration>> {
+        self.lock().values().cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Migration>>> {
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn migration(n: u8, vm: &str) -> Arc<Migration> {
+        Migration::new(
+            MigrationId([n; 16]),
+            vm,
+            Side::Source,
+            "peer:1",
+            "/qmp".into(),
+        )
+        .0
+    }
+
+    fn finished(status: State) -> Finished {
+        Finished::new(MigrationId([1; 16]), status, None, Figures::default())
+    }
+
+    #[test]
+    fn one_migration_a_guest_at_a_time() {
+        let all = Migrations::default();
+        let first = migration(1, "web");
+        all.add(&first).unwrap();
+        all.add(&migration(2, "db")).unwrap();
+        assert_eq!(
+            all.add(&migration(3, "web")).unwrap_err().id,
+            first.shown().id
+        );
+        first.over();
+        all.add(&migration(3, "web")).unwrap();
+        assert_eq!(all.list().len(), 3);
+        assert!(all.get(first.shown().id).is_some());
+    }
+
+    #[test]
+    fn a_late_reader_sees_the_latest_end_only() {
+        let migration = migration(1, "web");
+        migration.report(&Report::State {
+            state: State::Migrating,
+        });
+        migration.finish(finished(State::InDoubt));
+        migration.finish(finished(State::Completed));
+        let (history, _) = migration.events();
+        assert_eq!(history.len(), 2);
+        assert_eq!(history[1]["status"], json!("completed"));
+        assert_eq!(history[1]["rounds"], json!(0));
+        assert_eq!(migration.shown().state, State::Completed);
+    }
+}

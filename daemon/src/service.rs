@@ -1,0 +1,338 @@
+//! The service: starting, serving, ending.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use pagecopy::engine::MigrationId;
+use pagecopy::engine::journal::Side;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use transport::connect::Identity;
+use transport::{Listener, Security};
+use uuid::Uuid;
+
+use crate::api;
+use crate::api::types::MigrationRequest;
+use crate::config::Config;
+use crate::dial;
+use crate::failure::{Failure, host, operator};
+use crate::listener;
+use crate::migrations::{Migration, Migrations, Request};
+use crate::qemu::discover;
+use crate::qmp::Qmp;
+use crate::session::{begin, link_failure, recover};
+use crate::store::{Receiver, Store};
+
+/// How long running migrations may take to end when the daemon does.
+const END_LIMIT: Duration = Duration::from_secs(15);
+/// Open files that the daemon asks for: channels, RAM files, QMP and API connections.
+const OPEN_FILES: u64 = 65_536;
+
+/// What everything in the daemon shares.
+#[derive(Debug)]
+pub struct Service {
+    /// The configuration.
+    pub config: Config,
+    /// What outlives the daemon.
+    pub store: Store,
+    /// What runs, and ran.
+    pub migrations: Migrations,
+    /// How peers are trusted.
+    pub security: Security,
+}
+
+impl Service {
+    /// Opens the state directory and the certificates.
+    ///
+    /// # Errors
+    /// One of them cannot be used.
+    pub fn open(config: Config) -> Result<Service, Failure> {
+        let security = match &config.tls {
+            None => Security::Plaintext,
+            Some(tls) => {
+                let identity = Identity::load(&tls.ca, &tls.cert, &tls.key, tls.allow.clone());
+                Security::Tls(identity.map_err(|error| {
+                    operator(
+                        format!("[tls]: {error}"),
+                        "see the files that [tls] names in the configuration",
+                    )
+                })?)
+            }
+        };
+        let store = Store::open(&config.state_dir)?;
+        Ok(Service {
+            config,
+            store,
+            migrations: Migrations::default(),
+            security,
+        })
+    }
+
+    /// Begins a migration from here.
+    ///
+    /// # Errors
+    /// The request is wrong, or the guest is already being migrated.
+    pub async fn begin(self: &Arc<Self>, request: MigrationRequest) -> Result<Uuid, Failure> {
+        begin::check(&request)?;
+        let uuid = Uuid::new_v4();
+        let id = MigrationId(*uuid.as_bytes());
+        let (migration, requests) = Migration::new(
+            id,
+            &request.vm,
+            Side::Source,
+            &request.to,
+            request.qmp.clone(),
+        );
+        self.migrations.add(&migration).map_err(|running| {
+            operator(
+                format!(
+                    "{:?} is already being migrated from here (migration {})",
+                    request.vm, running.id
+                ),
+                "wait for it, or cancel it with `pagecopy cancel`",
+            )
+        })?;
+        tracing::info!(id = %uuid, vm = request.vm, to = request.to, "migration requested");
+        tokio::spawn(begin::migrate(
+            Arc::clone(self),
+            id,
+            migration,
+            request,
+            requests,
+        ));
+        Ok(uuid)
+    }
+
+    /// Makes a waiting QEMU the destination for a guest.
+    ///
+    /// # Errors
+    /// QEMU cannot be reached, or is no destination; each with what to do.
+    pub async fn receive(&self, receiver: Receiver) -> Result<(), Failure> {
+        begin::check_name(&receiver.vm)?;
+        self.refuse_if_receiving(&receiver.vm)?;
+        let qmp = Qmp::connect(&receiver.qmp).await?;
+        let guest = discover::destination(&qmp).await?;
+        tracing::info!(
+            vm = receiver.vm, qmp = %receiver.qmp.display(), pid = guest.pid, qemu = %guest.version,
+            blocks = guest.blocks.len(), "a QEMU waits for a guest"
+        );
+        self.store
+            .receivers
+            .insert(receiver)
+            .map_err(|error| not_kept(&error))
+    }
+
+    /// No QEMU waits for `vm` any more. Says whether one did.
+    ///
+    /// # Errors
+    /// The guest is arriving just now, or the disk refused.
+    pub fn forget_receiver(&self, vm: &str) -> Result<bool, Failure> {
+        self.refuse_if_receiving(vm)?;
+        self.store
+            .receivers
+            .remove(vm)
+            .map_err(|error| not_kept(&error))
+    }
+
+    /// The guest `vm` has arrived: its QEMU waits no longer.
+    pub(crate) fn received(&self, vm: &str) {
+        if let Err(error) = self.store.receivers.remove(vm) {
+            tracing::warn!(vm, %error, "the receiver could not be forgotten");
+        }
+    }
+
+    fn refuse_if_receiving(&self, vm: &str) -> Result<(), Failure> {
+        match self.migrations.running(vm, Side::Destination) {
+            None => Ok(()),
+            Some(running) => Err(operator(
+                format!(
+                    "{vm:?} is arriving here just now (migration {})",
+                    running.id
+                ),
+                "wait for it, or cancel it with `pagecopy cancel`",
+            )),
+        }
+    }
+
+    /// Ends every migration: those before their commit are cancelled, the others are left to their journals.
+    async fn end(&self) {
+        let running: Vec<_> = self
+            .migrations
+            .list()
+            .into_iter()
+            .filter(|migration| !migration.is_over())
+            .collect();
+        for migration in &running {
+            migration.request(Request::Shutdown);
+        }
+        let all_over = async {
+            for migration in &running {
+                migration.wait_over().await;
+            }
+        };
+        if tokio::time::timeout(END_LIMIT, all_over).await.is_err() {
+            tracing::warn!("a migration did not end in time and is left to its journal");
+        }
+    }
+}
+
+fn not_kept(error: &std::io::Error) -> Failure {
+    host(
+        format!("the receiver could not be kept: {error}"),
+        "see to the disk under state-dir",
+    )
+}
+
+/// Runs the daemon: returns when SIGTERM or SIGINT has ended it in order.
+///
+/// # Errors
+/// It cannot start, and why.
+pub async fn run(config_file: &Path) -> Result<(), Failure> {
+    let config = Config::load(config_file)?;
+    raise_limits();
+    if config.tls.is_none() {
+        tracing::warn!(
+            "INSECURE: insecure-plaintext = true. Guest memory crosses the network unencrypted, and every host that \
+             reaches {} may send guests here or take them. Use [tls] on any network that is not yours alone.",
+            config.listen
+        );
+    }
+    let service = Arc::new(Service::open(config)?);
+    let (mut terminate, mut interrupt) = (
+        on_signal(SignalKind::terminate())?,
+        on_signal(SignalKind::interrupt())?,
+    );
+    let listener = bind(&service.config.listen).await?;
+    let api_socket = api::listen(&service.config.api)?;
+    recover::recover(&service);
+    if let Err(error) = service.store.journals.prune() {
+        tracing::warn!(%error, "old journals could not be removed");
+    }
+
+    let (end_api, api_ended) = oneshot::channel::<()>();
+    let server = axum::serve(api_socket, api::router(Arc::clone(&service)));
+    let server = tokio::spawn(
+        server
+            .with_graceful_shutdown(async {
+                // Either the word to end, or the end of the one who would say it.
+                let _ = api_ended.await;
+            })
+            .into_future(),
+    );
+    let end = Arc::new(AtomicBool::new(false));
+    let accepting = accept(&service, listener, &end)?;
+    tracing::info!(
+        name = service.config.name, listen = service.config.listen, api = %service.config.api.display(),
+        state_dir = %service.config.state_dir.display(), tls = service.config.tls.is_some(), "ready"
+    );
+    tell_systemd(NotifyState::Ready);
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("ending");
+    tell_systemd(NotifyState::Stopping);
+    end.store(true, Ordering::Relaxed);
+    service.end().await;
+    // Readers of events get the end of their migration; those of one in doubt are let go.
+    drop(end_api);
+    if tokio::time::timeout(Duration::from_secs(1), server)
+        .await
+        .is_err()
+    {
+        tracing::debug!("an API client was still connected");
+    }
+    // A panic in the thread has been told already.
+    let _ = tokio::task::spawn_blocking(move || accepting.join()).await;
+    // The next daemon makes its own.
+    let _ = std::fs::remove_file(&service.config.api);
+    Ok(())
+}
+
+fn on_signal(kind: SignalKind) -> Result<tokio::signal::unix::Signal, Failure> {
+    signal(kind).map_err(|error| host(format!("signals cannot be taken: {error}"), "report this"))
+}
+
+async fn bind(listen: &str) -> Result<Listener, Failure> {
+    let mut last = None;
+    for address in dial::resolve_to_listen(listen).await? {
+        match Listener::bind(&address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => last = Some(error),
+        }
+    }
+    let failure = last.map_or_else(
+        || host("there is no address", ""),
+        |error| link_failure(&error),
+    );
+    Err(operator(
+        format!(
+            "listen = {listen:?} cannot be listened on: {}",
+            failure.what
+        ),
+        "choose an address of this host and a port that is free",
+    ))
+}
+
+fn accept(
+    service: &Arc<Service>,
+    listener: Listener,
+    end: &Arc<AtomicBool>,
+) -> Result<std::thread::JoinHandle<()>, Failure> {
+    let (service, end, runtime) = (
+        Arc::clone(service),
+        Arc::clone(end),
+        tokio::runtime::Handle::current(),
+    );
+    std::thread::Builder::new()
+        .name("accept".to_owned())
+        .spawn(move || listener::listen(&service, &listener, &runtime, &end))
+        .map_err(|error| {
+            host(
+                format!("no thread: {error}"),
+                "raise the limit of processes",
+            )
+        })
+}
+
+/// Raises what the daemon may raise by itself: locked memory for io_uring's buffers, and open files.
+fn raise_limits() {
+    let raise = |resource, wanted: Option<u64>| {
+        let Rlimit { current, maximum } = getrlimit(resource);
+        let enough = |limit: Option<u64>| match (limit, wanted) {
+            (None, _) => true,
+            (Some(limit), Some(wanted)) => limit >= wanted,
+            (Some(_), None) => false,
+        };
+        if enough(current) {
+            return;
+        }
+        let all = Rlimit {
+            current: wanted,
+            maximum: if enough(maximum) { maximum } else { wanted },
+        };
+        let own = Rlimit {
+            current: maximum,
+            maximum,
+        };
+        if setrlimit(resource, all)
+            .or_else(|_| setrlimit(resource, own))
+            .is_err()
+        {
+            tracing::debug!(?resource, ?current, "this limit could not be raised");
+        }
+    };
+    raise(Resource::Memlock, None);
+    raise(Resource::Nofile, Some(OPEN_FILES));
+}
+
+fn tell_systemd(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::debug!(%error, "systemd was not told");
+    }
+}

@@ -1,0 +1,413 @@
+//! A peer has connected: its first message says what it wants.
+//!
+//! `Hello`: a guest wants to come. `Query`: a source that lost its connection asks what became of a migration; it is
+//! answered from the journal, and a session that still serves the migration is ended first, unless it has committed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pagecopy::engine::destination::{Destination, Input, Setup};
+use pagecopy::engine::journal::{Outcome, Record, Side, outcome, standing_for};
+use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Timeouts};
+use pagecopy::wire::{AbortCode, Message, Standing};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::timeout;
+use transport::{Channel, Peer, Regions};
+use uuid::Uuid;
+
+use super::Clock;
+use super::destination::{Parts, Session};
+use super::source::journal_failure;
+use crate::failure::{Shown, host};
+use crate::lane::control::Control;
+use crate::lane::{Lane, LaneEvent};
+use crate::migrations::{Migration, Request};
+use crate::qemu::discover;
+use crate::qemu::settings::{Role, Settings};
+use crate::qmp::Qmp;
+use crate::service::Service;
+use crate::store::Receiver;
+
+/// How long a peer may take to say what it wants.
+const FIRST_MESSAGE: Duration = Duration::from_secs(10);
+/// How long a session that was told to end may take to.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// A connection whose channels are all there.
+pub(crate) struct Connection {
+    /// The control channel.
+    pub(crate) control: Box<dyn Channel>,
+    /// The data channels, in order.
+    pub(crate) data: Vec<Box<dyn Channel>>,
+    /// What the channels give access to.
+    pub(crate) regions: Regions,
+    /// Who connected.
+    pub(crate) peer: Peer,
+}
+
+/// A peer, as far as it is served before a session takes over.
+struct Visit {
+    service: Arc<Service>,
+    control: Lane<Message>,
+    events: UnboundedReceiver<LaneEvent>,
+    peer: Peer,
+}
+
+/// Serves a connection to its end.
+pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
+    let (sender, events) = unbounded_channel();
+    let to_session = Box::new(move |event| {
+        // A visit that has ended needs no events.
+        let _ = sender.send(event);
+    });
+    let control = match Lane::start(
+        "control",
+        ChannelId(0),
+        connection.control,
+        Control,
+        to_session,
+    ) {
+        Ok(control) => control,
+        Err(failure) => {
+            return tracing::error!(failure = %Shown(&failure), "a peer could not be served");
+        }
+    };
+    let mut visit = Visit {
+        service,
+        control,
+        events,
+        peer: connection.peer,
+    };
+    match timeout(FIRST_MESSAGE, visit.events.recv()).await {
+        Ok(Some(LaneEvent::Message(Message::Query { id }))) => visit.answer(id).await,
+        Ok(Some(LaneEvent::Message(hello @ Message::Hello { .. }))) => {
+            visit
+                .receive(hello, connection.data, connection.regions)
+                .await;
+        }
+        Ok(Some(LaneEvent::Message(other))) => {
+            visit.refuse(
+                AbortCode::Protocol,
+                format!("{} came first, where Hello or Query should", other.name()),
+            );
+        }
+        Ok(Some(LaneEvent::Misbehaved(what))) => visit.refuse(AbortCode::Protocol, what),
+        Ok(_) => tracing::info!(
+            peer = visit.peer.address,
+            "a peer connected and left without a word"
+        ),
+        Err(_) => visit.refuse(
+            AbortCode::TimedOut,
+            "nothing was said after connecting".to_owned(),
+        ),
+    }
+}
+
+impl Visit {
+    /// Tells the peer why not, and closes.
+    fn refuse(self, code: AbortCode, reason: String) {
+        tracing::warn!(peer = self.peer.address, ?code, reason, "refused");
+        let reason = format!("{}: {reason}", self.service.config.name);
+        self.control.give(Message::Abort { code, reason });
+        self.control.close();
+    }
+
+    async fn receive(self, hello: Message, data: Vec<Box<dyn Channel>>, regions: Regions) {
+        let Message::Hello {
+            id, vm, host: from, ..
+        } = &hello
+        else {
+            return;
+        };
+        let (id, vm) = (*id, vm.clone());
+        let who = format!("{from} ({})", self.peer.address);
+        let Some(receiver) = self.service.store.receivers.get(&vm) else {
+            let reason = format!(
+                "no QEMU waits here for {vm:?}; run: pagecopy receive --vm {vm} --qmp SOCKET"
+            );
+            return self.refuse(AbortCode::UnknownVm, reason);
+        };
+        let (migration, requests) =
+            Migration::new(id, &vm, Side::Destination, &who, receiver.qmp.clone());
+        if let Err(running) = self.service.migrations.add(&migration) {
+            let reason = format!(
+                "{vm:?} is already being migrated here (migration {})",
+                running.id
+            );
+            return self.refuse(AbortCode::Busy, reason);
+        }
+        tracing::info!(id = %Uuid::from_bytes(id.0), vm, from = who, "a guest wants to come");
+        let over = Over(Arc::clone(&migration));
+        match self.prepare(id, &receiver, &migration, &who).await {
+            Ok((qmp, settings, journal, guest)) => {
+                let setup = Setup {
+                    host: self.service.config.name.clone(),
+                    vm,
+                    blocks: guest
+                        .blocks
+                        .iter()
+                        .map(|block| block.spec.clone())
+                        .collect(),
+                    data_channels: u16::try_from(data.len()).unwrap_or(u16::MAX),
+                    timeouts: Timeouts::default(),
+                };
+                let clock = Clock::start();
+                let parts = Parts {
+                    id,
+                    service: self.service,
+                    migration,
+                    clock,
+                    qmp,
+                    settings,
+                    journal,
+                    blocks: guest.blocks,
+                    control: self.control,
+                    data,
+                    regions,
+                };
+                match Session::start(parts) {
+                    Ok(session) => {
+                        let mut engine = Destination::new(setup, clock.now());
+                        engine.handle(clock.now(), Input::Message(hello));
+                        session.run(engine, self.events, requests).await;
+                    }
+                    Err(failure) => {
+                        tracing::error!(failure = %Shown(&failure), "the guest could not be received")
+                    }
+                }
+            }
+            Err(failure) => {
+                super::end_early(id, &migration, &failure);
+                let code = if failure.fault == Fault::Qemu {
+                    AbortCode::Qemu
+                } else {
+                    AbortCode::Host
+                };
+                self.refuse(
+                    code,
+                    format!("{}; what to do: {}", failure.what, failure.remedy),
+                );
+            }
+        }
+        drop(over);
+    }
+
+    async fn prepare(
+        &self,
+        id: MigrationId,
+        receiver: &Receiver,
+        migration: &Migration,
+        from: &str,
+    ) -> Result<Prepared, Failure> {
+        let qmp = Arc::new(Qmp::connect(&receiver.qmp).await?);
+        let guest = discover::destination(&qmp).await?;
+        let begun = Record::Begun {
+            id,
+            side: Side::Destination,
+            vm: receiver.vm.clone(),
+            qmp: receiver.qmp.display().to_string(),
+            peer: from.to_owned(),
+        };
+        let journals = &self.service.store.journals;
+        let journal = journals
+            .create(id, Side::Destination, &begun)
+            .map_err(|error| journal_failure(&error))?;
+        let settings = Settings::read(&qmp, Role::Destination).await?;
+        journals
+            .keep_settings(id, &settings)
+            .map_err(|error| journal_failure(&error))?;
+        settings.change(&qmp).await?;
+        tracing::info!(
+            id = %migration.shown().id, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),
+            "QEMU waits for the guest"
+        );
+        Ok((qmp, settings, journal, guest))
+    }
+
+    /// Answers a source's questions, for as long as it asks.
+    async fn answer(mut self, id: MigrationId) {
+        let mut asked = Some(id);
+        loop {
+            if let Some(id) = asked.take() {
+                end_uncommitted(&self.service, id).await;
+                let standing = standing(&self.service, id);
+                tracing::info!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, ?standing, "a source asks");
+                let unserved = live(&self.service, id).is_none();
+                if standing == Standing::Committed && unserved {
+                    return self.run_committed(id).await;
+                }
+                self.control.give(Message::Answer { id, standing });
+            }
+            match self.events.recv().await {
+                Some(LaneEvent::Message(Message::Query { id })) => asked = Some(id),
+                Some(LaneEvent::Message(Message::Closed)) => {
+                    close_journal(&self.service, id);
+                    return self.control.close();
+                }
+                Some(LaneEvent::Message(Message::Ping { nonce })) => {
+                    self.control.give(Message::Pong { nonce })
+                }
+                Some(LaneEvent::Message(_)) => {}
+                Some(LaneEvent::Misbehaved(what)) => return self.refuse(AbortCode::Protocol, what),
+                _ => return,
+            }
+        }
+    }
+
+    /// The guest is committed to this host, and a daemon that was started anew is asked about it: run it now. A source
+    /// that asks has not taken it back.
+    async fn run_committed(self, id: MigrationId) {
+        let answer = Message::Answer {
+            id,
+            standing: Standing::Committed,
+        };
+        let begun = self
+            .service
+            .store
+            .journals
+            .read(id, Side::Destination)
+            .ok()
+            .flatten();
+        let Some(Record::Begun { vm, qmp, peer, .. }) =
+            begun.and_then(|records| records.into_iter().next())
+        else {
+            return;
+        };
+        let (migration, requests) =
+            Migration::new(id, &vm, Side::Destination, &peer, qmp.clone().into());
+        if self.service.migrations.add(&migration).is_err() {
+            self.control.give(answer);
+            return self.control.close();
+        }
+        let over = Over(Arc::clone(&migration));
+        let journal = self.service.store.journals.reopen(id, Side::Destination);
+        let (qmp, journal) = match (Qmp::connect(qmp.as_ref()).await, journal) {
+            (Ok(qmp), Ok(journal)) => (Arc::new(qmp), journal),
+            (Err(failure), _) => {
+                super::end_early(id, &migration, &failure);
+                self.control.give(answer);
+                return self.control.close();
+            }
+            (_, Err(error)) => {
+                super::end_early(id, &migration, &journal_failure(&error));
+                return self.control.close();
+            }
+        };
+        let setup = Setup {
+            host: self.service.config.name.clone(),
+            vm,
+            blocks: Vec::new(),
+            data_channels: 0,
+            timeouts: Timeouts::default(),
+        };
+        let clock = Clock::start();
+        let settings = self.service.store.journals.settings(id).unwrap_or_default();
+        let parts = Parts {
+            id,
+            service: self.service,
+            migration,
+            clock,
+            qmp,
+            settings,
+            journal,
+            blocks: Vec::new(),
+            control: self.control,
+            data: Vec::new(),
+            regions: Regions::new(),
+        };
+        match Session::start(parts) {
+            Ok(session) => {
+                session
+                    .run(
+                        Destination::recover(setup, clock.now()),
+                        self.events,
+                        requests,
+                    )
+                    .await
+            }
+            Err(failure) => {
+                tracing::error!(failure = %Shown(&failure), "the guest could not be run")
+            }
+        }
+        drop(over);
+    }
+}
+
+type Prepared = (
+    Arc<Qmp>,
+    Settings,
+    crate::store::JournalFile,
+    crate::qemu::Guest,
+);
+
+/// Marks a migration as over when its session has ended, however it did.
+pub(crate) struct Over(pub(crate) Arc<Migration>);
+
+impl Drop for Over {
+    fn drop(&mut self) {
+        self.0.over();
+    }
+}
+
+/// The session that serves the migration at this side, if one does.
+fn live(service: &Service, id: MigrationId) -> Option<Arc<Migration>> {
+    service
+        .migrations
+        .side(Uuid::from_bytes(id.0), Side::Destination)
+        .filter(|migration| !migration.is_over())
+}
+
+/// A source that asks has lost its connection: a session that has not committed has nothing to wait for.
+async fn end_uncommitted(service: &Service, id: MigrationId) {
+    let Some(migration) = live(service, id) else {
+        return;
+    };
+    // The engine takes this as a lost link: before the commit it gives up, after it nothing changes.
+    migration.request(Request::Disconnect);
+    let records = service
+        .store
+        .journals
+        .read(id, Side::Destination)
+        .ok()
+        .flatten();
+    let undecided = records.is_none_or(|records| outcome(&records) == Outcome::Open);
+    if undecided && timeout(END_LIMIT, migration.wait_over()).await.is_err() {
+        tracing::warn!(id = %Uuid::from_bytes(id.0), "the session that was asked about does not end");
+    }
+}
+
+/// What the journal says. An open one that no session serves is aborted first, for good.
+fn standing(service: &Service, id: MigrationId) -> Standing {
+    let journals = &service.store.journals;
+    let read = || {
+        let records = journals.read(id, Side::Destination)?;
+        let open = records
+            .as_ref()
+            .is_some_and(|records| outcome(records) == Outcome::Open);
+        if open && live(service, id).is_none() {
+            let mut journal = journals.reopen(id, Side::Destination)?;
+            journal.append(&Record::Aborted)?;
+            return Ok(standing_for(Some(journal.records())));
+        }
+        Ok(standing_for(records.as_deref()))
+    };
+    read().unwrap_or_else(|error: std::io::Error| {
+        let failure = host(format!("the journal cannot be read: {error}"), "see to the disk under state-dir");
+        tracing::error!(id = %Uuid::from_bytes(id.0), failure = %Shown(&failure), "a source asks and cannot be told");
+        Standing::Unknown
+    })
+}
+
+fn close_journal(service: &Service, id: MigrationId) {
+    let journals = &service.store.journals;
+    let close = || {
+        let mut journal = journals.reopen(id, Side::Destination)?;
+        if outcome(journal.records()) == Outcome::Here {
+            journal.append(&Record::Closed)?;
+        }
+        Ok::<(), std::io::Error>(())
+    };
+    if let Err(error) = close() {
+        tracing::warn!(id = %Uuid::from_bytes(id.0), %error, "the journal could not be closed");
+    }
+}

@@ -1,0 +1,274 @@
+//! Beginning a migration at the source: all that is looked at and made before there is an engine.
+//!
+//! Nothing of QEMU is changed before everything else has worked, and a failure here leaves nothing behind.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pagecopy::engine::journal::{Record, Side};
+use pagecopy::engine::source::{Options, Setup, Source};
+use pagecopy::engine::{Failure, MigrationId, Timeouts};
+use pagecopy::host::Ram;
+use pagecopy::host::track::{TrackedBlock, UffdTracker};
+use pagecopy::limits::{MAX_DATA_CHANNELS, MAX_NAME};
+use pagecopy::memory::{BlockId, BlockSpec};
+use tokio::sync::mpsc::UnboundedReceiver;
+use transport::{Access, RegionId, Regions};
+
+use super::arrive::Over;
+use super::source::{Memory, Parts, Session, journal_failure};
+use super::{CANCELLED, Clock};
+use crate::api::types::MigrationRequest;
+use crate::dial::{Target, dial};
+use crate::failure::{host, operator};
+use crate::migrations::{Migration, Request};
+use crate::qemu::discover::{self, map_ram, track_failure};
+use crate::qemu::settings::{Role, Settings};
+use crate::qemu::{Block, Guest};
+use crate::qmp::Qmp;
+use crate::service::Service;
+use crate::sys;
+
+/// The longest downtime, unless the operator says otherwise.
+pub(crate) const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
+/// Rounds without convergence, unless the operator says otherwise.
+pub(crate) const MAX_ROUNDS: u32 = 30;
+/// Data channels, at most, unless the operator says otherwise: enough to fill a link of 100 Gbit/s.
+const DEFAULT_CHANNELS: usize = 4;
+
+/// Checks what can be checked without doing anything.
+///
+/// # Errors
+/// What is wrong with the request.
+pub(crate) fn check(request: &MigrationRequest) -> Result<(), Failure> {
+    check_name(&request.vm)?;
+    if !request.to.starts_with("unix:") {
+        crate::dial::check_host_port(&request.to)?;
+    }
+    let refuse = |what: &str, remedy: &str| Err(operator(what, remedy));
+    if request
+        .channels
+        .is_some_and(|channels| channels == 0 || channels > MAX_DATA_CHANNELS)
+    {
+        return refuse(
+            "the number of channels is out of range",
+            &format!("use 1 to {MAX_DATA_CHANNELS} channels"),
+        );
+    }
+    if request
+        .downtime_limit_ms
+        .is_some_and(|ms| !(ms > 0.0 && ms <= 3_600_000.0))
+    {
+        return refuse(
+            "the downtime limit is out of range",
+            "use more than 0 ms and at most an hour",
+        );
+    }
+    if request.max_rounds == Some(0) {
+        return refuse("no rounds are allowed", "use --max-rounds 1 or more");
+    }
+    if request.bandwidth_limit == Some(0) || request.timeout_ms == Some(0) {
+        return refuse(
+            "a limit of zero lets nothing pass",
+            "leave the limit out, or make it larger",
+        );
+    }
+    Ok(())
+}
+
+/// Checks a guest's name.
+///
+/// # Errors
+/// It is empty or too long.
+pub(crate) fn check_name(vm: &str) -> Result<(), Failure> {
+    if vm.is_empty() || vm.len() > MAX_NAME {
+        return Err(operator(
+            "the name of the guest is empty or too long",
+            format!("use 1 to {MAX_NAME} bytes"),
+        ));
+    }
+    Ok(())
+}
+
+/// Migrates one guest away, from here to the end.
+pub(crate) async fn migrate(
+    service: Arc<Service>,
+    id: MigrationId,
+    migration: Arc<Migration>,
+    request: MigrationRequest,
+    mut requests: UnboundedReceiver<Request>,
+) {
+    let _over = Over(Arc::clone(&migration));
+    let clock = Clock::start();
+    let prepared = tokio::select! {
+        prepared = prepare(&service, id, &request) => prepared,
+        () = cancelled(&mut requests) => Err(operator(CANCELLED, "nothing: the guest runs on here")),
+    };
+    let prepared = match prepared {
+        Ok(prepared) => prepared,
+        Err(failure) => return super::end_early(id, &migration, &failure),
+    };
+    let setup = prepared.setup;
+    let parts = Parts {
+        id,
+        service,
+        migration: Arc::clone(&migration),
+        clock,
+        qmp: Some(prepared.qmp),
+        settings: prepared.settings,
+        journal: prepared.journal,
+        target: prepared.target,
+        memory: Some(prepared.memory),
+        channels: prepared.channels,
+    };
+    match Session::start(parts) {
+        Ok(session) => session.run(Source::new(setup, clock.now()), requests).await,
+        Err(failure) => super::end_early(id, &migration, &failure),
+    }
+}
+
+async fn cancelled(requests: &mut UnboundedReceiver<Request>) {
+    loop {
+        if let Some(Request::Cancel | Request::Shutdown) | None = requests.recv().await {
+            return;
+        }
+    }
+}
+
+struct Prepared {
+    setup: Setup,
+    qmp: Arc<Qmp>,
+    settings: Settings,
+    journal: crate::store::JournalFile,
+    target: Target,
+    memory: Memory,
+    channels: Vec<Box<dyn transport::Channel>>,
+}
+
+async fn prepare(
+    service: &Service,
+    id: MigrationId,
+    request: &MigrationRequest,
+) -> Result<Prepared, Failure> {
+    let qmp = Arc::new(Qmp::connect(&request.qmp).await?);
+    let guest = discover::source(&qmp).await?;
+    let memory = memory(&guest)?;
+    let target = Target {
+        to: request.to.clone(),
+        security: service.security.clone(),
+    };
+    let data_channels = request.channels.unwrap_or_else(default_channels);
+    let (channels, peer) = dial(&target, data_channels + 1, &memory.regions).await?;
+    tracing::info!(
+        vm = request.vm, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),
+        direct_io = guest.direct_io, peer = peer.address, peer_names = ?peer.names, data_channels,
+        "the guest wants to leave"
+    );
+    let setup = Setup {
+        id,
+        vm: request.vm.clone(),
+        host: service.config.name.clone(),
+        blocks: memory.specs.to_vec(),
+        direct_io: guest.direct_io,
+        data_channels,
+        fixed_downtime: service.store.downtime.get(),
+        options: options(request),
+        timeouts: Timeouts::default(),
+    };
+    let begun = Record::Begun {
+        id,
+        side: Side::Source,
+        vm: request.vm.clone(),
+        qmp: request.qmp.display().to_string(),
+        peer: request.to.clone(),
+    };
+    let journals = &service.store.journals;
+    let settings = Settings::read(&qmp, Role::Source).await?;
+    journals
+        .keep_settings(id, &settings)
+        .map_err(|error| journal_failure(&error))?;
+    let mut journal = journals
+        .create(id, Side::Source, &begun)
+        .map_err(|error| journal_failure(&error))?;
+    if let Err(failure) = settings.change(&qmp).await {
+        settings.restore(&qmp).await;
+        journals.forget_settings(id);
+        // Without the record a restarted daemon looks after the guest, which does no harm.
+        let _ = journal.append(&Record::RolledBack);
+        return Err(failure);
+    }
+    Ok(Prepared {
+        setup,
+        qmp,
+        settings,
+        journal,
+        target,
+        memory,
+        channels,
+    })
+}
+
+fn memory(guest: &Guest) -> Result<Memory, Failure> {
+    let mapped = map_ram(&guest.blocks, false)?;
+    let specs: Arc<[BlockSpec]> = guest
+        .blocks
+        .iter()
+        .map(|block| block.spec.clone())
+        .collect();
+    let tracked = guest
+        .blocks
+        .iter()
+        .zip(0..)
+        .map(|(block, number)| tracked(block, number))
+        .collect();
+    let tracker = UffdTracker::new(guest.pid, tracked).map_err(track_failure)?;
+    let regions = Regions::new();
+    for number in (0..).take(specs.len()) {
+        let region = sys::region(&mapped, BlockId(number))
+            .ok_or_else(|| host(format!("RAMBlock {number} is not mapped"), "report this"))?;
+        // Our side writes from it; the peer may do nothing to it.
+        regions.register(
+            RegionId(number.into()),
+            region,
+            Access {
+                peer_writes: false,
+                peer_reads: false,
+            },
+        );
+    }
+    let ram: Arc<dyn Ram> = Arc::new(mapped);
+    Ok(Memory {
+        ram,
+        tracker,
+        regions,
+        specs,
+    })
+}
+
+fn tracked(block: &Block, number: u16) -> TrackedBlock {
+    TrackedBlock {
+        block: BlockId(number),
+        address: block.mapping.address,
+        len: block.mapping.len,
+        page_size: block.mapping.page_size,
+    }
+}
+
+fn options(request: &MigrationRequest) -> Options {
+    Options {
+        downtime_limit: request
+            .downtime_limit_ms
+            .map_or(DOWNTIME_LIMIT, |ms| Duration::from_secs_f64(ms / 1e3)),
+        bandwidth_limit: request.bandwidth_limit,
+        max_rounds: request.max_rounds.unwrap_or(MAX_ROUNDS),
+        timeout: request.timeout_ms.map(Duration::from_millis),
+        verify: request.verify,
+        quit_source: request.quit_source,
+    }
+}
+
+/// A channel is a thread that copies: more of them than cores gain nothing.
+fn default_channels() -> u16 {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u16::try_from(cores.clamp(1, DEFAULT_CHANNELS)).unwrap_or(1)
+}

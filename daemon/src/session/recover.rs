@@ -1,0 +1,178 @@
+//! After a restart: every migration that the journals leave open is taken up again.
+//!
+//! - Source without `CommitIntent`: the guest is resumed here if it stands still.
+//! - Source with `CommitIntent` and no end: in doubt; the destination is asked.
+//! - Destination without `Committed`: aborted, for good.
+//! - Destination with `Committed` and no `Running`: if the guest runs, that is recorded; else it is run when the source
+//!   asks, and not before, because the source's operator may have taken the guest back meanwhile.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use pagecopy::engine::journal::{Outcome, Record, Side, outcome};
+use pagecopy::engine::source::{Options, Setup, Source};
+use pagecopy::engine::{MigrationId, Timeouts};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::Clock;
+use super::arrive::Over;
+use super::begin::{DOWNTIME_LIMIT, MAX_ROUNDS};
+use super::source::{Parts, Session};
+use crate::dial::Target;
+use crate::failure::Shown;
+use crate::migrations::Migration;
+use crate::qmp::Qmp;
+use crate::service::Service;
+
+/// Looks through the journals and takes up what is open. Returns when all sessions have been started.
+pub(crate) fn recover(service: &Arc<Service>) {
+    let journals = match service.store.journals.list() {
+        Ok(journals) => journals,
+        Err(error) => {
+            return tracing::error!(%error, "the journals cannot be listed: nothing is taken up");
+        }
+    };
+    for (id, side) in journals {
+        let uuid = Uuid::from_bytes(id.0);
+        match service.store.journals.read(id, side) {
+            Ok(Some(records)) => match side {
+                Side::Source => source(service, id, &records),
+                Side::Destination => destination(service, id, &records),
+            },
+            Ok(None) => {}
+            Err(error) => {
+                tracing::error!(id = %uuid, ?side, %error, "this journal decides nothing: a person has to look")
+            }
+        }
+    }
+}
+
+fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
+    let found = outcome(records);
+    let ended = matches!(
+        records.last(),
+        Some(Record::GuestMoved | Record::RolledBack)
+    );
+    let Some(Record::Begun { vm, qmp, peer, .. }) = records.first() else {
+        return;
+    };
+    if ended || found == Outcome::Here {
+        return;
+    }
+    let uuid = Uuid::from_bytes(id.0);
+    tracing::warn!(id = %uuid, vm, outcome = ?found, "a migration from here was cut off by the end of the daemon");
+    let (migration, requests) = Migration::new(id, vm, Side::Source, peer, qmp.into());
+    if service.migrations.add(&migration).is_err() {
+        return tracing::error!(id = %uuid, vm, "two journals of this guest are open: a person has to look");
+    }
+    let journal = match service.store.journals.reopen(id, Side::Source) {
+        Ok(journal) => journal,
+        Err(error) => return tracing::error!(id = %uuid, %error, "the journal cannot be written"),
+    };
+    let clock = Clock::start();
+    let parts = Parts {
+        id,
+        service: Arc::clone(service),
+        migration: Arc::clone(&migration),
+        clock,
+        qmp: None,
+        settings: service.store.journals.settings(id).unwrap_or_default(),
+        journal,
+        target: Target {
+            to: peer.clone(),
+            security: service.security.clone(),
+        },
+        memory: None,
+        channels: Vec::new(),
+    };
+    let engine = Source::recover(setup(service, id, vm), found, clock.now());
+    tokio::spawn(async move {
+        let _over = Over(Arc::clone(&migration));
+        match Session::start(parts) {
+            Ok(session) => session.run(engine, requests).await,
+            Err(failure) => tracing::error!(id = %uuid, failure = %Shown(&failure), "not taken up"),
+        }
+    });
+}
+
+/// Of the set-up only the names and the time-outs matter now.
+fn setup(service: &Service, id: MigrationId, vm: &str) -> Setup {
+    Setup {
+        id,
+        vm: vm.to_owned(),
+        host: service.config.name.clone(),
+        blocks: Vec::new(),
+        direct_io: false,
+        data_channels: 0,
+        fixed_downtime: service.store.downtime.get(),
+        options: Options {
+            downtime_limit: DOWNTIME_LIMIT,
+            bandwidth_limit: None,
+            max_rounds: MAX_ROUNDS,
+            timeout: None,
+            verify: false,
+            quit_source: false,
+        },
+        timeouts: Timeouts::default(),
+    }
+}
+
+fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
+    let Some(Record::Begun { vm, qmp, .. }) = records.first() else {
+        return;
+    };
+    let uuid = Uuid::from_bytes(id.0);
+    match outcome(records) {
+        Outcome::Open => {
+            tracing::warn!(id = %uuid, vm, "a migration to here was cut off before its commit: aborted");
+            append(service, id, &Record::Aborted);
+            let (service, qmp) = (Arc::clone(service), qmp.clone());
+            tokio::spawn(async move { put_settings_back(&service, id, qmp.as_ref()).await });
+        }
+        Outcome::Here if records.last() == Some(&Record::Committed) => {
+            tracing::warn!(id = %uuid, vm, "a guest was committed to this host and may not have been started");
+            let (service, qmp) = (Arc::clone(service), qmp.clone());
+            tokio::spawn(async move { record_if_running(&service, id, qmp.as_ref()).await });
+        }
+        _ => {}
+    }
+}
+
+/// The waiting QEMU has not been touched otherwise.
+async fn put_settings_back(service: &Service, id: MigrationId, qmp: &Path) {
+    let Some(settings) = service.store.journals.settings(id) else {
+        return;
+    };
+    if let Ok(qmp) = Qmp::connect(qmp).await {
+        settings.restore(&qmp).await;
+    }
+    service.store.journals.forget_settings(id);
+}
+
+async fn record_if_running(service: &Service, id: MigrationId, qmp: &Path) {
+    let running = async {
+        let status = Qmp::connect(qmp)
+            .await
+            .ok()?
+            .execute("query-status", json!({}))
+            .await
+            .ok()?;
+        status.get("running")?.as_bool()
+    };
+    if running.await == Some(true) {
+        tracing::info!(id = %Uuid::from_bytes(id.0), "the guest runs here");
+        append(service, id, &Record::Running);
+    }
+}
+
+fn append(service: &Service, id: MigrationId, record: &Record) {
+    let appended = service
+        .store
+        .journals
+        .reopen(id, Side::Destination)
+        .and_then(|mut journal| journal.append(record));
+    if let Err(error) = appended {
+        tracing::error!(id = %Uuid::from_bytes(id.0), %error, "the journal cannot be written");
+    }
+}

@@ -1,0 +1,659 @@
+//! The source's session.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use pagecopy::engine::event::{Figures, Finished as EngineEnd, State};
+use pagecopy::engine::journal::Record;
+use pagecopy::engine::source::{Input, Output, Source};
+use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
+use pagecopy::host::track::UffdTracker;
+use pagecopy::host::{Ram, Tracker};
+use pagecopy::memory::BlockSpec;
+use pagecopy::wire::Message;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use transport::{Channel, Regions};
+
+use super::{Clock, Worker, digests, link_failure, lock, page_digests, sleep_until, tell};
+use crate::dial::{Target, dial_control};
+use crate::failure::host;
+use crate::lane::control::Control;
+use crate::lane::source::{Command, SourceData};
+use crate::lane::{Lane, LaneEvent, Moved};
+use crate::migrations::{Finished, Migration, Request};
+use crate::qemu::discover::track_failure;
+use crate::qemu::outgoing::Outgoing;
+use crate::qemu::settings::Settings;
+use crate::qmp::{Qmp, QmpError};
+use crate::service::Service;
+use crate::store::JournalFile;
+use crate::units::millis;
+
+/// When a data channel breaks, the peer's reason may still be on its way on the control channel: this long it may take.
+const REASON_GRACE: Duration = Duration::from_millis(30);
+/// How long QEMU may take to have its settings put back.
+const RESTORE_LIMIT: Duration = Duration::from_secs(5);
+
+/// What the session waits for.
+enum Incoming {
+    Engine(Input),
+    /// A lane of this connection; earlier connections' lanes are not listened to any more.
+    Lane(u32, LaneEvent),
+    Connected(Result<Box<dyn Channel>, Failure>),
+}
+
+/// The guest's memory, as the session has it.
+pub(crate) struct Memory {
+    /// The pages.
+    pub(crate) ram: Arc<dyn Ram>,
+    /// Who watches them.
+    pub(crate) tracker: UffdTracker,
+    /// The regions of the transfer.
+    pub(crate) regions: Regions,
+    /// RAMBlocks by number.
+    pub(crate) specs: Arc<[BlockSpec]>,
+}
+
+/// All that a session starts from, besides its engine.
+pub(crate) struct Parts {
+    pub(crate) id: MigrationId,
+    pub(crate) service: Arc<Service>,
+    pub(crate) migration: Arc<Migration>,
+    pub(crate) clock: Clock,
+    /// None when a migration is taken up after a restart: QEMU is then connected to when it is needed.
+    pub(crate) qmp: Option<Arc<Qmp>>,
+    pub(crate) settings: Settings,
+    pub(crate) journal: JournalFile,
+    pub(crate) target: Target,
+    /// None when a migration is taken up after a restart.
+    pub(crate) memory: Option<Memory>,
+    /// Control channel first; empty after a restart.
+    pub(crate) channels: Vec<Box<dyn Channel>>,
+}
+
+/// A running session.
+pub(crate) struct Session {
+    id: MigrationId,
+    service: Arc<Service>,
+    migration: Arc<Migration>,
+    clock: Clock,
+    qmp: Option<Arc<Qmp>>,
+    outgoing: Option<Arc<Outgoing>>,
+    settings: Settings,
+    journal: Arc<Mutex<JournalFile>>,
+    target: Target,
+    ram: Option<(Arc<dyn Ram>, usize)>,
+    regions: Regions,
+    tracker: Option<Arc<Mutex<UffdTracker>>>,
+    control: Option<Lane<Message>>,
+    connection: u32,
+    data: Vec<Lane<Command>>,
+    teller: Teller,
+    /// Scans, and everything else that touches QEMU's memory map.
+    memory_worker: Worker,
+    journal_worker: Worker,
+    sender: UnboundedSender<Incoming>,
+    incoming: UnboundedReceiver<Incoming>,
+    /// A data channel broke: what to say if no better reason comes.
+    broken: Option<(tokio::time::Instant, Failure)>,
+    quit: bool,
+    /// The guest could not be taken back: the next daemon tries again.
+    resume_failed: bool,
+}
+
+impl Session {
+    /// Starts the lanes and workers.
+    pub(crate) fn start(parts: Parts) -> Result<Session, Failure> {
+        let (sender, incoming) = unbounded_channel();
+        let mut session = Session {
+            id: parts.id,
+            service: parts.service,
+            migration: Arc::clone(&parts.migration),
+            clock: parts.clock,
+            outgoing: parts.qmp.clone().map(|qmp| Arc::new(Outgoing::new(qmp))),
+            qmp: parts.qmp,
+            settings: parts.settings,
+            journal: Arc::new(Mutex::new(parts.journal)),
+            target: parts.target,
+            ram: None,
+            regions: Regions::new(),
+            tracker: None,
+            control: None,
+            connection: 0,
+            data: Vec::new(),
+            teller: Teller::new(parts.id, Arc::clone(&parts.migration), parts.clock),
+            memory_worker: Worker::start("memory")?,
+            journal_worker: Worker::start("journal")?,
+            sender,
+            incoming,
+            broken: None,
+            quit: false,
+            resume_failed: false,
+        };
+        let mut channels = parts.channels.into_iter();
+        if let Some(control) = channels.next() {
+            session.start_control(control)?;
+        }
+        if let Some(memory) = parts.memory {
+            for (channel, number) in channels.zip(1..) {
+                session.start_data(&memory, channel, ChannelId(number))?;
+            }
+            session.ram = Some((memory.ram, memory.specs.len()));
+            session.regions = memory.regions;
+            session.tracker = Some(Arc::new(Mutex::new(memory.tracker)));
+        }
+        Ok(session)
+    }
+
+    fn start_control(&mut self, channel: Box<dyn Channel>) -> Result<(), Failure> {
+        let lane = Lane::start("control", ChannelId(0), channel, Control, self.events())?;
+        self.teller.add(&lane);
+        self.control = Some(lane);
+        Ok(())
+    }
+
+    fn start_data(
+        &mut self,
+        memory: &Memory,
+        channel: Box<dyn Channel>,
+        id: ChannelId,
+    ) -> Result<(), Failure> {
+        let handler = SourceData::new(id, Arc::clone(&memory.specs), Arc::clone(&memory.ram));
+        let lane = Lane::start("data", id, channel, handler, self.events())?;
+        self.teller.add(&lane);
+        self.data.push(lane);
+        Ok(())
+    }
+
+    fn events(&self) -> crate::lane::Events {
+        let (sender, connection) = (self.sender.clone(), self.connection);
+        Box::new(move |event| {
+            // A session that has ended needs no events.
+            let _ = sender.send(Incoming::Lane(connection, event));
+        })
+    }
+
+    /// Runs to the end of the migration.
+    pub(crate) async fn run(
+        mut self,
+        mut engine: Source,
+        mut requests: UnboundedReceiver<Request>,
+    ) {
+        let mut end = self.carry_out(&mut engine).await;
+        let mut watched = self.qmp.clone();
+        while end.is_none() {
+            let broken = self.broken.as_ref().map(|(at, _)| *at);
+            let input = tokio::select! {
+                biased;
+                incoming = self.incoming.recv() => match incoming {
+                    Some(incoming) => self.input(incoming),
+                    None => None,
+                },
+                request = requests.recv() => match request {
+                    Some(Request::Cancel) | None => Some(Input::Cancel),
+                    Some(Request::Resolve(resolution)) => Some(Input::Resolve(resolution)),
+                    Some(Request::Disconnect) => None,
+                    Some(Request::Shutdown) if engine.state() == State::InDoubt => return self.leave().await,
+                    Some(Request::Shutdown) => Some(Input::Cancel),
+                },
+                () = gone(watched.as_deref()) => {
+                    watched = None;
+                    Some(Input::QemuFailed(QmpError::Gone.into()))
+                },
+                () = sleep_until(broken) => self.broken.take().map(|(_, failure)| Input::LinkLost(failure)),
+                () = self.clock.sleep_until(engine.poll_timeout()) => Some(Input::Tick),
+            };
+            if let Some(input) = input {
+                engine.handle(self.clock.now(), input);
+                end = self.carry_out(&mut engine).await;
+            }
+        }
+        if let Some(end) = end {
+            self.finish(end).await;
+        }
+    }
+
+    fn input(&mut self, incoming: Incoming) -> Option<Input> {
+        match incoming {
+            Incoming::Engine(input) => {
+                self.resume_failed |= matches!(input, Input::ResumeFailed(_));
+                Some(input)
+            }
+            Incoming::Connected(Ok(channel)) => {
+                self.connection += 1;
+                match self.start_control(channel) {
+                    Ok(()) => Some(Input::Reconnected),
+                    Err(failure) => Some(Input::ReconnectFailed(failure.what)),
+                }
+            }
+            Incoming::Connected(Err(failure)) => Some(Input::ReconnectFailed(failure.what)),
+            Incoming::Lane(connection, _) if connection != self.connection => None,
+            Incoming::Lane(_, event) => self.lane_input(event),
+        }
+    }
+
+    fn lane_input(&mut self, event: LaneEvent) -> Option<Input> {
+        match event {
+            LaneEvent::Message(message) => Some(Input::Message(message)),
+            LaneEvent::Pushed {
+                channel,
+                batch,
+                pushed,
+            } => Some(Input::Pushed {
+                channel,
+                batch,
+                pushed,
+            }),
+            LaneEvent::Lost(ChannelId(0), error) => Some(Input::LinkLost(link_failure(&error))),
+            LaneEvent::Lost(_, error) => {
+                let at = tokio::time::Instant::now() + REASON_GRACE;
+                self.broken.get_or_insert((at, link_failure(&error)));
+                None
+            }
+            LaneEvent::Misbehaved(what) => Some(Input::LinkLost(misbehaved(what))),
+            LaneEvent::Barrier { .. } => None,
+        }
+    }
+
+    /// Does what the engine decided; returns the end when it is reached.
+    async fn carry_out(&mut self, engine: &mut Source) -> Option<EngineEnd> {
+        while let Some(output) = engine.poll() {
+            match output {
+                Output::Finished(end) if end.state == State::InDoubt => self.teller.publish(&end),
+                Output::Finished(end) => return Some(end),
+                other => self.carry_out_one(other),
+            }
+        }
+        None
+    }
+
+    fn carry_out_one(&mut self, output: Output) {
+        match output {
+            Output::Send(message) => {
+                if let Some(control) = &self.control {
+                    control.give(message);
+                }
+            }
+            Output::SendOn(channel, message) => self.on_channel(channel, Command::Send(message)),
+            Output::Push { channel, batch } => self.on_channel(channel, Command::Push(batch)),
+            Output::Attach => self.attach(),
+            Output::Scan { holes } => self.scan(holes),
+            Output::DrainIo => self.drain_io(),
+            Output::StopGuest => self.stop_guest(),
+            Output::SaveDeviceState => self.save_device_state(),
+            Output::ResumeGuest => self.resume_guest(),
+            Output::Digest => self.digest(),
+            Output::PageDigests { block, chunk } => self.page_digests(block, chunk),
+            Output::Journal(record) => self.journal(record),
+            Output::Detach => self.detach(),
+            Output::QuitGuest => self.quit = true,
+            Output::Connect => self.connect(),
+            Output::Report(report) => tell(&self.migration, &report),
+            // Taken by the caller.
+            Output::Finished(_) => {}
+        }
+    }
+
+    fn on_channel(&self, channel: ChannelId, command: Command) {
+        let lane = usize::from(channel.0)
+            .checked_sub(1)
+            .and_then(|index| self.data.get(index));
+        if let Some(lane) = lane {
+            lane.give(command);
+        }
+    }
+
+    fn attach(&self) {
+        let (Some(tracker), Some((ram, _))) = (self.tracker.clone(), self.ram.clone()) else {
+            return;
+        };
+        let sender = self.sender.clone();
+        self.memory_worker
+            .run(move || answer(&sender, attach(&mut lock(&tracker), &*ram)));
+    }
+
+    fn scan(&self, holes: bool) {
+        let (Some(tracker), Some((ram, _))) = (self.tracker.clone(), self.ram.clone()) else {
+            return;
+        };
+        let sender = self.sender.clone();
+        self.memory_worker
+            .run(move || answer(&sender, scan(&mut lock(&tracker), &*ram, holes)));
+    }
+
+    /// `transaction` drains all disks before its actions, of which there are none here.
+    fn drain_io(&self) {
+        let Some(qmp) = self.qmp.clone() else { return };
+        self.order(async move {
+            match qmp
+                .execute("transaction", serde_json::json!({ "actions": [] }))
+                .await
+            {
+                Ok(_) => Input::IoDrained,
+                Err(error) => Input::HostFailed(error.into()),
+            }
+        });
+    }
+
+    fn stop_guest(&self) {
+        let Some(outgoing) = self.outgoing.clone() else {
+            return;
+        };
+        self.order(async move {
+            match outgoing.stop().await {
+                Ok(()) => Input::GuestStopped,
+                Err(failure) => Input::QemuFailed(failure),
+            }
+        });
+    }
+
+    fn save_device_state(&self) {
+        let Some(outgoing) = self.outgoing.clone() else {
+            return;
+        };
+        let sender = self.sender.clone();
+        self.order(async move {
+            let forward = |piece| {
+                // A session that has ended needs no device state.
+                let _ = sender.send(Incoming::Engine(Input::DeviceState(piece)));
+            };
+            match outgoing.save(forward).await {
+                Ok(()) => Input::DeviceStateSaved,
+                Err(failure) => Input::QemuFailed(failure),
+            }
+        });
+    }
+
+    fn resume_guest(&self) {
+        let (outgoing, shown, begun) = (
+            self.outgoing.clone(),
+            self.migration.shown(),
+            Instant::now(),
+        );
+        self.order(async move {
+            let id = shown.id;
+            let resumed = match outgoing {
+                Some(outgoing) => outgoing.resume().await,
+                None => resume_anew(&shown.qmp).await,
+            };
+            match resumed {
+                Ok(()) => {
+                    tracing::info!(%id, ms = begun.elapsed().as_secs_f64() * 1e3, "the guest runs on here");
+                    Input::GuestResumed
+                }
+                Err(failure) => {
+                    tracing::error!(%id, what = failure.what, "the guest could not be taken back");
+                    Input::ResumeFailed(failure)
+                }
+            }
+        });
+    }
+
+    fn digest(&self) {
+        let Some((ram, blocks)) = self.ram.clone() else {
+            return;
+        };
+        self.order(async move {
+            match tokio::task::spawn_blocking(move || digests(&ram, blocks)).await {
+                Ok(Ok(digests)) => Input::Digests(digests),
+                Ok(Err(failure)) => Input::HostFailed(failure),
+                Err(error) => Input::HostFailed(host(error.to_string(), "report this")),
+            }
+        });
+    }
+
+    fn page_digests(&self, block: u16, chunk: u64) {
+        let Some((ram, _)) = self.ram.clone() else {
+            return;
+        };
+        self.order(async move {
+            match tokio::task::spawn_blocking(move || page_digests(&ram, block, chunk)).await {
+                Ok(digests) => Input::PageDigests {
+                    block,
+                    chunk,
+                    digests,
+                },
+                Err(error) => Input::HostFailed(host(error.to_string(), "report this")),
+            }
+        });
+    }
+
+    fn journal(&self, record: Record) {
+        let (journal, sender) = (Arc::clone(&self.journal), self.sender.clone());
+        self.journal_worker.run(move || {
+            let input = match lock(&journal).append(&record) {
+                Ok(()) => Input::Journaled(record),
+                Err(error) => Input::JournalFailed(record, journal_failure(&error)),
+            };
+            // A session that has ended needs no answer.
+            let _ = sender.send(Incoming::Engine(input));
+        });
+    }
+
+    fn detach(&mut self) {
+        let lanes = std::mem::take(&mut self.data);
+        self.regions.revoke_all();
+        self.broken = None;
+        let tracker = self.tracker.clone();
+        self.memory_worker.run(move || {
+            if let Some(tracker) = tracker {
+                lock(&tracker).disarm();
+            }
+            drop(lanes);
+        });
+    }
+
+    fn connect(&mut self) {
+        // What an earlier connection may still say is of no use: the engine asks anew.
+        self.connection += 1;
+        self.control = None;
+        let (target, sender) = (self.target.clone(), self.sender.clone());
+        tokio::spawn(async move {
+            let _ = sender.send(Incoming::Connected(dial_control(&target).await));
+        });
+    }
+
+    /// Does `work` in the background; its result is the engine's next input.
+    fn order(&self, work: impl Future<Output = Input> + Send + 'static) {
+        let sender = self.sender.clone();
+        tokio::spawn(async move {
+            // A session that has ended needs no answer.
+            let _ = sender.send(Incoming::Engine(work.await));
+        });
+    }
+
+    /// Leaves nothing behind, then tells the end.
+    async fn finish(mut self, end: EngineEnd) {
+        self.detach();
+        if let Some(control) = self.control.take() {
+            control.close();
+        }
+        self.memory_worker.finish().await;
+        if end.state != State::Completed && !self.resume_failed {
+            // The engine records it only when it had recorded the intent; a restarted daemon looks for it in any case.
+            let journal = Arc::clone(&self.journal);
+            self.journal_worker.run(move || {
+                let mut journal = lock(&journal);
+                if journal.records().last() != Some(&Record::RolledBack) {
+                    // Without it a restarted daemon looks after the guest once more, which does no harm.
+                    let _ = journal.append(&Record::RolledBack);
+                }
+            });
+        }
+        self.journal_worker.finish().await;
+        let restore = restore(self.settings, self.qmp, self.migration.shown().qmp);
+        match (&self.outgoing, self.quit) {
+            (Some(outgoing), true) => outgoing.quit().await,
+            // QEMU may be stuck, or gone.
+            _ => drop(tokio::time::timeout(RESTORE_LIMIT, restore).await),
+        }
+        self.service.store.journals.forget_settings(self.id);
+        if let Some(fixed) = end
+            .figures
+            .fixed_downtime_ms
+            .filter(|fixed| fixed.is_finite() && *fixed >= 0.0)
+        {
+            self.service
+                .store
+                .downtime
+                .learn(Duration::from_secs_f64(fixed / 1e3));
+        }
+        self.teller.publish(&end);
+    }
+
+    /// The daemon ends while the migration is in doubt: the journal knows, and the next daemon asks on.
+    async fn leave(self) {
+        self.memory_worker.finish().await;
+        self.journal_worker.finish().await;
+    }
+}
+
+/// Tells the end of a migration with its figures.
+pub(crate) struct Teller {
+    id: MigrationId,
+    migration: Arc<Migration>,
+    clock: Clock,
+    moved: Vec<Arc<Moved>>,
+    transport: Option<&'static str>,
+}
+
+impl Teller {
+    pub(crate) fn new(id: MigrationId, migration: Arc<Migration>, clock: Clock) -> Teller {
+        Teller {
+            id,
+            migration,
+            clock,
+            moved: Vec::new(),
+            transport: None,
+        }
+    }
+
+    /// Counts a lane's bytes from now on.
+    pub(crate) fn add<C: Send>(&mut self, lane: &Lane<C>) {
+        self.transport = Some(lane.kind());
+        self.moved.push(lane.moved());
+    }
+
+    pub(crate) fn publish(&self, end: &EngineEnd) {
+        let figures = Figures {
+            total_ms: millis(self.clock.elapsed()),
+            ..end.figures.clone()
+        };
+        let mut finished = Finished::new(self.id, end.state, end.failure.as_ref(), figures);
+        finished.transport = self.transport.map(str::to_owned);
+        finished.bytes_on_wire = self.moved.iter().map(|moved| moved.bytes()).sum();
+        log_end(&finished);
+        self.migration.finish(finished);
+    }
+}
+
+fn log_end(end: &Finished) {
+    let Finished {
+        id,
+        status,
+        figures,
+        bytes_on_wire,
+        ..
+    } = end;
+    let Figures {
+        total_ms,
+        downtime_ms,
+        predicted_downtime_ms,
+        fixed_downtime_ms,
+        rounds,
+        ..
+    } = figures;
+    match &end.error {
+        None => tracing::info!(
+            %id, ?status, total_ms, downtime_ms, predicted_downtime_ms, fixed_downtime_ms, rounds, bytes_on_wire,
+            goodput_mbit_s = figures.goodput_mbit_s, attach_stop_us = figures.attach_stop_us, "migration ended"
+        ),
+        Some(error) => {
+            tracing::warn!(%id, ?status, total_ms, downtime_ms, rounds, bytes_on_wire, error, "migration ended")
+        }
+    }
+}
+
+/// Puts QEMU's settings back, also after a restart of the daemon.
+async fn restore(settings: Settings, qmp: Option<Arc<Qmp>>, path: PathBuf) {
+    match qmp {
+        Some(qmp) => settings.restore(&qmp).await,
+        None => {
+            if let Ok(qmp) = Qmp::connect(&path).await {
+                settings.restore(&qmp).await;
+            }
+        }
+    }
+}
+
+async fn gone(qmp: Option<&Qmp>) {
+    match qmp {
+        Some(qmp) => qmp.gone().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Takes the guest back after a restart of the daemon.
+async fn resume_anew(qmp: &Path) -> Result<(), Failure> {
+    Outgoing::new(Arc::new(Qmp::connect(qmp).await?))
+        .resume()
+        .await
+}
+
+fn attach(tracker: &mut UffdTracker, ram: &dyn Ram) -> Result<Input, Failure> {
+    tracker.arm().map_err(track_failure)?;
+    let mut populated = Vec::new();
+    ram.populated(&mut populated)
+        .map_err(|error| ram_failure(&error))?;
+    let stopped = tracker
+        .attach_figures()
+        .map(|figures| figures.stopped)
+        .unwrap_or_default();
+    Ok(Input::Attached { stopped, populated })
+}
+
+fn scan(tracker: &mut UffdTracker, ram: &dyn Ram, holes: bool) -> Result<Input, Failure> {
+    let begun = Instant::now();
+    let mut dirty = Vec::new();
+    tracker.scan(&mut dirty).map_err(track_failure)?;
+    let mut populated = None;
+    if holes {
+        ram.populated(populated.insert(Vec::new()))
+            .map_err(|error| ram_failure(&error))?;
+    }
+    Ok(Input::Scanned {
+        dirty,
+        populated,
+        took: begun.elapsed(),
+    })
+}
+
+fn answer(sender: &UnboundedSender<Incoming>, result: Result<Input, Failure>) {
+    // A session that has ended needs no answer.
+    let _ = sender.send(Incoming::Engine(result.unwrap_or_else(Input::HostFailed)));
+}
+
+fn ram_failure(error: &std::io::Error) -> Failure {
+    host(
+        format!("the guest's RAM file cannot be asked what it holds: {error}"),
+        "put it on tmpfs or hugetlbfs",
+    )
+}
+
+/// The disk refused a record.
+pub(crate) fn journal_failure(error: &std::io::Error) -> Failure {
+    host(
+        format!("the journal could not be written: {error}"),
+        "see to the disk under state-dir",
+    )
+}
+
+fn misbehaved(what: String) -> Failure {
+    Failure::new(
+        Fault::PeerHost,
+        what,
+        "run the same version of pagecopyd on both hosts; report this",
+    )
+}
