@@ -1,0 +1,166 @@
+//! `/v1/migrations`.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Json};
+use pagecopy::engine::event::State as MigrationState;
+use pagecopy::engine::source::Resolution;
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use uuid::Uuid;
+
+use super::ApiError;
+use super::types::{Begun, MigrationRequest, ResolveRequest};
+use crate::failure::operator;
+use crate::migrations::{Migration, Request, Shown};
+use crate::service::Service;
+
+pub(super) async fn begin(
+    State(service): State<Arc<Service>>,
+    request: Result<Json<MigrationRequest>, JsonRejection>,
+) -> Result<(StatusCode, Json<Begun>), ApiError> {
+    let Json(request) = request.map_err(bad_json)?;
+    let id = service.begin(request).await?;
+    Ok((StatusCode::CREATED, Json(Begun { id })))
+}
+
+pub(super) async fn list(State(service): State<Arc<Service>>) -> Json<Vec<Shown>> {
+    Json(
+        service
+            .migrations
+            .list()
+            .iter()
+            .map(|migration| migration.shown())
+            .collect(),
+    )
+}
+
+pub(super) async fn show(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+) -> Result<Json<Shown>, ApiError> {
+    Ok(Json(find(&service, &id)?.shown()))
+}
+
+pub(super) async fn cancel(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let migration = find(&service, &id)?;
+    if migration.is_over() || !migration.request(Request::Cancel) {
+        return Err(ApiError::conflict(&operator(
+            format!("migration {id} has ended already"),
+            "see `pagecopy status` for how it ended",
+        )));
+    }
+    Ok(StatusCode::ACCEPTED)
+}
+
+pub(super) async fn resolve(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    request: Result<Json<ResolveRequest>, JsonRejection>,
+) -> Result<StatusCode, ApiError> {
+    let Json(request) = request.map_err(bad_json)?;
+    let resolution = match (request.resume_here, request.abandon) {
+        (true, false) => Resolution::ResumeHere,
+        (false, true) => Resolution::Abandon,
+        _ => {
+            return Err(operator(
+                "say either resume_here or abandon",
+                "see `pagecopy resolve --help`",
+            )
+            .into());
+        }
+    };
+    let migration = find(&service, &id)?;
+    let in_doubt = migration.shown().state == MigrationState::InDoubt;
+    if !in_doubt || !migration.request(Request::Resolve(resolution)) {
+        return Err(ApiError::conflict(&operator(
+            format!("migration {id} is not in doubt"),
+            "only a migration whose state is in-doubt needs a decision",
+        )));
+    }
+    Ok(StatusCode::ACCEPTED)
+}
+
+pub(super) async fn events(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+) -> Result<impl IntoResponse, ApiError> {
+    let migration = find(&service, &id)?;
+    let (sender, receiver) = mpsc::channel(16);
+    tokio::spawn(stream(migration, sender));
+    Ok(Sse::new(ReceiverStream::new(receiver)).keep_alive(KeepAlive::default()))
+}
+
+/// Sends the history and then what happens, up to the `finished` event or until the reader leaves.
+async fn stream(migration: Arc<Migration>, sender: mpsc::Sender<Result<Event, Infallible>>) {
+    let (history, mut live) = migration.events();
+    drop(migration);
+    for event in history {
+        let last = is_finished(&event);
+        if sender
+            .send(Ok(Event::default().data(event.to_string())))
+            .await
+            .is_err()
+            || last
+        {
+            return;
+        }
+    }
+    loop {
+        let event = tokio::select! {
+            event = live.recv() => event,
+            () = sender.closed() => return,
+        };
+        let event = match event {
+            Ok(event) => event,
+            // A reader that is far behind misses old progress, never the end.
+            Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => continue,
+            Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
+        };
+        let last = is_finished(&event);
+        if sender
+            .send(Ok(Event::default().data(event.to_string())))
+            .await
+            .is_err()
+            || last
+        {
+            return;
+        }
+    }
+}
+
+fn is_finished(event: &Value) -> bool {
+    event.get("event").and_then(Value::as_str) == Some("finished")
+}
+
+fn find(service: &Service, id: &str) -> Result<Arc<Migration>, ApiError> {
+    let id = Uuid::parse_str(id).map_err(|_| {
+        operator(
+            format!("{id:?} is not the id of a migration"),
+            "see `pagecopy list` for the ids",
+        )
+    })?;
+    service.migrations.get(id).ok_or_else(|| {
+        ApiError::not_found(
+            format!("there is no migration {id} here"),
+            "see `pagecopy list`",
+        )
+    })
+}
+
+pub(super) fn bad_json(rejection: JsonRejection) -> ApiError {
+    operator(
+        format!("the request is not understood: {}", rejection.body_text()),
+        "see the API's documentation",
+    )
+    .into()
+}
