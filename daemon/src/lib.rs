@@ -1,1 +1,20 @@
-//! .
+//! pagecopyd, the migration service of a host, and pagecopy, its command line.
+//!
+//! This crate is wiring: it connects QEMU, the host half of `pagecopy`, the channels of `transport` and the engines,
+//! and decides nothing about a migration by itself.
+
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod dial;
+pub mod failure;
+pub mod lane;
+mod listener;
+pub mod migrations;
+pub mod qemu;
+pub mod qmp;
+pub mod service;
+pub mod session;
+pub mod store;
+pub mod sys;
+pub mod units;

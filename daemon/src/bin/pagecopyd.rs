@@ -1,2 +1,46 @@
-//! .
-fn main() {}
+//! `pagecopyd`: the migration service of a host.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use daemon::failure::Shown;
+use daemon::service;
+use tracing_subscriber::EnvFilter;
+
+/// The migration service of a host: sends running QEMU guests to other hosts and receives them.
+///
+/// RUST_LOG sets what is logged to standard error ("info" by default).
+#[derive(Debug, Parser)]
+#[command(name = "pagecopyd", version)]
+struct Arguments {
+    /// The configuration file.
+    #[arg(long, value_name = "FILE.toml")]
+    config: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("pagecopyd: no threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(service::run(&arguments.config)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("pagecopyd: {}", Shown(&failure));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! What the command line takes.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::api::types::{MigrationRequest, Mode};
+use crate::units::{millis, parse_duration, parse_rate};
+
+const EXIT_STATUS: &str = "Exit status of migrate:\n  \
+    0  the guest runs at the destination\n  \
+    1  failed; the guest runs on at the source\n  \
+    2  the arguments are wrong\n  \
+    3  cancelled; the guest runs on at the source\n  \
+    4  in doubt: the destination may run the guest; see `pagecopy resolve`";
+
+/// Moves running QEMU guests between hosts.
+#[derive(Debug, Parser)]
+#[command(name = "pagecopy", version, after_help = EXIT_STATUS)]
+pub struct Arguments {
+    /// The API socket of this host's pagecopyd [default: $PAGECOPY_API, or /run/pagecopy/api.sock]
+    #[arg(long, global = true, value_name = "SOCKET")]
+    pub api: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a waiting QEMU (started with -incoming defer -S) the destination for a guest
+    Receive {
+        /// The guest's name, the same on both hosts
+        #[arg(long, value_name = "NAME")]
+        vm: String,
+        /// QMP socket of the QEMU that waits
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
+    },
+    /// Move a running guest to another host, and wait until it has moved
+    #[command(after_help = EXIT_STATUS)]
+    Migrate(MigrateArguments),
+    /// Show a migration, or all
+    Status {
+        /// The migration's id
+        id: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List migrations and waiting QEMUs
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Cancel a migration; the guest stays where it is
+    Cancel {
+        /// The migration's id
+        id: String,
+    },
+    /// Decide a migration that is in doubt, when the other host cannot be asked
+    Resolve {
+        /// The migration's id
+        id: String,
+        /// The guest does not run at the destination and never will: take it back
+        #[arg(long, conflicts_with = "abandon", required_unless_present = "abandon")]
+        resume_here: bool,
+        /// The guest runs at the destination: let go of it here
+        #[arg(long)]
+        abandon: bool,
+    },
+}
+
+/// How the pages move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ModeArgument {
+    /// The guest runs here until all but the last pages have moved
+    Precopy,
+}
+
+/// Arguments of `migrate`.
+#[derive(Debug, clap::Args)]
+pub struct MigrateArguments {
+    /// The guest's name, the same on both hosts
+    #[arg(long, value_name = "NAME")]
+    pub vm: String,
+    /// QMP socket of the QEMU that runs the guest
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: PathBuf,
+    /// The other host's pagecopyd; HOST is a name, an IPv4 address or an [IPv6] address
+    #[arg(long, value_name = "HOST:PORT")]
+    pub to: String,
+    /// How the pages move
+    #[arg(long, value_enum, default_value = "precopy")]
+    pub mode: ModeArgument,
+    /// Data channels [default: one a core, at most 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub channels: Option<u16>,
+    /// Longest downtime, such as 50ms [default: 300ms]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub downtime_limit: Option<Duration>,
+    /// Bytes a second for pages, such as 500MB/s [default: unlimited]
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub bandwidth_limit: Option<u64>,
+    /// Give up after so many rounds without convergence [default: 30]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_rounds: Option<u32>,
+    /// Give up after so long without convergence, such as 60s [default: never]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// Compare the memory of both sides before the guest is handed over; costs downtime
+    #[arg(long)]
+    pub verify: bool,
+    /// Quit the QEMU here once the guest has moved
+    #[arg(long)]
+    pub quit_source: bool,
+    /// Print one JSON event a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl MigrateArguments {
+    /// The request to the daemon. The daemon's working directory is another one: the path is made absolute.
+    pub fn request(self) -> MigrationRequest {
+        let ModeArgument::Precopy = self.mode;
+        MigrationRequest {
+            vm: self.vm,
+            qmp: std::path::absolute(&self.qmp).unwrap_or(self.qmp),
+            to: self.to,
+            mode: Mode::Precopy,
+            channels: self.channels,
+            downtime_limit_ms: self.downtime_limit.map(millis),
+            bandwidth_limit: self.bandwidth_limit,
+            max_rounds: self.max_rounds,
+            timeout_ms: self
+                .timeout
+                .map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+            verify: self.verify,
+            quit_source: self.quit_source,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const MIGRATE: [&str; 8] = [
+        "pagecopy", "migrate", "--vm", "web", "--qmp", "/q", "--to", "b:7070",
+    ];
+
+    fn migrate(more: &[&str]) -> Result<MigrationRequest, String> {
+        let words = MIGRATE.iter().chain(more);
+        let arguments = Arguments::try_parse_from(words).map_err(|error| error.to_string())?;
+        match arguments.command {
+            Command::Migrate(arguments) => Ok(arguments.request()),
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    #[test]
+    fn the_whole_of_migrate() {
+        let request = migrate(&[
+            "--mode",
+            "precopy",
+            "--channels",
+            "3",
+            "--downtime-limit",
+            "50ms",
+            "--bandwidth-limit",
+            "500MB/s",
+            "--max-rounds",
+            "9",
+            "--timeout",
+            "60s",
+            "--verify",
+            "--quit-source",
+            "--json",
+        ])
+        .unwrap();
+        assert_eq!(request.channels, Some(3));
+        assert_eq!(request.downtime_limit_ms, Some(50.0));
+        assert_eq!(request.bandwidth_limit, Some(500_000_000));
+        assert_eq!(request.max_rounds, Some(9));
+        assert_eq!(request.timeout_ms, Some(60_000));
+        assert!(request.verify && request.quit_source);
+    }
+
+    #[test]
+    fn defaults_are_the_daemons() {
+        let request = migrate(&[]).unwrap();
+        assert_eq!(
+            (
+                request.channels,
+                request.downtime_limit_ms,
+                request.timeout_ms
+            ),
+            (None, None, None)
+        );
+        assert!(!request.verify && !request.quit_source);
+    }
+
+    #[test]
+    fn what_is_wrong_says_what_would_be_right() {
+        assert!(
+            migrate(&["--downtime-limit", "50"])
+                .unwrap_err()
+                .contains("50ms")
+        );
+        assert!(
+            migrate(&["--bandwidth-limit", "fast"])
+                .unwrap_err()
+                .contains("500MB/s")
+        );
+        assert!(
+            migrate(&["--mode", "warp"])
+                .unwrap_err()
+                .contains("precopy")
+        );
+        assert!(migrate(&["--channels", "0"]).is_err());
+    }
+
+    #[test]
+    fn resolve_needs_one_decision() {
+        let parse = |words: &[&str]| {
+            Arguments::try_parse_from([&["pagecopy", "resolve", "ID"], words].concat())
+        };
+        assert!(parse(&["--resume-here"]).is_ok());
+        assert!(parse(&["--abandon"]).is_ok());
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--abandon", "--resume-here"]).is_err());
+    }
+
+    #[test]
+    fn the_api_may_be_named_before_and_after() {
+        for words in [
+            ["pagecopy", "--api", "/s", "list"],
+            ["pagecopy", "list", "--api", "/s"],
+        ] {
+            assert_eq!(
+                Arguments::try_parse_from(words).unwrap().api,
+                Some("/s".into())
+            );
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! HTTP to the daemon's unix socket.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use bytes::{Bytes, BytesMut};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::{Method, Request, Response};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde_json::Value;
+use tokio::net::UnixStream;
+
+use crate::api::types::ErrorBody;
+
+/// Why a command failed.
+#[derive(Debug)]
+pub(super) struct CliError {
+    /// What happened.
+    pub(super) what: String,
+    /// What to do.
+    pub(super) remedy: String,
+}
+
+impl fmt::Display for CliError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.what)?;
+        if !self.remedy.is_empty() {
+            write!(f, "; what to do: {}", self.remedy)?;
+        }
+        Ok(())
+    }
+}
+
+/// A client of one daemon. Each request has a connection of its own.
+#[derive(Debug)]
+pub(super) struct Client {
+    api: PathBuf,
+}
+
+impl Client {
+    pub(super) fn new(api: PathBuf) -> Client {
+        Client { api }
+    }
+
+    pub(super) async fn get(&self, path: &str) -> Result<Value, CliError> {
+        self.json(Method::GET, path, Bytes::new()).await
+    }
+
+    pub(super) async fn post(&self, path: &str, body: &impl Serialize) -> Result<Value, CliError> {
+        let body = serde_json::to_vec(body).map_err(|error| broken(&error))?;
+        self.json(Method::POST, path, body.into()).await
+    }
+
+    /// The events of a migration, from its beginning on.
+    pub(super) async fn events(&self, id: &str) -> Result<Events, CliError> {
+        let answer = self
+            .request(
+                Method::GET,
+                &format!("/v1/migrations/{id}/events"),
+                Bytes::new(),
+            )
+            .await?;
+        Ok(Events {
+            body: answer.into_body(),
+            buffer: BytesMut::new(),
+        })
+    }
+
+    async fn json(&self, method: Method, path: &str, body: Bytes) -> Result<Value, CliError> {
+        let answer = self.request(method, path, body).await?;
+        let bytes = answer
+            .into_body()
+            .collect()
+            .await
+            .map_err(|error| broken(&error))?
+            .to_bytes();
+        if bytes.is_empty() {
+            return Ok(Value::Null);
+        }
+        serde_json::from_slice(&bytes).map_err(|error| broken(&error))
+    }
+
+    /// Sends a request; an answer that is an error is one.
+    async fn request(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, CliError> {
+        let stream = UnixStream::connect(&self.api)
+            .await
+            .map_err(|error| self.unreachable(&error))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| broken(&error))?;
+        // Its error is told by the request that it carries.
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "pagecopy")
+            .header("content-type", "application/json")
+            .body(Full::new(body))
+            .map_err(|error| broken(&error))?;
+        let answer = sender
+            .send_request(request)
+            .await
+            .map_err(|error| broken(&error))?;
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        let status = answer.status();
+        let bytes = answer
+            .into_body()
+            .collect()
+            .await
+            .map_err(|error| broken(&error))?
+            .to_bytes();
+        Err(match serde_json::from_slice::<ErrorBody>(&bytes) {
+            Ok(body) => CliError {
+                what: body.error,
+                remedy: body.remedy,
+            },
+            Err(_) => broken(&format!("{status}: {}", String::from_utf8_lossy(&bytes))),
+        })
+    }
+
+    fn unreachable(&self, error: &io::Error) -> CliError {
+        let api = self.api.display();
+        let remedy = match error.kind() {
+            io::ErrorKind::PermissionDenied => "run as the user that pagecopyd runs as",
+            _ => "start pagecopyd on this host, or give its API socket with --api",
+        };
+        CliError {
+            what: format!("pagecopyd cannot be reached at {api}: {error}"),
+            remedy: remedy.to_owned(),
+        }
+    }
+}
+
+fn broken(error: &dyn fmt::Display) -> CliError {
+    CliError {
+        what: format!("the connection to pagecopyd broke: {error}"),
+        remedy: "see pagecopyd's log; it goes on by itself if it still runs".to_owned(),
+    }
+}
+
+/// Server-sent events.
+#[derive(Debug)]
+pub(super) struct Events {
+    body: Incoming,
+    buffer: BytesMut,
+}
+
+impl Events {
+    /// The next event, or `None` at the end.
+    pub(super) async fn next(&mut self) -> Result<Option<Value>, CliError> {
+        loop {
+            while let Some(end) = self.buffer.iter().position(|&byte| byte == b'\n') {
+                let line = self.buffer.split_to(end + 1);
+                // Lines that are no data keep the connection alive, or end an event.
+                if let Some(data) = line.strip_prefix(b"data:") {
+                    return serde_json::from_slice(data)
+                        .map(Some)
+                        .map_err(|error| broken(&error));
+                }
+            }
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
+                    if let Some(data) = frame.data_ref() {
+                        self.buffer.extend_from_slice(data);
+                    }
+                }
+                Some(Err(error)) => return Err(broken(&error)),
+                None => return Ok(None),
+            }
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! `pagecopy migrate`: begin, follow, tell the end.
+
+use pagecopy::engine::event::Figures;
+use serde_json::{Value, json};
+
+use super::arguments::MigrateArguments;
+use super::client::{CliError, Client};
+use super::exit_status;
+use super::progress::Progress;
+use crate::api::types::Begun;
+use crate::migrations::Finished;
+use crate::units::{show_bytes, show_rate};
+
+/// Runs a migration to its end; returns the exit status.
+pub(super) async fn migrate(client: &Client, arguments: MigrateArguments) -> u8 {
+    let json = arguments.json;
+    let mut id = None;
+    match follow(client, arguments, &mut id).await {
+        Ok(finished) => exit_status(finished.status),
+        Err(error) => {
+            if json {
+                println!("{}", failed(id.as_deref(), &error));
+            }
+            eprintln!("pagecopy: {error}");
+            1
+        }
+    }
+}
+
+async fn follow(
+    client: &Client,
+    arguments: MigrateArguments,
+    known: &mut Option<String>,
+) -> Result<Finished, CliError> {
+    let (json, vm) = (arguments.json, arguments.vm.clone());
+    let begun = client.post("/v1/migrations", &arguments.request()).await?;
+    let Begun { id } = serde_json::from_value(begun).map_err(|error| misunderstood(&error))?;
+    let id = known.insert(id.to_string()).clone();
+    let mut events = client.events(&id).await?;
+    let mut progress = Progress::new(json, &vm, &id);
+    let mut interrupted = false;
+    loop {
+        let event = tokio::select! {
+            event = events.next() => event?,
+            _ = tokio::signal::ctrl_c() => {
+                if interrupted {
+                    return Err(left_alone(&id));
+                }
+                interrupted = true;
+                progress.note("cancelling (once more to leave it to pagecopyd)");
+                // When it has just ended, its end is the next event.
+                let _ = client.post(&format!("/v1/migrations/{id}/cancel"), &Value::Null).await;
+                continue;
+            }
+        };
+        let Some(event) = event else {
+            return Err(cut_off(&id));
+        };
+        progress.event(&event);
+        if event.get("event").and_then(Value::as_str) == Some("finished") {
+            let finished: Finished =
+                serde_json::from_value(event).map_err(|error| misunderstood(&error))?;
+            progress.end();
+            if !json {
+                tell(&vm, &finished);
+            }
+            return Ok(finished);
+        }
+    }
+}
+
+/// The closing summary.
+fn tell(vm: &str, finished: &Finished) {
+    if let Some(error) = &finished.error {
+        eprintln!("pagecopy: migration {} of {vm} ended: {error}", finished.id);
+        return;
+    }
+    let Figures {
+        total_ms,
+        downtime_ms,
+        predicted_downtime_ms,
+        verify_ms,
+        rounds,
+        ..
+    } = finished.figures;
+    let ms = |value: Option<f64>| {
+        value.map_or_else(|| "unknown".to_owned(), |value| format!("{value:.1} ms"))
+    };
+    println!("{vm} runs at the destination");
+    println!(
+        "  total            {:.2} s, {rounds} rounds",
+        total_ms / 1e3
+    );
+    println!(
+        "  downtime         {} (predicted {})",
+        ms(downtime_ms),
+        ms(predicted_downtime_ms)
+    );
+    if verify_ms.is_some() {
+        println!("  of it verifying  {}", ms(verify_ms));
+    }
+    println!(
+        "  pages            {} sent, {} zero; {} on the wire over {}",
+        finished.figures.pages_sent,
+        finished.figures.pages_zero,
+        show_bytes(finished.bytes_on_wire),
+        finished.transport.as_deref().unwrap_or("nothing"),
+    );
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // For people.
+    let goodput = show_rate((finished.figures.goodput_mbit_s * 1e6 / 8.0) as u64);
+    println!("  goodput          {goodput}");
+}
+
+/// The last line of `--json` when there is none from the daemon.
+fn failed(id: Option<&str>, error: &CliError) -> Value {
+    let figures = serde_json::to_value(Figures::default()).unwrap_or(Value::Null);
+    let mut event = json!({
+        "event": "finished", "id": id, "status": "failed", "mode": "precopy", "transport": null, "bytes_on_wire": 0,
+        "error": error.to_string(), "remedy": error.remedy,
+    });
+    if let (Value::Object(event), Value::Object(figures)) = (&mut event, figures) {
+        event.extend(figures);
+    }
+    event
+}
+
+fn misunderstood(error: &dyn std::fmt::Display) -> CliError {
+    CliError {
+        what: format!("pagecopyd's answer is not understood: {error}"),
+        remedy: "use pagecopy and pagecopyd of the same version".to_owned(),
+    }
+}
+
+fn cut_off(id: &str) -> CliError {
+    CliError {
+        what: format!("pagecopyd ended during migration {id}"),
+        remedy:
+            "start it again: it takes the guest back, or asks the destination what became of it"
+                .to_owned(),
+    }
+}
+
+fn left_alone(id: &str) -> CliError {
+    CliError {
+        what: format!("no longer waiting for migration {id}"),
+        remedy: format!("see `pagecopy status {id}`"),
+    }
+}

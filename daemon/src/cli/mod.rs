@@ -1,0 +1,119 @@
+//! The command line `pagecopy`: a client of the daemon's API.
+
+mod arguments;
+mod client;
+mod migrate;
+mod progress;
+mod show;
+
+use std::path::PathBuf;
+
+use pagecopy::engine::event::State;
+use serde_json::Value;
+
+pub use arguments::{Arguments, Command, MigrateArguments};
+
+use crate::api::types::{ReceiverRequest, ResolveRequest};
+use client::{CliError, Client};
+
+/// The API's socket, unless `--api` or `PAGECOPY_API` says otherwise.
+pub const DEFAULT_API: &str = "/run/pagecopy/api.sock";
+
+/// Does what the arguments say; returns the exit status.
+pub async fn run(arguments: Arguments) -> u8 {
+    let api = arguments
+        .api
+        .or_else(|| std::env::var_os("PAGECOPY_API").map(PathBuf::from))
+        .unwrap_or_else(|| PathBuf::from(DEFAULT_API));
+    let client = Client::new(api);
+    let done = match arguments.command {
+        Command::Migrate(arguments) => return migrate::migrate(&client, arguments).await,
+        Command::Receive { vm, qmp } => receive(&client, vm, qmp).await,
+        Command::Status { id, json } => status(&client, id, json).await,
+        Command::List { json } => list(&client, json).await,
+        Command::Cancel { id } => {
+            post(
+                &client,
+                &format!("/v1/migrations/{id}/cancel"),
+                &Value::Null,
+            )
+            .await
+        }
+        Command::Resolve {
+            id,
+            resume_here,
+            abandon,
+        } => {
+            let request = ResolveRequest {
+                resume_here,
+                abandon,
+            };
+            post(&client, &format!("/v1/migrations/{id}/resolve"), &request).await
+        }
+    };
+    match done {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("pagecopy: {error}");
+            1
+        }
+    }
+}
+
+/// The exit status of a migration that ended so.
+pub fn exit_status(state: State) -> u8 {
+    match state {
+        State::Completed => 0,
+        State::Cancelled => 3,
+        State::InDoubt => 4,
+        _ => 1,
+    }
+}
+
+async fn receive(client: &Client, vm: String, qmp: PathBuf) -> Result<(), CliError> {
+    let qmp = std::path::absolute(&qmp).unwrap_or(qmp);
+    client
+        .post(
+            "/v1/receivers",
+            &ReceiverRequest {
+                vm: vm.clone(),
+                qmp,
+            },
+        )
+        .await?;
+    println!("{vm}: its QEMU waits here");
+    Ok(())
+}
+
+async fn post(client: &Client, path: &str, body: &impl serde::Serialize) -> Result<(), CliError> {
+    client.post(path, body).await.map(drop)
+}
+
+async fn status(client: &Client, id: Option<String>, json: bool) -> Result<(), CliError> {
+    let shown = match id {
+        Some(id) => client.get(&format!("/v1/migrations/{id}")).await?,
+        None => client.get("/v1/migrations").await?,
+    };
+    if json {
+        println!("{shown}");
+    } else if let Value::Array(all) = &shown {
+        all.iter().for_each(|one| print!("{}", show::status(one)));
+    } else {
+        print!("{}", show::status(&shown));
+    }
+    Ok(())
+}
+
+async fn list(client: &Client, json: bool) -> Result<(), CliError> {
+    let migrations = client.get("/v1/migrations").await?;
+    let receivers = client.get("/v1/receivers").await?;
+    if json {
+        println!(
+            "{}",
+            serde_json::json!({ "migrations": migrations, "receivers": receivers })
+        );
+    } else {
+        print!("{}", show::list(&migrations, &receivers));
+    }
+    Ok(())
+}

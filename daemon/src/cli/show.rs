@@ -1,0 +1,88 @@
+//! Migrations and receivers as text.
+
+use serde_json::Value;
+
+/// The list: one line each.
+pub(super) fn list(migrations: &Value, receivers: &Value) -> String {
+    let mut out = String::new();
+    for one in array(migrations) {
+        out += &format!(
+            "{}  {:<12} {:<12} {:<20} {}\n",
+            word(one, "id"),
+            word(one, "state"),
+            word(one, "side"),
+            word(one, "vm"),
+            word(one, "peer")
+        );
+    }
+    for one in array(receivers) {
+        out += &format!(
+            "{:<36}  {:<12} {:<12} {:<20} {}\n",
+            "-",
+            "waiting",
+            "destination",
+            word(one, "vm"),
+            word(one, "qmp")
+        );
+    }
+    if out.is_empty() {
+        out = "no migrations, and no QEMU waits here\n".to_owned();
+    }
+    out
+}
+
+/// One migration in full.
+pub(super) fn status(one: &Value) -> String {
+    let mut out = format!("migration {}\n", word(one, "id"));
+    for key in ["vm", "state", "side", "peer", "qmp"] {
+        out += &format!("  {key:<22} {}\n", word(one, key));
+    }
+    let details = one
+        .get("finished")
+        .filter(|end| !end.is_null())
+        .or_else(|| one.get("progress"));
+    let details = details.and_then(Value::as_object);
+    for (key, value) in details.into_iter().flatten() {
+        if !value.is_null() && !["event", "id", "remedy", "fault"].contains(&key.as_str()) {
+            out += &format!("  {key:<22} {}\n", plain(value));
+        }
+    }
+    out
+}
+
+fn array(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn word(value: &Value, key: &str) -> String {
+    value.get(key).map_or_else(|| "-".to_owned(), plain)
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn lists_and_details() {
+        let one = json!({ "id": "x", "vm": "web", "state": "failed", "side": "source", "peer": "b:1", "qmp": "/q",
+            "progress": null, "finished": { "event": "finished", "error": "no route", "rounds": 2, "verify_ms": null } });
+        let text = list(&json!([one]), &json!([{ "vm": "db", "qmp": "/d" }]));
+        assert_eq!(text.lines().count(), 2);
+        assert!(text.contains("waiting"));
+        let text = status(&one);
+        assert!(
+            text.contains("no route") && text.contains("rounds"),
+            "{text}"
+        );
+        assert!(!text.contains("verify_ms"), "{text}");
+        assert!(list(&json!([]), &json!([])).contains("no migrations"));
+    }
+}
