@@ -1,11 +1,17 @@
 //! A bit for every page of the guest: which pages are dirty, held, hot.
 //!
-//! Sixty-four pages are one word, so that a scan or a merge of a guest of a tebibyte touches 4 million words. Taking runs
-//! goes over clean words at one step each and remembers where it was: emptying a bitmap is one pass.
+//! Sixty-four pages are one word, and sixty-four words (16 MiB of small pages) one *group*. A summary says which groups may
+//! have a bit set; merging and taking look only at those, so that a scan that finds little costs little even for a guest
+//! of a tebibyte, and one that finds everything goes over 4 million words once.
+
+use std::ops::Range;
 
 use crate::memory::{BlockId, BlockSpec, Run};
 
+/// Pages in a word.
 const WORD: u64 = u64::BITS as u64;
+/// Words in a group.
+const GROUP: usize = 64;
 
 /// A bitmap over all pages of all RAMBlocks.
 #[derive(Clone, Debug)]
@@ -17,12 +23,14 @@ pub struct Bitmap {
 #[derive(Clone, Debug)]
 struct Bits {
     words: Vec<u64>,
+    /// One bit a group: clear when no bit of the group is set. (Set does not mean that one is.)
+    groups: Vec<u64>,
+    /// No word of `groups` before this one has a bit set.
+    first: usize,
     pages: u64,
     page_size: u64,
     /// Bits that are set.
     count: u64,
-    /// No word before this one has a bit set.
-    first_word: usize,
 }
 
 /// A run outside the guest's RAMBlocks.
@@ -52,6 +60,21 @@ impl Bitmap {
             .checked_add(run.pages)
             .filter(|end| *end <= bits.pages);
         bits.insert(run.first, end.ok_or(Outside(run))?);
+        Ok(())
+    }
+
+    /// Sets those pages of `run` that are set in `other`, a bitmap of the same guest.
+    ///
+    /// # Errors
+    /// [`Outside`]: the bitmap is as before.
+    pub fn insert_common(&mut self, run: Run, other: &Bitmap) -> Result<(), Outside> {
+        let index = usize::from(run.block.0);
+        let bits = self.blocks.get_mut(index).ok_or(Outside(run))?;
+        let end = run
+            .first
+            .checked_add(run.pages)
+            .filter(|end| *end <= bits.pages);
+        bits.insert_common(run.first, end.ok_or(Outside(run))?, &other.blocks[index]);
         Ok(())
     }
 
@@ -117,24 +140,18 @@ impl Bitmap {
     }
 
     /// Combines word by word: for each word of `self` and those of `others` at the same place, `combine` may change all.
-    /// The bitmaps are of the same guest.
+    /// It must leave words that are all zero as they are: groups without a bit are not looked at. The bitmaps are of the
+    /// same guest.
     pub fn zip<const N: usize>(
         &mut self,
         mut others: [&mut Bitmap; N],
         combine: impl Fn(&mut u64, [&mut u64; N]),
     ) {
         for (index, bits) in self.blocks.iter_mut().enumerate() {
-            let mut rest = others.each_mut().map(|other| &mut other.blocks[index]);
-            for word in 0..bits.words.len() {
-                combine(
-                    &mut bits.words[word],
-                    rest.each_mut().map(|other| &mut other.words[word]),
-                );
-            }
-            bits.recount();
-            for other in rest {
-                other.recount();
-            }
+            bits.zip(
+                others.each_mut().map(|other| &mut other.blocks[index]),
+                &combine,
+            );
         }
     }
 }
@@ -143,13 +160,15 @@ impl Bits {
     fn new(spec: &BlockSpec) -> Bits {
         let pages = spec.pages();
         let words = usize::try_from(pages.div_ceil(WORD)).unwrap_or(usize::MAX);
-        let page_size = spec.page_size;
+        let groups = vec![0; words.div_ceil(GROUP * GROUP)];
+        let first = groups.len();
         Bits {
             words: vec![0; words],
+            groups,
+            first,
             pages,
-            page_size,
+            page_size: spec.page_size,
             count: 0,
-            first_word: words,
         }
     }
 
@@ -157,8 +176,9 @@ impl Bits {
         if self.count > 0 {
             self.words.fill(0);
         }
+        self.groups.fill(0);
+        self.first = self.groups.len();
         self.count = 0;
-        self.first_word = self.words.len();
     }
 
     fn contains(&self, page: u64) -> bool {
@@ -169,30 +189,74 @@ impl Bits {
         if first >= end {
             return;
         }
-        self.first_word = self.first_word.min(word_of(first));
         for word in word_of(first)..=word_of(end - 1) {
             let mask = mask(word, first, end);
             self.count += u64::from((mask & !self.words[word]).count_ones());
             self.words[word] |= mask;
         }
+        for group in word_of(first) / GROUP..=word_of(end - 1) / GROUP {
+            self.groups[group / GROUP] |= 1 << (group % GROUP);
+        }
+        self.first = self.first.min(word_of(first) / GROUP / GROUP);
+    }
+
+    fn insert_common(&mut self, first: u64, end: u64, other: &Bits) {
+        if first >= end {
+            return;
+        }
+        let mut word = word_of(first);
+        while word <= word_of(end - 1) {
+            let group = word / GROUP;
+            if other.groups[group / GROUP] & 1 << (group % GROUP) == 0 {
+                word = (group + 1) * GROUP;
+                continue;
+            }
+            let new = other.words[word] & mask(word, first, end) & !self.words[word];
+            if new != 0 {
+                self.words[word] |= new;
+                self.count += u64::from(new.count_ones());
+                self.groups[group / GROUP] |= 1 << (group % GROUP);
+                self.first = self.first.min(group / GROUP);
+            }
+            word += 1;
+        }
     }
 
     /// Takes the first run, at most `most` pages of it.
     fn take_run(&mut self, most: u64) -> Option<(u64, u64)> {
-        if self.count == 0 {
-            return None;
-        }
-        while self.words[self.first_word] == 0 {
-            self.first_word += 1;
-        }
-        let bit = u64::from(self.words[self.first_word].trailing_zeros());
-        let first = self.first_word as u64 * WORD + bit;
+        let word = self.first_word()?;
+        let first = word as u64 * WORD + u64::from(self.words[word].trailing_zeros());
         let end = self.end_of_run(first, most);
-        for word in self.first_word..=word_of(end - 1) {
+        for word in word..=word_of(end - 1) {
             self.words[word] &= !mask(word, first, end);
         }
         self.count -= end - first;
         Some((first, end - first))
+    }
+
+    /// The first word with a bit set. Groups that turn out to be empty are struck off.
+    fn first_word(&mut self) -> Option<usize> {
+        if self.count == 0 {
+            return None;
+        }
+        loop {
+            let groups = *self.groups.get(self.first)?;
+            if groups == 0 {
+                self.first += 1;
+                continue;
+            }
+            let group = self.first * GROUP + groups.trailing_zeros() as usize;
+            let words = self.words_of(group);
+            if let Some(at) = self.words[words.clone()].iter().position(|word| *word != 0) {
+                return Some(words.start + at);
+            }
+            self.groups[self.first] &= groups - 1;
+        }
+    }
+
+    /// The words of a group; the last one may be short.
+    fn words_of(&self, group: usize) -> Range<usize> {
+        group * GROUP..((group + 1) * GROUP).min(self.words.len())
     }
 
     /// The page after the last of the run that starts at `first`, looking at no more than `most` pages.
@@ -210,17 +274,69 @@ impl Bits {
         page.min(limit)
     }
 
-    fn recount(&mut self) {
-        self.count = self
-            .words
+    /// See [`Bitmap::zip`].
+    fn zip<const N: usize>(
+        &mut self,
+        mut others: [&mut Bits; N],
+        combine: &impl Fn(&mut u64, [&mut u64; N]),
+    ) {
+        for index in 0..self.groups.len() {
+            let mut left = others
+                .iter()
+                .fold(self.groups[index], |left, other| left | other.groups[index]);
+            while left != 0 {
+                let group = index * GROUP + left.trailing_zeros() as usize;
+                left &= left - 1;
+                self.zip_group(&mut others, group, combine);
+            }
+        }
+        self.first = 0;
+        for other in others {
+            other.first = 0;
+        }
+    }
+
+    fn zip_group<const N: usize>(
+        &mut self,
+        others: &mut [&mut Bits; N],
+        group: usize,
+        combine: &impl Fn(&mut u64, [&mut u64; N]),
+    ) {
+        let range = self.words_of(group);
+        self.count -= self.ones(&range);
+        for other in others.iter_mut() {
+            other.count -= other.ones(&range);
+        }
+        let words = &mut self.words[range.clone()];
+        let mut rest = others
+            .each_mut()
+            .map(|other| &mut other.words[range.clone()]);
+        for (at, word) in words.iter_mut().enumerate() {
+            combine(word, rest.each_mut().map(|other| &mut other[at]));
+        }
+        self.settle(group, &range);
+        for other in others.iter_mut() {
+            other.settle(group, &range);
+        }
+    }
+
+    fn ones(&self, range: &Range<usize>) -> u64 {
+        self.words[range.clone()]
             .iter()
             .map(|word| u64::from(word.count_ones()))
-            .sum();
-        self.first_word = self
-            .words
-            .iter()
-            .position(|word| *word != 0)
-            .unwrap_or(self.words.len());
+            .sum()
+    }
+
+    /// Counts a group that was combined, and says in the summary whether it has a bit set.
+    fn settle(&mut self, group: usize, range: &Range<usize>) {
+        let ones = self.ones(range);
+        self.count += ones;
+        let bit = 1 << (group % GROUP);
+        if ones > 0 {
+            self.groups[group / GROUP] |= bit;
+        } else {
+            self.groups[group / GROUP] &= !bit;
+        }
     }
 }
 
@@ -253,7 +369,8 @@ mod tests {
 
     use super::*;
 
-    const PAGES: [u64; 2] = [200, 64];
+    /// The first has three groups, the last of them short.
+    const PAGES: [u64; 2] = [2 * 64 * 64 + 200, 64];
 
     fn specs() -> Vec<BlockSpec> {
         PAGES
@@ -271,13 +388,20 @@ mod tests {
     enum Step {
         Insert(u16, u64, u64),
         Take(usize, u64),
+        /// Adds the pages of a run that are in a bitmap with every page of the second run.
+        Common((u64, u64), (u64, u64)),
+        /// Keeps every page that is in the other bitmap, which gets all.
+        Zip(u64, u64),
         Clear,
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let step = prop_oneof![
-            6 => (0u16..3, 0u64..210, 0u64..150).prop_map(|(b, f, n)| Step::Insert(b, f, n)),
-            4 => (1usize..5, 1u64..100).prop_map(|(runs, pages)| Step::Take(runs, pages)),
+            4 => (0u16..3, 0u64..210, 0u64..150).prop_map(|(b, f, n)| Step::Insert(b, f, n)),
+            2 => (0u16..1, 0u64..8500, 0u64..9000).prop_map(|(b, f, n)| Step::Insert(b, f, n)),
+            2 => ((0u64..8500, 0u64..300), (0u64..8500, 0u64..300)).prop_map(|(a, b)| Step::Common(a, b)),
+            2 => (0u64..8500, 0u64..400).prop_map(|(first, pages)| Step::Zip(first, pages)),
+            4 => (1usize..5, 1u64..3000).prop_map(|(runs, pages)| Step::Take(runs, pages)),
             1 => Just(Step::Clear),
         ];
         proptest::collection::vec(step, 1..60)
@@ -327,6 +451,25 @@ mod tests {
                         bitmap.take(max_runs, max_pages * 4096, &mut runs);
                         prop_assert_eq!(runs, naive_take(&mut model, max_runs, max_pages));
                     }
+                    Step::Common((first, pages), (other_first, other_pages)) => {
+                        let mut other = Bitmap::new(&specs());
+                        let run = |first, pages| Run { block: BlockId(0), first, pages };
+                        let inside = other.insert(run(other_first, other_pages)).is_ok();
+                        if bitmap.insert_common(run(first, pages), &other).is_ok() && inside {
+                            let common = first.max(other_first)..(first + pages).min(other_first + other_pages);
+                            model.extend(common.map(|page| (0, page)));
+                        }
+                    }
+                    Step::Zip(first, pages) => {
+                        let mut other = Bitmap::new(&specs());
+                        if other.insert(Run { block: BlockId(0), first, pages }).is_ok() {
+                            bitmap.zip([&mut other], |a, [b]| (*a, *b) = (*a & *b, *a | *b));
+                            let kept = |page: &(u16, u64)| page.0 == 0 && (first..first + pages).contains(&page.1);
+                            let before = model.len() as u64;
+                            model.retain(kept);
+                            prop_assert_eq!(other.pages(), before + pages - model.len() as u64);
+                        }
+                    }
                     Step::Clear => {
                         bitmap.clear();
                         model.clear();
@@ -335,11 +478,11 @@ mod tests {
                 prop_assert_eq!(bitmap.pages(), model.len() as u64);
                 prop_assert_eq!(bitmap.bytes(), model.len() as u64 * 4096);
                 prop_assert_eq!(bitmap.is_empty(), model.is_empty());
-                for (block, pages) in PAGES.iter().enumerate() {
-                    for page in 0..*pages {
-                        let block = block as u16;
-                        prop_assert_eq!(bitmap.contains(BlockId(block), page), model.contains(&(block, page)));
-                    }
+            }
+            for (block, pages) in PAGES.iter().enumerate() {
+                for page in 0..*pages {
+                    let block = block as u16;
+                    prop_assert_eq!(bitmap.contains(BlockId(block), page), model.contains(&(block, page)));
                 }
             }
         }

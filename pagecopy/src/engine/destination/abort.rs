@@ -64,9 +64,14 @@ impl End {
         }
     }
 
+    /// What the peer is told: the remedy, too, where this host or its QEMU has to be seen to.
     fn message(&self, core: &Core) -> Option<Message> {
-        let reason = format!("{}: {}", core.setup.host, self.failure.what);
-        self.code.map(|code| Message::Abort { code, reason })
+        let code = self.code?;
+        let mut reason = format!("{}: {}", core.setup.host, self.failure.what);
+        if matches!(code, AbortCode::Host | AbortCode::Qemu) && !self.failure.remedy.is_empty() {
+            reason = format!("{reason}; {}", self.failure.remedy);
+        }
+        Some(Message::Abort { code, reason })
     }
 }
 

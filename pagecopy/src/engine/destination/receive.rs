@@ -88,7 +88,8 @@ impl Receive {
 
     fn message(&mut self, core: &mut Core, message: Message) -> Result<(), End> {
         match (message, self.final_round, &mut self.verify) {
-            (Message::Populate(runs), None, _) if self.barriers.round() == 0 => {
+            // Nothing orders it against the barriers on the data channels: those of round 0 may all come first.
+            (Message::Populate(runs), None, _) => {
                 if let Some(run) = runs.iter().find(|run| !inside(run, &core.blocks)) {
                     return Err(End::protocol(format!(
                         "pages {} to {} of RAMBlock {} do not exist",

@@ -364,11 +364,11 @@ mod tests {
     #[test]
     fn it_is_patient_as_long_as_things_improve() {
         let mut convergence = convergence(|_| {});
-        let mut remaining = 900_000_000.0;
+        let mut remaining = 900_000_000;
         for round in 0..40 {
-            let decision = convergence.decide(&end(round, remaining as u64)).0;
+            let decision = convergence.decide(&end(round, remaining)).0;
             assert_eq!(decision, Decision::NextRound, "round {round}");
-            remaining *= 0.98;
+            remaining = remaining / 100 * 98;
         }
         let stuck = (40..90).find(|round| {
             matches!(

@@ -6,7 +6,7 @@
 //! was last found dirty.
 
 use crate::engine::bitmap::{Bitmap, Outside};
-use crate::memory::{BlockSpec, Run};
+use crate::memory::{BlockId, BlockSpec, Run};
 
 /// All pages of the guest, by what is to be done about them.
 #[derive(Debug)]
@@ -21,6 +21,8 @@ pub(super) struct Pages {
     touched: Bitmap,
     /// Where a scan is put together; empty between two calls.
     scan: Bitmap,
+    /// Pages of each block.
+    sizes: Vec<u64>,
 }
 
 impl Pages {
@@ -32,6 +34,7 @@ impl Pages {
             last: empty.clone(),
             touched: empty.clone(),
             scan: empty,
+            sizes: specs.iter().map(BlockSpec::pages).collect(),
         }
     }
 
@@ -71,14 +74,11 @@ impl Pages {
                 *send |= *held | *scan;
                 (*held, *scan) = (0, 0);
             });
-        insert(&mut self.scan, populated)?;
-        self.send.zip(
-            [&mut self.touched, &mut self.scan],
-            |send, [touched, populated]| {
-                *send |= *touched & !*populated;
-                *populated = 0;
-            },
-        );
+        for (block, pages) in (0..).map(BlockId).zip(&self.sizes) {
+            for hole in holes(block, *pages, populated) {
+                self.send.insert_common(hole, &self.touched)?;
+            }
+        }
         Ok(found)
     }
 
@@ -130,11 +130,38 @@ fn insert(bitmap: &mut Bitmap, runs: &[Run]) -> Result<(), Outside> {
     runs.iter().try_for_each(|run| bitmap.insert(*run))
 }
 
+/// What is not populated of a block of `pages` pages, as runs in order.
+fn holes(block: BlockId, pages: u64, populated: &[Run]) -> Vec<Run> {
+    let mut held: Vec<Run> = populated
+        .iter()
+        .copied()
+        .filter(|run| run.block == block)
+        .collect();
+    held.sort_unstable_by_key(|run| run.first);
+    held.push(Run {
+        block,
+        first: pages,
+        pages: 0,
+    });
+    let mut first = 0;
+    let mut holes = Vec::new();
+    for run in held {
+        if run.first > first {
+            holes.push(Run {
+                block,
+                first,
+                pages: run.first - first,
+            });
+        }
+        first = first.max(run.first.saturating_add(run.pages));
+    }
+    holes
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::memory::BlockId;
 
     fn run(first: u64, pages: u64) -> Run {
         Run {
@@ -196,6 +223,22 @@ mod tests {
             .unwrap();
         assert_eq!(pages.take(9, u64::MAX), [run(0, 2), run(10, 3), run(30, 1)]);
         assert!(pages.nothing_to_send() && pages.held_pages() == 0);
+    }
+
+    #[test]
+    fn holes_are_what_is_between_the_runs_in_any_order() {
+        let other = Run {
+            block: BlockId(1),
+            first: 0,
+            pages: 100,
+        };
+        let populated = [run(50, 10), other, run(0, 10), run(5, 10), run(60, 40)];
+        assert_eq!(holes(BlockId(0), 100, &populated), [run(15, 35)]);
+        assert_eq!(holes(BlockId(0), 100, &[]), [run(0, 100)]);
+        assert_eq!(
+            holes(BlockId(0), 100, &[run(1, 98)]),
+            [run(0, 1), run(99, 1)]
+        );
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Each phase is a struct of its own that an input turns into the next; before `Commit` every phase may end in
-//! [`rollback`], after it none does unless the destination or the operator says so.
+//! `Rollback`, after it none does unless the destination or the operator says so.
 
 mod commit;
 mod convergence;

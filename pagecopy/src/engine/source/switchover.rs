@@ -80,9 +80,6 @@ impl Switchover {
             Input::GuestStopped if self.pages == Pages::Stopping => {
                 self.pages = Pages::Scanning;
                 core.output(Output::Scan { holes: true });
-                if self.digests_owed {
-                    core.output(Output::Digest);
-                }
             }
             Input::Scanned {
                 dirty,
@@ -162,6 +159,10 @@ impl Switchover {
         core.send(Message::Stopped {
             final_round: self.final_round,
         });
+        // Not earlier: digests are answered at once, and mean nothing to the destination before `Stopped`.
+        if self.digests_owed {
+            core.output(Output::Digest);
+        }
         core.sender.begin_round();
         self.send_on(core);
         core.output(Output::SaveDeviceState);
