@@ -114,6 +114,9 @@ impl<L: Layer> StreamChannel<L> {
         // The peer may have said why before it left: go on receiving until its end.
         self.send_failed = Some(match error.kind() {
             io::ErrorKind::BrokenPipe => Error::Closed,
+            _ if error.raw_os_error() == Some(libc::EFAULT) => {
+                Error::io("reading the guest's memory to send it", error)
+            }
             _ => Error::io("sending to the peer", error),
         });
         self.driver.shut_down();

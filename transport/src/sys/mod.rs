@@ -4,4 +4,6 @@
 //! all memory that it points to, and the driver keeps it until the kernel has said that it is done.
 
 pub(crate) mod iovecs;
+#[cfg(test)]
+mod tests;
 pub(crate) mod uring;

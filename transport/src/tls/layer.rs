@@ -12,6 +12,8 @@ use crate::sys::iovecs::{Gather, Scatter};
 use crate::tls::alert::alert_error;
 use crate::tls::record::{Content, HEADER_LEN, MAX_CONTENT, MAX_RECORD, OVERHEAD, Records};
 
+/// Records in one send.
+const BATCH_RECORDS: u64 = (TLS_BATCH / MAX_CONTENT) as u64;
 /// Bytes of sealed records in one send.
 const OUT_LEN: usize = TLS_BATCH / MAX_CONTENT * (MAX_CONTENT + OVERHEAD);
 /// Bytes of received records. What is left of the last batch moves to the front.
@@ -121,7 +123,7 @@ impl Layer for Tls {
         if halves.sender.is_empty() && !self.records.owes_update() {
             return Ok(None);
         }
-        if let Some(update) = self.records.key_update()? {
+        if let Some(update) = self.records.key_update(BATCH_RECORDS)? {
             let len = update.len();
             return Ok(Some(Gather::from_buffer(update, len)));
         }

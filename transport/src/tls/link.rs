@@ -13,7 +13,7 @@ use crate::tls::record::{Content, MAX_RECORD, Records};
 /// A TLS connection that greets.
 pub(crate) struct TlsLink {
     socket: Bounded,
-    records: Records,
+    pub(super) records: Records,
     /// Opened, not read.
     opened: Vec<u8>,
     /// Received, not opened.
@@ -38,7 +38,12 @@ impl TlsLink {
     /// Writes a few bytes.
     pub(crate) fn write_all(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let record = self.records.data(bytes)?;
-        self.socket.write_all(&record, "greeting the peer")
+        self.write_sealed(&record)
+    }
+
+    /// Writes a whole record.
+    pub(super) fn write_sealed(&mut self, record: &[u8]) -> Result<(), Error> {
+        self.socket.write_all(record, "greeting the peer")
     }
 
     /// Reads at least one byte.

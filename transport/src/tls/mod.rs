@@ -11,6 +11,8 @@ mod identity;
 pub(crate) mod layer;
 pub(crate) mod link;
 pub(crate) mod record;
+#[cfg(test)]
+pub(crate) mod tests;
 mod verify;
 
 pub use self::identity::Identity;

@@ -130,11 +130,11 @@ impl Records {
         self.seal_as(APPLICATION_DATA, record)
     }
 
-    /// A record that announces a change of our key, sealed under the old key, when one is due: the key has sealed nearly
-    /// as much as it may, or the peer asked. Records sealed after it are under the new key.
-    pub(crate) fn key_update(&mut self) -> Result<Option<Vec<u8>>, Error> {
+    /// A record that announces a change of our key, sealed under the old key, when one is due: the key may not seal
+    /// `ahead` records more, or the peer asked. Records sealed after it are under the new key.
+    pub(crate) fn key_update(&mut self, ahead: u64) -> Result<Option<Vec<u8>>, Error> {
         // One number is kept for the announcement itself.
-        if !self.update_asked && self.sealing.sequence + 1 < self.limit {
+        if !self.update_asked && self.sealing.sequence.saturating_add(ahead) < self.limit {
             return Ok(None);
         }
         self.update_asked = false;
@@ -146,6 +146,12 @@ impl Records {
             .map_err(|error| broken(&error.to_string()))?;
         self.sealing = Key::new(0, &secrets)?;
         Ok(Some(record))
+    }
+
+    /// Makes a change of our key due after so many records.
+    #[cfg(test)]
+    pub(super) fn set_limit(&mut self, limit: u64) {
+        self.limit = limit;
     }
 
     /// Whether the peer waits for a change of our key.

@@ -9,6 +9,7 @@
 mod body;
 mod certificates;
 mod harness;
+mod hostile;
 
 use harness::{Mem, Sockets};
 
