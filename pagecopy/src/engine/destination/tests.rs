@@ -325,6 +325,25 @@ fn the_last_barriers_may_overtake_stopped_and_none_may_follow() {
 }
 
 #[test]
+fn the_first_barriers_may_overtake_populate() {
+    let mut destination = after(2);
+    let barrier = Input::Barrier {
+        channel: ChannelId(1),
+        round: 0,
+        zero_bytes: 0,
+    };
+    destination.handle(NOW, barrier);
+    outputs(&mut destination);
+    let run = Run {
+        block: BlockId(0),
+        first: 3,
+        pages: 4,
+    };
+    destination.handle(NOW, Input::Message(Message::Populate(vec![run])));
+    assert_eq!(outputs(&mut destination), [Output::Allocate(vec![run])]);
+}
+
+#[test]
 fn a_late_commit_is_refused_for_good() {
     let mut destination = after(4);
     destination.handle(NOW, Input::Cancel);

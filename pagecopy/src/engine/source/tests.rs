@@ -380,6 +380,28 @@ fn a_restarted_daemon_does_what_its_journal_says() {
 }
 
 #[test]
+fn digests_are_asked_for_only_behind_stopped() {
+    let mut setup = setup();
+    setup.options.verify = true;
+    let mut source = Source::new(setup, Time(0));
+    let mut now = NOW;
+    for input in path()
+        .into_iter()
+        .take(3)
+        .flat_map(|(_, inputs)| inputs)
+        .chain([Input::GuestStopped])
+    {
+        now = now.after(Duration::from_millis(6));
+        source.handle(now, input);
+    }
+    assert!(!outputs(&mut source).contains(&Output::Digest));
+    source.handle(now, path()[3].1[1].clone());
+    let asked = outputs(&mut source);
+    let stopped = Output::Send(Message::Stopped { final_round: 1 });
+    assert!(position(&asked, &stopped) < position(&asked, &Output::Digest));
+}
+
+#[test]
 fn with_direct_io_no_page_is_read_before_the_disk_is_still() {
     let mut setup = setup();
     setup.direct_io = true;
