@@ -195,13 +195,9 @@ fn secure(bounded: Bounded, security: &Security) -> Result<(Link, Vec<String>), 
             Err(Error::PeerIncompatible(text.to_owned()))
         }
         Security::Tls(identity) => match handshake::server(bounded, identity) {
-            Ok((tls, names)) => Ok((Link::Tls(Box::new(tls)), names)),
+            Ok((tls, names)) => Ok((Link::Tls(tls), names)),
             Err((Some(tls), error)) => {
-                turn_away(
-                    Link::Tls(Box::new(tls)),
-                    Code::Untrusted,
-                    &error.to_string(),
-                );
+                turn_away(Link::Tls(tls), Code::Untrusted, &error.to_string());
                 Err(error)
             }
             Err((None, error)) => Err(error),

@@ -90,7 +90,7 @@ pub fn connect(
         Security::Plaintext => (Link::Plain(bounded), Vec::new()),
         Security::Tls(identity) => {
             let (tls, names) = handshake::client(bounded, identity)?;
-            (Link::Tls(Box::new(tls)), names)
+            (Link::Tls(tls), names)
         }
     };
     // A peer that refuses may close before it has read the greeting: its answer tells more than our failure to send.

@@ -17,13 +17,13 @@ use crate::tls::verify::dns_names;
 
 /// Bytes that a peer may send for a handshake to go on; certificates are a few KiB.
 const MAX_FLIGHT: usize = 64 << 10;
+/// A link, and the names in the peer's certificate.
+pub(crate) type Secured = (Box<TlsLink>, Vec<String>);
+
 const WHAT: &str = "shaking hands over TLS";
 
-/// The dialling side. Returns the names in the peer's certificate, too.
-pub(crate) fn client(
-    mut socket: Bounded,
-    identity: &Identity,
-) -> Result<(TlsLink, Vec<String>), Error> {
+/// The dialling side.
+pub(crate) fn client(mut socket: Bounded, identity: &Identity) -> Result<Secured, Error> {
     let (config, verifier) = identity.client_config()?;
     let mut connection = UnbufferedClientConnection::new(config, identity.name())
         .map_err(|e| handshake_error(&e))?;
@@ -41,12 +41,12 @@ pub(crate) fn client(
     Ok((buffers.into_link(socket, records), verifier.names()))
 }
 
-/// The accepting side. Returns the names in the peer's certificate, too. When only those are wrong the link comes back
+/// The accepting side. When only the names are wrong the link comes back
 /// with the error, so that the peer can be told.
 pub(crate) fn server(
     mut socket: Bounded,
     identity: &Identity,
-) -> Result<(TlsLink, Vec<String>), (Option<TlsLink>, Error)> {
+) -> Result<Secured, (Option<Box<TlsLink>>, Error)> {
     let alone = |error| (None, error);
     let mut connection = UnbufferedServerConnection::new(identity.server_config())
         .map_err(|e| alone(handshake_error(&e)))?;
@@ -89,8 +89,8 @@ impl Buffers {
     }
 
     /// The link, with what came right behind the handshake.
-    fn into_link(self, socket: Bounded, records: Records) -> TlsLink {
-        TlsLink::new(socket, records, self.early, self.incoming)
+    fn into_link(self, socket: Bounded, records: Records) -> Box<TlsLink> {
+        Box::new(TlsLink::new(socket, records, self.early, self.incoming))
     }
 
     /// Reads more of what the peer sends.

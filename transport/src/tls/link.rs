@@ -57,26 +57,27 @@ impl TlsLink {
         Ok(n)
     }
 
+    /// Opens the next record if it is whole, or else receives more.
     fn open_next(&mut self, what: &'static str) -> Result<(), Error> {
-        while let Some(len) = Records::record_len(&self.sealed)? {
-            if self.sealed.len() < len {
-                break;
+        match Records::record_len(&self.sealed)? {
+            Some(len) if self.sealed.len() >= len => {
+                match self.records.open(&mut self.sealed[..len])? {
+                    Content::Data(bytes) => self.opened.extend_from_slice(bytes),
+                    Content::Alert(number) => return Err(alert_error(number.into())),
+                    Content::Nothing => {}
+                }
+                self.sealed.drain(..len);
             }
-            let content = self.records.open(&mut self.sealed[..len])?;
-            match content {
-                Content::Data(bytes) => self.opened.extend_from_slice(bytes),
-                Content::Alert(number) => return Err(alert_error(number.into())),
-                Content::Nothing => {}
+            _ => {
+                let filled = self.sealed.len();
+                self.sealed.resize(filled + MAX_RECORD, 0);
+                let read = self.socket.read(&mut self.sealed[filled..], what);
+                self.sealed
+                    .truncate(filled + read.as_ref().map_or(0, |n| *n));
+                read?;
             }
-            self.sealed.drain(..len);
-            return Ok(());
         }
-        let filled = self.sealed.len();
-        self.sealed.resize(filled + MAX_RECORD, 0);
-        let read = self.socket.read(&mut self.sealed[filled..], what);
-        self.sealed
-            .truncate(filled + read.as_ref().map_or(0, |n| *n));
-        read.map(|_| ())
+        Ok(())
     }
 
     /// Closes so that the peer still gets what was written.

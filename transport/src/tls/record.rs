@@ -199,7 +199,7 @@ impl Records {
             return Ok(None);
         };
         let len = HEADER_LEN + usize::from(u16::from_be_bytes([header[3], header[4]]));
-        if header[..3] != [APPLICATION_DATA, 3, 3] || len > MAX_RECORD || len < OVERHEAD {
+        if header[..3] != [APPLICATION_DATA, 3, 3] || !(OVERHEAD..=MAX_RECORD).contains(&len) {
             return Err(misbehaved("bytes that are no TLS record"));
         }
         Ok(Some(len))

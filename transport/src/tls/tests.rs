@@ -69,7 +69,7 @@ fn bounded(socket: UnixStream) -> Bounded {
 
 /// Our dialling side against rustls's accepting side.
 fn against_rustls<T: Send>(
-    ours: impl FnOnce(TlsLink) -> T,
+    ours: impl FnOnce(Box<TlsLink>) -> T,
     theirs: impl FnOnce(&mut Stream<'_, ServerConnection, UnixStream>) + Send,
 ) -> T {
     let [a, b] = identities();
@@ -147,7 +147,7 @@ fn keys_change_in_both_directions() {
 }
 
 /// Both ends of ours.
-fn pair() -> (TlsLink, TlsLink) {
+fn pair() -> (Box<TlsLink>, Box<TlsLink>) {
     let [a, b] = identities();
     let (left, right) = UnixStream::pair().unwrap();
     std::thread::scope(|scope| {

@@ -1,6 +1,5 @@
 //! One way to make and drive a pair of channels per back end.
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -128,7 +127,7 @@ pub fn socket_path() -> Address {
         std::process::id(),
         NEXT.fetch_add(1, Ordering::Relaxed)
     );
-    Address::Unix(PathBuf::from(std::env::temp_dir()).join(name))
+    Address::Unix(std::env::temp_dir().join(name))
 }
 
 /// A greeting for the only channel of a connection.
@@ -191,7 +190,7 @@ impl End {
 
     pub fn messages(&self) -> Vec<&[u8]> {
         let message = |event| match event {
-            &Event::Message(ref bytes) => Some(&bytes[..]),
+            Event::Message(bytes) => Some(&bytes[..]),
             _ => None,
         };
         self.events.iter().filter_map(message).collect()

@@ -352,10 +352,7 @@ fn a_channel_dropped_in_full_flight_lets_go_of_its_memory() {
         }
         // Nobody receives at the other end, so the kernel is left with a send that cannot go on.
         for _ in 0..3 {
-            assert!(!matches!(
-                pair.a.channel.poll(Some(Duration::from_millis(1))),
-                Err(_)
-            ));
+            pair.a.channel.poll(Some(Duration::from_millis(1))).unwrap();
         }
         let Pair { a, mut b, .. } = pair;
         drop(a);
