@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn windows_cover_every_extent_in_order_and_stay_bounded() {
-        let extents: Vec<Range<u64>> = (0..50_000)
+        let near: Vec<Range<u64>> = (0..50_000)
             .map(|n| n * 0x9000..n * 0x9000 + 0x1000)
             .collect();
         let far: Vec<Range<u64>> = (0..50_000).map(|n| n << 20..(n << 20) + 0x1000).collect();
