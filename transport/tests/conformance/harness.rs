@@ -189,11 +189,13 @@ impl End {
     }
 
     pub fn messages(&self) -> Vec<&[u8]> {
-        let message = |event| match event {
-            Event::Message(bytes) => Some(&bytes[..]),
-            _ => None,
-        };
-        self.events.iter().filter_map(message).collect()
+        let mut messages = Vec::new();
+        for event in &self.events {
+            if let Event::Message(bytes) = event {
+                messages.push(&bytes[..]);
+            }
+        }
+        messages
     }
 }
 
