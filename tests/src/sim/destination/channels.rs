@@ -1,0 +1,119 @@
+//! What comes in on the destination's channels, as the threads that own them handle it.
+
+use pagecopy::engine::destination::Input;
+use pagecopy::engine::{ChannelId, Fault as Blame};
+use pagecopy::memory::Run;
+use pagecopy::wire::Message;
+use transport::Error;
+use transport::mem::MemChannel;
+
+use super::super::env::{DestinationEvent, Env, Event, failure};
+use super::super::lane::{Lane, Report};
+use super::super::mistake::Mistake;
+use super::DestinationSide;
+
+impl DestinationSide {
+    /// Somebody connects who has no guest to send: a source in doubt.
+    pub(in crate::sim) fn accept(&mut self, channel: MemChannel) {
+        if let Some(daemon) = &mut self.daemon {
+            daemon.questions.push(Lane::new(channel));
+        }
+    }
+
+    /// Takes all that the channels report now, from a different channel first each time.
+    pub(in crate::sim) fn poll(&mut self, env: &mut Env) {
+        while let Some((channel, report)) = self.next_report(env) {
+            match report {
+                Err(error) => self.channel_lost(env, &error),
+                Ok(Report::BatchSent(_)) => {}
+                Ok(Report::Message(bytes)) => match Message::decode(&bytes) {
+                    Ok(message) if channel == 0 => self.input(env, Input::Message(message)),
+                    Ok(message) => self.data_message(env, channel, message),
+                    Err(error) => env
+                        .checker
+                        .violate(format!("the destination cannot read a message: {error}")),
+                },
+            }
+        }
+        self.poll_questions(env);
+    }
+
+    fn next_report(&mut self, env: &mut Env) -> Option<(usize, Result<Report, Error>)> {
+        let daemon = self.daemon.as_mut()?;
+        let channels = daemon.data.len() + 1;
+        let first = env.rng.index(channels);
+        (0..channels).find_map(|step| {
+            let channel = (first + step) % channels;
+            let lane = match channel.checked_sub(1) {
+                None => daemon.control.as_mut()?,
+                Some(index) => &mut daemon.data.get_mut(index)?.lane,
+            };
+            lane.poll().transpose().map(|report| (channel, report))
+        })
+    }
+
+    fn channel_lost(&mut self, env: &mut Env, error: &Error) {
+        let Some(daemon) = &mut self.daemon else {
+            return;
+        };
+        daemon.control = None;
+        daemon.data.clear();
+        self.input(
+            env,
+            Input::LinkLost(failure(Blame::Network, &error.to_string())),
+        );
+    }
+
+    fn data_message(&mut self, env: &mut Env, channel: usize, message: Message) {
+        match message {
+            Message::Zero(runs) => {
+                let bytes: u64 = runs.iter().map(|run| self.bytes(env, run)).sum();
+                if env.errs(Mistake::LateZero) {
+                    let delay = env.delay(20_000);
+                    env.agenda.after(
+                        delay,
+                        Event::Destination(self.generation, DestinationEvent::LateZero(runs)),
+                    );
+                } else {
+                    self.place_zeroes(env, &runs);
+                }
+                let lane = self
+                    .daemon
+                    .as_mut()
+                    .and_then(|daemon| daemon.data.get_mut(channel - 1));
+                if let Some(data) = lane {
+                    data.zero_bytes += bytes;
+                }
+            }
+            Message::Barrier { round } => {
+                env.checker.look_at_versions();
+                let lane = self
+                    .daemon
+                    .as_mut()
+                    .and_then(|daemon| daemon.data.get_mut(channel - 1));
+                let zero_bytes = lane.map_or(0, |data| std::mem::take(&mut data.zero_bytes));
+                let channel = ChannelId(u16::try_from(channel).unwrap_or(u16::MAX));
+                self.input(
+                    env,
+                    Input::Barrier {
+                        channel,
+                        round,
+                        zero_bytes,
+                    },
+                );
+            }
+            other => env
+                .checker
+                .violate(format!("{} came on a data channel", other.name())),
+        }
+    }
+
+    fn bytes(&self, env: &Env, run: &Run) -> u64 {
+        run.pages
+            * env
+                .plan
+                .blocks
+                .get(usize::from(run.block.0))
+                .map_or(0, |spec| spec.page_size)
+    }
+}

@@ -1,0 +1,266 @@
+//! Carrying out what the destination's engine asks for.
+
+use std::time::Duration;
+
+use pagecopy::engine::Fault as Blame;
+use pagecopy::engine::destination::{Input, Output};
+use pagecopy::engine::event::State;
+use pagecopy::engine::journal::{self, Record};
+use pagecopy::host::{Placer, Ram};
+use pagecopy::memory::{BlockId, Run};
+use pagecopy::wire::Message;
+use transport::{Access, Op};
+
+use super::super::env::{DestinationEvent, DestinationStep, Env, Event, failure};
+use super::super::mistake::Mistake;
+use super::super::qemu::{DestinationState, ram_of};
+use super::{DestinationSide, LINGER};
+
+impl DestinationSide {
+    pub(super) fn carry_out(&mut self, env: &mut Env, output: Output) {
+        match output {
+            Output::Send(message) => self.send(env, &message),
+            Output::Journal(record) => self.journal(env, record, true),
+            Output::Prepare { order } => {
+                if order != env.plan.order {
+                    env.checker.violate(format!(
+                        "the blocks are {:?} and were taken as {order:?}",
+                        env.plan.order
+                    ));
+                }
+                let delay = self.operation(env);
+                env.agenda.after(
+                    delay,
+                    Event::Destination(self.generation, DestinationEvent::Prepare),
+                );
+            }
+            Output::Allocate(_) => {
+                if self.operation_fails(env) {
+                    let delay = self.operation(env) * 10;
+                    let full = failure(Blame::ThisHost, "there is no memory left");
+                    self.answer_after(env, delay, Input::HostFailed(full));
+                }
+            }
+            Output::KeepDeviceState(bytes) => {
+                if let Some(daemon) = &mut self.daemon {
+                    daemon.device_state.extend_from_slice(&bytes);
+                }
+            }
+            Output::Digest => self.digest(env),
+            Output::PageDigests { block, chunk } => self.page_digests(env, block, chunk),
+            Output::LoadDeviceState => self.load_device_state(env),
+            Output::RunGuest => self.run_guest(env),
+            Output::Report(_) => {}
+            Output::Finished { state, .. } => self.finished(env, state),
+        }
+    }
+
+    fn operation(&self, env: &mut Env) -> Duration {
+        env.delay(env.plan.destination.operation_us)
+    }
+
+    fn operation_fails(&self, env: &mut Env) -> bool {
+        env.rng.chance(env.plan.destination.operation_fails)
+    }
+
+    fn answer_after(&self, env: &mut Env, delay: Duration, input: Input) {
+        env.agenda.after(
+            delay,
+            Event::Destination(self.generation, DestinationEvent::Answer(Box::new(input))),
+        );
+    }
+
+    fn send(&mut self, env: &mut Env, message: &Message) {
+        let Some(control) = self
+            .daemon
+            .as_mut()
+            .and_then(|daemon| daemon.control.as_mut())
+        else {
+            return;
+        };
+        if let Err(why) = control.enqueue(Op::Send(message.encode()), None) {
+            env.checker.violate(format!(
+                "the destination's control message is refused: {why}"
+            ));
+        }
+    }
+
+    pub(super) fn prepare(&mut self, env: &mut Env) {
+        if self.operation_fails(env) {
+            return self.input(
+                env,
+                Input::HostFailed(failure(Blame::ThisHost, "the RAM cannot be cleared")),
+            );
+        }
+        if !env.errs(Mistake::NoClear) {
+            // Simulated RAM can always be cleared.
+            let _ = self.ram.clear();
+        }
+        env.checker.cleared();
+        let access = Access {
+            peer_writes: true,
+            peer_reads: false,
+        };
+        self.ram.register(&self.regions, &env.plan.order, access);
+        self.input(env, Input::Prepared);
+    }
+
+    /// The index of our block that the source numbers `block`.
+    fn block(&self, env: &Env, block: u16) -> BlockId {
+        let index = env
+            .plan
+            .order
+            .get(usize::from(block))
+            .copied()
+            .unwrap_or(usize::MAX);
+        BlockId(u16::try_from(index).unwrap_or(u16::MAX))
+    }
+
+    pub(super) fn place_zeroes(&mut self, env: &mut Env, runs: &[Run]) {
+        for run in runs {
+            let ours = Run {
+                block: self.block(env, run.block.0),
+                ..*run
+            };
+            if let Err(error) = self.ram.zero(ours) {
+                env.checker
+                    .violate(format!("a zero run is out of bounds: {error}"));
+            }
+        }
+    }
+
+    fn digest(&mut self, env: &mut Env) {
+        let delay = self.operation(env);
+        if self.operation_fails(env) {
+            let failed = failure(Blame::ThisHost, "the RAM cannot be read");
+            return self.answer_after(env, delay, Input::HostFailed(failed));
+        }
+        let digests = (0..env.plan.order.len())
+            .map(|block| {
+                self.ram
+                    .digests(self.block(env, u16::try_from(block).unwrap_or(u16::MAX)))
+            })
+            .map(|digests| {
+                digests
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(|digest| digest.0)
+                    .collect()
+            })
+            .collect();
+        self.answer_after(env, delay, Input::Digests(digests));
+    }
+
+    fn page_digests(&mut self, env: &mut Env, block: u16, chunk: u64) {
+        let ours = self.block(env, block);
+        let digests = self
+            .ram
+            .page_digests(ours, chunk)
+            .into_iter()
+            .map(|digest| digest.0)
+            .collect();
+        let delay = self.operation(env);
+        self.answer_after(
+            env,
+            delay,
+            Input::PageDigests {
+                block,
+                chunk,
+                digests,
+            },
+        );
+    }
+
+    pub(super) fn journal(&mut self, env: &mut Env, record: Record, for_engine: bool) {
+        let line = journal::encode(&record);
+        let skipped = env.errs(Mistake::NoCommittedRecord) && record == Record::Committed;
+        match self
+            .disk
+            .append(if skipped { &[] } else { &line }, env.agenda.now())
+        {
+            Ok((end, at)) => {
+                let synced = DestinationEvent::Synced(end, record, for_engine);
+                env.agenda
+                    .at(at, Event::Destination(self.generation, synced));
+            }
+            Err(at) if for_engine => {
+                let failed = failure(Blame::ThisHost, "the journal's disk refuses");
+                let answer =
+                    DestinationEvent::Answer(Box::new(Input::JournalFailed(record, failed)));
+                env.agenda
+                    .at(at, Event::Destination(self.generation, answer));
+            }
+            Err(at) => {
+                // A daemon that cannot take its journals up tries again.
+                let again = at.after(Duration::from_millis(500));
+                env.agenda.at(
+                    again,
+                    Event::Destination(self.generation, DestinationEvent::Recover),
+                );
+            }
+        }
+    }
+
+    fn load_device_state(&mut self, env: &mut Env) {
+        if !env.errs(Mistake::LateWrite) {
+            self.regions.revoke_all();
+        }
+        let delay = env.delay(env.plan.destination.qemu_us);
+        let Some(daemon) = &mut self.daemon else {
+            return;
+        };
+        daemon.closed = true;
+        if self.qemu.state != DestinationState::InMigrate {
+            let failed = failure(Blame::Qemu, "QEMU does not wait for a guest");
+            return self.answer_after(env, delay, Input::QemuFailed(failed));
+        }
+        match ram_of(&daemon.device_state) {
+            Ok(ram) => env.checker.load_begins(ram),
+            Err(error) => env.checker.violate(format!(
+                "QEMU is given something else than device state: {error}"
+            )),
+        }
+        let step = if env.rng.chance(env.plan.destination.qemu_fails) {
+            DestinationStep::Fails { dies: true }
+        } else {
+            DestinationStep::Loaded
+        };
+        let command = self.qemu.enter(DestinationState::Loading);
+        env.agenda
+            .after(delay, Event::DestinationQemu(command, step));
+    }
+
+    pub(super) fn run_guest(&mut self, env: &mut Env) {
+        let delay = env.delay(env.plan.destination.qemu_us);
+        match self.qemu.state {
+            // `cont` of a running guest is no error.
+            DestinationState::Running => return self.answer_after(env, delay, Input::GuestRunning),
+            DestinationState::Paused => {}
+            other => {
+                let failed = failure(Blame::Qemu, &format!("QEMU cannot run a guest: {other:?}"));
+                return self.answer_after(env, delay, Input::QemuFailed(failed));
+            }
+        }
+        let step = if env.rng.chance(env.plan.destination.qemu_fails) {
+            DestinationStep::Fails {
+                dies: env.rng.chance(300),
+            }
+        } else {
+            DestinationStep::Runs
+        };
+        let command = self.qemu.enter(DestinationState::Paused);
+        env.agenda
+            .after(delay, Event::DestinationQemu(command, step));
+    }
+
+    fn finished(&mut self, env: &mut Env, state: State) {
+        if self.ended.is_some() {
+            env.checker.violate("the destination finished twice".into());
+        }
+        self.ended = Some(state);
+        env.agenda.after(
+            LINGER,
+            Event::Destination(self.generation, DestinationEvent::Close),
+        );
+    }
+}

@@ -1,0 +1,26 @@
+//! Mistakes that can be planted in the simulated world, to show that the checker finds them.
+
+/// A classic mistake of live migration. It is made by a driver or by the world, never by the engines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mistake {
+    /// A page's dirty bit is cleared after its bytes were read: a write in between is forgotten.
+    ClearAfterRead,
+    /// A barrier overtakes the batches before it.
+    EarlyBarrier,
+    /// A zero run is placed some time after it came, over what came since.
+    LateZero,
+    /// Disk I/O is said to be drained while it is in flight, also when the guest is stopped.
+    NoDrain,
+    /// The destination's `Committed` is not written, though it is said to be.
+    NoCommittedRecord,
+    /// One page in a few hundred is not sent.
+    DroppedPage,
+    /// The regions stay open to the peer when the device state is loaded, and a write of before arrives late.
+    LateWrite,
+    /// The source forgets its journal: a daemon that is started anew resumes the guest without asking.
+    NoCommitIntentRecord,
+    /// The destination does not clear the RAM that it is given.
+    NoClear,
+    /// The list of holes at the end is that of the beginning.
+    OldHoles,
+}

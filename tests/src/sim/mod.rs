@@ -1,0 +1,43 @@
+//! Simulation of both engines over the `mem` transport: virtual time, one seed, and a checker that is always on.
+//!
+//! The engines, the journal's format, the wire messages and the splitting of batches are the real ones. Around them are a
+//! guest whose pages know their versions ([`ram`], [`guest`]), QEMUs, disks, daemons that can die at any output
+//! ([`source`], [`destination`]) and a network that stalls, falls silent and breaks ([`network`]). A run is a function of
+//! its theme and seed: no clock, no thread, no hash order. [`mistake`] lists classic mistakes that can be planted to show
+//! that the checker finds them.
+
+mod agenda;
+mod checker;
+mod destination;
+mod disk;
+mod env;
+mod guest;
+mod lane;
+mod mistake;
+mod names;
+mod network;
+mod plan;
+mod qemu;
+mod ram;
+mod rng;
+mod source;
+mod sys;
+mod trace;
+mod world;
+
+pub use checker::Violation;
+pub use mistake::Mistake;
+pub use plan::{Side, Theme};
+pub use world::Outcome;
+
+use world::World;
+
+/// Runs the migration of `seed`, with `mistake` planted if one is given.
+pub fn run(theme: Theme, seed: u64, mistake: Option<Mistake>) -> Outcome {
+    World::new(theme, seed, mistake, false).run()
+}
+
+/// The same run again, with the trace of all that happened.
+pub fn run_traced(theme: Theme, seed: u64, mistake: Option<Mistake>) -> Outcome {
+    World::new(theme, seed, mistake, true).run()
+}

@@ -1,0 +1,405 @@
+//! Simulated guest RAM: heap memory whose pages carry their write counter, with holes and a dirty log.
+//!
+//! A page of version `v` holds words that name the page, the place in the page and the version of the write that put
+//! them there, at eight places spread over the page. A page copied while it was written is seen to be torn, a page put
+//! in the wrong place is seen to be foreign, and an old copy over a newer one is seen to go backwards.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pagecopy::host::{Digest, OutOfBounds, Placer, Ram, TrackError, Tracker};
+use pagecopy::limits::DIGEST_CHUNK;
+use pagecopy::memory::{BlockId, BlockSpec, Run};
+use transport::{Access, RegionId, Regions};
+
+use super::rng::{Rng, mix};
+use super::sys::Heap;
+
+/// Words of a page that carry its version.
+pub(super) const SLOTS: u64 = 8;
+/// Bits of a word below the version: the page's number and the slot.
+const NAME_BITS: u32 = 20;
+
+/// One RAMBlock.
+#[derive(Debug)]
+struct Block {
+    spec: BlockSpec,
+    heap: Heap,
+    /// Number of its first page among the pages of all blocks.
+    first: usize,
+}
+
+/// What the kernel and the checker know of a page.
+#[derive(Clone, Copy, Debug, Default)]
+struct Page {
+    /// The RAM file holds it; otherwise it is a hole and reads as zero.
+    populated: bool,
+    /// Written since it was last protected, as the kernel's dirty tracking sees it.
+    written: bool,
+    /// Writes and punched holes so far.
+    version: u64,
+    /// The version of the last punched hole.
+    punched: u64,
+}
+
+/// A guest's RAM. Pages are numbered through all blocks.
+#[derive(Debug)]
+pub(super) struct SimRam {
+    blocks: Vec<Block>,
+    pages: Mutex<Vec<Page>>,
+}
+
+impl SimRam {
+    /// All holes.
+    pub(super) fn new(specs: &[BlockSpec]) -> Arc<SimRam> {
+        let mut first = 0;
+        let blocks = specs
+            .iter()
+            .map(|spec| {
+                let block = Block {
+                    spec: spec.clone(),
+                    heap: Heap::new(spec.size),
+                    first,
+                };
+                first += usize::try_from(spec.pages()).unwrap_or(usize::MAX);
+                block
+            })
+            .collect();
+        Arc::new(SimRam {
+            blocks,
+            pages: Mutex::new(vec![Page::default(); first]),
+        })
+    }
+
+    /// Number of pages of all blocks.
+    pub(super) fn pages(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// The blocks.
+    pub(super) fn specs(&self) -> Vec<BlockSpec> {
+        self.blocks.iter().map(|block| block.spec.clone()).collect()
+    }
+
+    /// A write by the guest (or, not `seen`, by a device into a page pinned before): the slots in `mask` get a new
+    /// version. The dirty log hears of it first if it is seen.
+    pub(super) fn write(&self, page: usize, mask: u64, seen: bool) {
+        let mut pages = self.lock();
+        let state = &mut pages[page];
+        state.version += 1;
+        state.populated = true;
+        state.written |= seen;
+        let version = state.version;
+        drop(pages);
+        for slot in (0..SLOTS).filter(|slot| mask & (1 << slot) != 0) {
+            let (heap, offset) = self.slot(page, slot);
+            heap.set_word(offset, word(version, page, slot));
+        }
+    }
+
+    /// A device pins `page` to write it later: the kernel takes it as written now, and never again.
+    pub(super) fn pin(&self, page: usize) {
+        let mut pages = self.lock();
+        pages[page].written = true;
+        pages[page].populated = true;
+    }
+
+    /// The guest gives `page` back (balloon, free page reporting): it reads as zero. The dirty log does not hear of it.
+    pub(super) fn punch(&self, page: usize) {
+        let mut pages = self.lock();
+        let state = &mut pages[page];
+        state.version += 1;
+        state.punched = state.version;
+        state.populated = false;
+        drop(pages);
+        let (block, index) = self.place(page);
+        block
+            .heap
+            .clear(index * block.spec.page_size, block.spec.page_size);
+    }
+
+    /// The guest stores zeroes all over `page`: populated, dirty, and yet zero.
+    pub(super) fn write_zeroes(&self, page: usize) {
+        self.punch(page);
+        let mut pages = self.lock();
+        pages[page].populated = true;
+        pages[page].written = true;
+    }
+
+    /// Leaves old bytes in the RAM, as a QEMU that has run its firmware before does.
+    pub(super) fn leave_garbage(&self, rng: &mut Rng) {
+        for _ in 0..rng.below(8) {
+            let page = rng.index(self.pages());
+            let (block, index) = self.place(page);
+            block.heap.set_word(
+                index * block.spec.page_size + 8 * rng.below(512),
+                rng.bits(),
+            );
+        }
+    }
+
+    /// The kernel forgets what was written: everything is protected.
+    pub(super) fn protect_all(&self) {
+        self.lock().iter_mut().for_each(|page| page.written = false);
+    }
+
+    /// Protects the pages of `runs` without reporting them. Only a planted mistake does so.
+    pub(super) fn protect(&self, runs: &[Run]) {
+        let mut pages = self.lock();
+        for run in runs {
+            let first = self.number(run.block, run.first);
+            for page in first..first + usize::try_from(run.pages).unwrap_or(0) {
+                pages[page].written = false;
+            }
+        }
+    }
+
+    /// Appends the runs that were written, and protects them again if `protect`.
+    pub(super) fn take_written(&self, dirty: &mut Vec<Run>, protect: bool) {
+        let mut pages = self.lock();
+        self.runs(&mut pages, dirty, |page| {
+            let written = page.written;
+            page.written &= !protect;
+            written
+        });
+    }
+
+    /// Makes every block known to the peer as the region of its place in `order`.
+    pub(super) fn register(&self, regions: &Regions, order: &[usize], access: Access) {
+        for (id, index) in (0u32..).zip(order) {
+            regions.register(RegionId(id), self.blocks[*index].heap.region(), access);
+        }
+    }
+
+    /// A digest of the version words of all RAM: what the simulated device state remembers of the guest.
+    pub(super) fn version_digest(&self, order: &[usize]) -> u64 {
+        let mut digest = 0;
+        for block in order.iter().map(|index| &self.blocks[*index]) {
+            for index in 0..block.spec.pages() {
+                for slot in 0..SLOTS {
+                    digest = mix(digest ^ block.heap.word(slot_offset(&block.spec, index, slot)));
+                }
+            }
+        }
+        digest
+    }
+
+    /// The first page whose bytes differ from those of `other`, whose blocks are found through `order`: block, page.
+    pub(super) fn first_difference(&self, other: &SimRam, order: &[usize]) -> Option<(usize, u64)> {
+        self.blocks
+            .iter()
+            .zip(order)
+            .enumerate()
+            .find_map(|(number, (block, index))| {
+                let offset = block.heap.first_difference(&other.blocks[*index].heap)?;
+                Some((number, offset / block.spec.page_size))
+            })
+    }
+
+    /// The version that each slot of each page shows, in the order of `order`'s blocks; 0 is zero. `Err`: a foreign word.
+    pub(super) fn versions(&self, order: &[usize], versions: &mut Vec<u64>) -> Result<(), String> {
+        versions.clear();
+        for block in order.iter().map(|index| &self.blocks[*index]) {
+            for index in 0..block.spec.pages() {
+                for slot in 0..SLOTS {
+                    let value = block.heap.word(slot_offset(&block.spec, index, slot));
+                    let version = value >> NAME_BITS;
+                    let page = versions.len() / 8;
+                    if value != 0 && value != word(version, page, slot) {
+                        return Err(format!(
+                            "page {index} of {} holds a foreign word {value:#x}",
+                            block.spec.name
+                        ));
+                    }
+                    versions.push(version);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The version of the last punched hole of `page`.
+    pub(super) fn punched(&self, page: usize) -> u64 {
+        self.lock()[page].punched
+    }
+
+    /// Number of the page `index` of `block`, among all.
+    pub(super) fn number(&self, block: BlockId, index: u64) -> usize {
+        self.blocks[usize::from(block.0)].first + usize::try_from(index).unwrap_or(usize::MAX)
+    }
+
+    /// Calls `wanted` for every page and appends the runs for which it was true.
+    fn runs(
+        &self,
+        pages: &mut [Page],
+        runs: &mut Vec<Run>,
+        mut wanted: impl FnMut(&mut Page) -> bool,
+    ) {
+        for (id, block) in (0u16..).zip(&self.blocks) {
+            let mut open: Option<Run> = None;
+            for index in 0..block.spec.pages() {
+                let number = block.first + usize::try_from(index).unwrap_or(usize::MAX);
+                match (wanted(&mut pages[number]), &mut open) {
+                    (true, Some(run)) => run.pages += 1,
+                    (true, none) => {
+                        *none = Some(Run {
+                            block: BlockId(id),
+                            first: index,
+                            pages: 1,
+                        })
+                    }
+                    (false, open) => runs.extend(open.take()),
+                }
+            }
+            runs.extend(open);
+        }
+    }
+
+    fn place(&self, page: usize) -> (&Block, u64) {
+        let position = self.blocks.partition_point(|block| block.first <= page) - 1;
+        let block = &self.blocks[position];
+        (block, (page - block.first) as u64)
+    }
+
+    fn slot(&self, page: usize, slot: u64) -> (&Heap, u64) {
+        let (block, index) = self.place(page);
+        (&block.heap, slot_offset(&block.spec, index, slot))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Page>> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The word that version `version` of `page` has in `slot`.
+fn word(version: u64, page: usize, slot: u64) -> u64 {
+    (version << NAME_BITS) | ((page as u64) << 4) | slot
+}
+
+/// Where `slot` of page `index` is: each in its own eighth, never at the same place within it.
+fn slot_offset(spec: &BlockSpec, index: u64, slot: u64) -> u64 {
+    index * spec.page_size + slot * (spec.page_size / SLOTS) + 8 * slot
+}
+
+impl Ram for SimRam {
+    fn populated(&self, runs: &mut Vec<Run>) -> io::Result<()> {
+        let mut pages = self.lock();
+        self.runs(&mut pages, runs, |page| page.populated);
+        Ok(())
+    }
+
+    fn is_zero(&self, block: BlockId, offset: u64, len: u64) -> bool {
+        self.blocks[usize::from(block.0)].heap.is_zero(offset, len)
+    }
+
+    fn digests(&self, block: BlockId) -> io::Result<Vec<Digest>> {
+        let block = &self.blocks[usize::from(block.0)];
+        let chunks =
+            (0..block.spec.size).step_by(usize::try_from(DIGEST_CHUNK).unwrap_or(usize::MAX));
+        Ok(chunks
+            .map(|start| {
+                digest(
+                    &block.heap,
+                    start,
+                    DIGEST_CHUNK.min(block.spec.size - start),
+                )
+            })
+            .collect())
+    }
+
+    fn page_digests(&self, block: BlockId, chunk: u64) -> Vec<Digest> {
+        let block = &self.blocks[usize::from(block.0)];
+        let start = chunk * DIGEST_CHUNK;
+        let end = (start + DIGEST_CHUNK).min(block.spec.size);
+        let page = block.spec.page_size;
+        (start / page..end / page)
+            .map(|index| digest(&block.heap, index * page, page))
+            .collect()
+    }
+}
+
+impl Placer for SimRam {
+    fn clear(&self) -> io::Result<()> {
+        self.blocks
+            .iter()
+            .for_each(|block| block.heap.clear(0, block.spec.size));
+        Ok(())
+    }
+
+    fn allocate(&self, _run: Run) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn zero(&self, run: Run) -> Result<(), OutOfBounds> {
+        let block = self
+            .blocks
+            .get(usize::from(run.block.0))
+            .ok_or(OutOfBounds(run))?;
+        let end = run
+            .first
+            .checked_add(run.pages)
+            .filter(|end| *end <= block.spec.pages());
+        let end = end.ok_or(OutOfBounds(run))?;
+        block.heap.clear(
+            run.first * block.spec.page_size,
+            (end - run.first) * block.spec.page_size,
+        );
+        Ok(())
+    }
+}
+
+fn digest(heap: &Heap, start: u64, len: u64) -> Digest {
+    let (mut low, mut high) = (1u64, 2u64);
+    for offset in (start..start + len).step_by(8) {
+        low = low.rotate_left(5) ^ heap.word(offset);
+        high = high.wrapping_add(low).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&mix(low).to_le_bytes());
+    bytes[8..].copy_from_slice(&mix(high).to_le_bytes());
+    Digest(bytes)
+}
+
+/// Dirty tracking of a [`SimRam`], as the kernel's asynchronous write protection does it.
+pub(super) struct SimTracker {
+    ram: Arc<SimRam>,
+    armed: bool,
+    /// A scan protects what it reports. Only a planted mistake sets it false.
+    protect: bool,
+}
+
+impl SimTracker {
+    /// Not armed.
+    pub(super) fn new(ram: Arc<SimRam>, protect: bool) -> SimTracker {
+        SimTracker {
+            ram,
+            armed: false,
+            protect,
+        }
+    }
+
+    /// Whether the guest is tracked.
+    pub(super) fn armed(&self) -> bool {
+        self.armed
+    }
+}
+
+impl Tracker for SimTracker {
+    fn arm(&mut self) -> Result<(), TrackError> {
+        self.armed = true;
+        self.ram.protect_all();
+        Ok(())
+    }
+
+    fn scan(&mut self, dirty: &mut Vec<Run>) -> Result<(), TrackError> {
+        if !self.armed {
+            return Err(TrackError::Memory("the guest is not tracked".into()));
+        }
+        self.ram.take_written(dirty, self.protect);
+        Ok(())
+    }
+
+    fn disarm(&mut self) {
+        self.armed = false;
+    }
+}

@@ -1,0 +1,64 @@
+//! What comes in on the source's channels.
+
+use pagecopy::engine::ChannelId;
+use pagecopy::engine::Fault as Blame;
+use pagecopy::engine::source::Input;
+use pagecopy::wire::Message;
+use transport::Error;
+
+use super::super::env::{Env, failure};
+use super::super::lane::Report;
+use super::{DataLane, SourceSide};
+
+impl SourceSide {
+    /// Takes all that the channels report now, from a different channel first each time.
+    pub(in crate::sim) fn poll(&mut self, env: &mut Env) {
+        while let Some((channel, report)) = self.next_report(env) {
+            match report {
+                Err(error) => self.link_lost(env, &error),
+                Ok(Report::BatchSent(batch)) => self.batch_sent(env, batch),
+                Ok(Report::Message(bytes)) if channel == 0 => match Message::decode(&bytes) {
+                    Ok(message) => self.input(env, Input::Message(message)),
+                    Err(error) => env
+                        .checker
+                        .violate(format!("the source cannot read a message: {error}")),
+                },
+                Ok(Report::Message(_)) => env
+                    .checker
+                    .violate("the source got a message on a data channel".into()),
+            }
+        }
+    }
+
+    fn next_report(&mut self, env: &mut Env) -> Option<(usize, Result<Report, Error>)> {
+        let daemon = self.daemon.as_mut()?;
+        let channels = daemon.data.len() + 1;
+        let first = env.rng.index(channels);
+        (0..channels).find_map(|step| {
+            let channel = (first + step) % channels;
+            let lane = match channel.checked_sub(1) {
+                None => daemon.control.as_mut()?,
+                Some(index) => &mut daemon.data.get_mut(index)?.lane,
+            };
+            lane.poll().transpose().map(|report| (channel, report))
+        })
+    }
+
+    fn link_lost(&mut self, env: &mut Env, error: &Error) {
+        if let Some(daemon) = &mut self.daemon {
+            daemon.control = None;
+            daemon.data.clear();
+            daemon.batches.clear();
+        }
+        env.checker.pushes_lost();
+        self.input(
+            env,
+            Input::LinkLost(failure(Blame::Network, &error.to_string())),
+        );
+    }
+
+    pub(super) fn data_lane(&mut self, channel: ChannelId) -> Option<&mut DataLane> {
+        let index = usize::from(channel.0).checked_sub(1)?;
+        self.daemon.as_mut()?.data.get_mut(index)
+    }
+}

@@ -1,0 +1,407 @@
+//! Carrying out what the source's engine asks for.
+
+use pagecopy::engine::event::{Finished, State};
+use pagecopy::engine::journal::{self, Record};
+use pagecopy::engine::source::{Batch, Input, Output, Pushed};
+use pagecopy::engine::split::split;
+use pagecopy::engine::{ChannelId, Time};
+use pagecopy::host::{Ram, Tracker};
+use pagecopy::limits::MAX_RUNS;
+use pagecopy::memory::{BlockId, Run};
+use pagecopy::wire::Message;
+use transport::limits::{MAX_EXTENTS, MAX_PAYLOAD};
+use transport::{Extent, Op, RegionId};
+
+use super::super::env::{Env, Event, SourceEvent};
+use super::super::lane::Lane;
+use super::super::mistake::Mistake;
+use super::{LINGER, SourceSide, Work, host_failure};
+
+impl SourceSide {
+    pub(super) fn carry_out(&mut self, env: &mut Env, output: Output) {
+        match output {
+            Output::Send(message) => self.send(env, &message),
+            Output::SendOn(channel, message) => self.send_on(env, channel, message),
+            Output::Push { channel, batch } => self.push(env, channel, batch),
+            Output::Attach => {
+                let delay = self.operation(env);
+                self.event_after(env, delay, SourceEvent::Arm);
+            }
+            Output::Scan { holes } => {
+                let delay = self.operation(env) / 2;
+                self.event_after(env, delay, SourceEvent::Scan { holes });
+            }
+            Output::DrainIo => self.drain_io(env),
+            Output::StopGuest => self.stop_guest(env),
+            Output::SaveDeviceState => self.save_device_state(env),
+            Output::Digest => self.digest(env),
+            Output::PageDigests { block, chunk } => {
+                let digests = self
+                    .ram
+                    .page_digests(BlockId(block), chunk)
+                    .into_iter()
+                    .map(|d| d.0)
+                    .collect();
+                let delay = self.operation(env);
+                self.answer_after(
+                    env,
+                    delay,
+                    Input::PageDigests {
+                        block,
+                        chunk,
+                        digests,
+                    },
+                );
+            }
+            Output::Journal(record) => self.journal(env, record),
+            Output::ResumeGuest => self.resume_guest(env),
+            Output::Detach => self.detach(env),
+            Output::QuitGuest => self.quit_guest(env),
+            Output::Connect => {
+                let delay = env.delay(2_000);
+                self.event_after(env, delay, SourceEvent::Connect);
+            }
+            Output::Report(_) => {}
+            Output::Finished(finished) => self.finished(env, finished),
+        }
+    }
+
+    /// How long a host operation takes.
+    fn operation(&self, env: &mut Env) -> std::time::Duration {
+        env.delay(env.plan.source.operation_us)
+    }
+
+    fn operation_fails(&self, env: &mut Env) -> bool {
+        env.rng.chance(env.plan.source.operation_fails)
+    }
+
+    pub(super) fn arm(&mut self, env: &mut Env) {
+        if self.operation_fails(env) {
+            return self.input(env, Input::HostFailed(host_failure()));
+        }
+        // A `Detach` that overtook the attaching finds it later: then there is nothing left to arm.
+        if self.daemon.as_ref().is_none_or(|daemon| daemon.detached) {
+            return;
+        }
+        // The kernel's arming cannot fail here.
+        let _ = self.tracker.arm();
+        let delay = self.operation(env);
+        self.event_after(env, delay, SourceEvent::ListAfterArm);
+    }
+
+    pub(super) fn list_after_arm(&mut self, env: &mut Env) {
+        let populated = self.populated();
+        if env.errs(Mistake::OldHoles) {
+            self.first_holes = Some(populated.clone());
+        }
+        let stopped = env.delay(900);
+        self.input(env, Input::Attached { stopped, populated });
+    }
+
+    fn populated(&self) -> Vec<Run> {
+        let mut populated = Vec::new();
+        // Simulated RAM can always be asked.
+        let _ = self.ram.populated(&mut populated);
+        self.first_holes.clone().unwrap_or(populated)
+    }
+
+    pub(super) fn scan(&mut self, env: &mut Env, holes: bool) {
+        let began = env.now();
+        let mut dirty = Vec::new();
+        let scanned = self.tracker.scan(&mut dirty);
+        if scanned.is_err() || self.operation_fails(env) {
+            return self.input(env, Input::HostFailed(host_failure()));
+        }
+        let delay = self.operation(env) / 2;
+        self.event_after(
+            env,
+            delay,
+            SourceEvent::ScanEnds {
+                dirty,
+                holes,
+                began,
+            },
+        );
+    }
+
+    pub(super) fn scan_ends(&mut self, env: &mut Env, dirty: Vec<Run>, holes: bool, began: Time) {
+        let populated = holes.then(|| self.populated());
+        let took = env.now().since(began);
+        self.input(
+            env,
+            Input::Scanned {
+                dirty,
+                populated,
+                took,
+            },
+        );
+    }
+
+    fn drain_io(&mut self, env: &mut Env) {
+        let last = self
+            .guest
+            .reads_end()
+            .filter(|_| !env.errs(Mistake::NoDrain));
+        let drained = last
+            .unwrap_or_default()
+            .max(env.now())
+            .after(self.operation(env));
+        let answer = if self.operation_fails(env) {
+            Input::HostFailed(host_failure())
+        } else {
+            Input::IoDrained
+        };
+        env.agenda.at(
+            drained,
+            Event::Source(self.generation, SourceEvent::Answer(Box::new(answer))),
+        );
+    }
+
+    fn digest(&mut self, env: &mut Env) {
+        let delay = self.operation(env);
+        if self.operation_fails(env) {
+            return self.answer_after(env, delay, Input::HostFailed(host_failure()));
+        }
+        let digests = (0..env.plan.blocks.len())
+            .map(|block| {
+                self.ram
+                    .digests(BlockId(u16::try_from(block).unwrap_or(u16::MAX)))
+            })
+            .map(|digests| {
+                digests
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(|digest| digest.0)
+                    .collect()
+            })
+            .collect();
+        self.answer_after(env, delay, Input::Digests(digests));
+    }
+
+    fn journal(&mut self, env: &mut Env, record: Record) {
+        let line = journal::encode(&record);
+        let skipped = env.errs(Mistake::NoCommitIntentRecord) && record == Record::CommitIntent;
+        match self
+            .disk
+            .append(if skipped { &[] } else { &line }, env.agenda.now())
+        {
+            Ok((end, at)) => {
+                env.agenda.at(
+                    at,
+                    Event::Source(self.generation, SourceEvent::Synced(end, record)),
+                );
+            }
+            Err(at) => {
+                let answer = Box::new(Input::JournalFailed(record, host_failure()));
+                env.agenda.at(
+                    at,
+                    Event::Source(self.generation, SourceEvent::Answer(answer)),
+                );
+            }
+        }
+    }
+
+    fn detach(&mut self, env: &mut Env) {
+        self.tracker.disarm();
+        env.checker.pushes_lost();
+        if let Some(daemon) = &mut self.daemon {
+            daemon.detached = true;
+            daemon.data.clear();
+            daemon.batches.clear();
+        }
+    }
+
+    fn finished(&mut self, env: &mut Env, finished: Finished) {
+        if self.ended.is_some_and(|state| state != State::InDoubt) {
+            env.checker.violate("the source finished twice".into());
+        }
+        if finished.state == State::InDoubt && self.ended.is_none() {
+            let delay = env.rng.micros(1_000_000, 300_000_000);
+            env.agenda.after(delay, Event::Operator);
+        }
+        self.ended = Some(finished.state);
+        self.failure = finished.failure;
+        self.figures = finished.figures;
+        if finished.state != State::InDoubt {
+            self.event_after(env, LINGER, SourceEvent::Close);
+        }
+    }
+
+    fn send(&mut self, env: &mut Env, message: &Message) {
+        if *message == Message::Commit {
+            self.commit_sent = true;
+            env.checker.rollback_excused();
+        }
+        let Some(control) = self
+            .daemon
+            .as_mut()
+            .and_then(|daemon| daemon.control.as_mut())
+        else {
+            return;
+        };
+        if let Err(why) = control.enqueue(Op::Send(message.encode()), None) {
+            env.checker
+                .violate(format!("the source's control message is refused: {why}"));
+        }
+    }
+
+    fn send_on(&mut self, env: &mut Env, channel: ChannelId, message: Message) {
+        let early = env.errs(Mistake::EarlyBarrier);
+        let Some(data) = self.data_lane(channel) else {
+            return;
+        };
+        if early {
+            data.work.push_front(Work::Message(message));
+        } else {
+            data.work.push_back(Work::Message(message));
+        }
+        self.wake(env, channel);
+    }
+
+    fn push(&mut self, env: &mut Env, channel: ChannelId, batch: Batch) {
+        let Some(data) = self.data_lane(channel) else {
+            return;
+        };
+        data.work.push_back(Work::Batch(batch));
+        env.checker.pushed(channel);
+        self.wake(env, channel);
+    }
+
+    fn wake(&self, env: &mut Env, channel: ChannelId) {
+        let delay = env.delay(env.plan.work_us);
+        self.event_after(env, delay, SourceEvent::Work(channel));
+    }
+
+    /// The channel's thread takes up the next thing in its queue.
+    pub(super) fn work(&mut self, env: &mut Env, channel: ChannelId) {
+        let Some(work) = self
+            .data_lane(channel)
+            .and_then(|data| data.work.pop_front())
+        else {
+            return;
+        };
+        let result = match work {
+            Work::Message(message) => self.enqueue(channel, Op::Send(message.encode()), None),
+            Work::Batch(batch) => self.send_batch(env, channel, batch),
+        };
+        if let Err(why) = result {
+            env.checker
+                .violate(format!("the source's transfer is refused: {why}"));
+        }
+    }
+
+    fn send_batch(
+        &mut self,
+        env: &mut Env,
+        channel: ChannelId,
+        batch: Batch,
+    ) -> Result<(), String> {
+        let specs = &env.plan.blocks;
+        let mut split = split(&batch.runs, specs, |block, offset, len| {
+            self.ram.is_zero(block, offset, len)
+        });
+        let pushed = Pushed {
+            raw_bytes: split.raw_bytes(),
+            zero_bytes: split.zero_bytes(specs),
+        };
+        if env.errs(Mistake::DroppedPage) && env.rng.chance(50) {
+            split.raw.pop();
+        }
+        let id = batch.id;
+        let operations = operations(&split.raw, &split.zero);
+        let daemon = self.daemon.as_mut().ok_or("the daemon is dead")?;
+        daemon.batches.insert(id, (channel, batch, pushed));
+        if operations.is_empty() {
+            self.batch_sent(env, id);
+        }
+        operations
+            .into_iter()
+            .try_for_each(|op| self.enqueue(channel, op, Some(id)))
+    }
+
+    fn enqueue(&mut self, channel: ChannelId, op: Op, batch: Option<u64>) -> Result<(), String> {
+        self.data_lane(channel)
+            .map_or(Ok(()), |data| data.lane.enqueue(op, batch))
+    }
+
+    /// A batch's memory was read for the last time.
+    pub(super) fn batch_sent(&mut self, env: &mut Env, id: u64) {
+        let Some((channel, batch, pushed)) = self
+            .daemon
+            .as_mut()
+            .and_then(|daemon| daemon.batches.remove(&id))
+        else {
+            return;
+        };
+        if env.errs(Mistake::ClearAfterRead) {
+            self.ram.protect(&batch.runs);
+        }
+        env.checker.push_ended(channel);
+        self.input(
+            env,
+            Input::Pushed {
+                channel,
+                batch: id,
+                pushed,
+            },
+        );
+    }
+
+    /// A new control connection is tried.
+    pub(super) fn connect(&mut self, env: &mut Env) {
+        if !env.wires.passable() || !env.destination_listens {
+            // A refusal comes at once; a path that swallows everything is given up after some seconds.
+            let delay = if env.wires.passable() {
+                env.delay(1_000)
+            } else {
+                env.delay(3_000_000)
+            };
+            return self.answer_after(
+                env,
+                delay,
+                Input::ReconnectFailed("the simulation refuses".into()),
+            );
+        }
+        let (ours, theirs) = env
+            .wires
+            .connect(1, &self.regions, &transport::Regions::new());
+        env.incoming.extend(theirs);
+        if let Some(daemon) = &mut self.daemon {
+            daemon.control = ours.into_iter().next().map(Lane::new);
+        }
+        self.input(env, Input::Reconnected);
+    }
+}
+
+/// The operations that carry a batch, each within the limits of one.
+fn operations(raw: &[(BlockId, u64, u64)], zero: &[Run]) -> Vec<Op> {
+    let mut operations: Vec<Op> = Vec::new();
+    let mut room = 0;
+    for (block, offset, len) in raw {
+        let wanted = RegionId(u32::from(block.0));
+        let extent = Extent {
+            offset: *offset,
+            len: *len,
+        };
+        match operations.last_mut() {
+            Some(Op::Write { region, extents })
+                if *region == wanted && extents.len() < MAX_EXTENTS && *len <= room =>
+            {
+                extents.push(extent);
+                room -= len;
+            }
+            _ => {
+                operations.push(Op::Write {
+                    region: wanted,
+                    extents: vec![extent],
+                });
+                room = MAX_PAYLOAD.saturating_sub(*len);
+            }
+        }
+    }
+    operations.extend(
+        zero.chunks(MAX_RUNS)
+            .map(|runs| Op::Send(Message::Zero(runs.to_vec()).encode())),
+    );
+    operations
+}

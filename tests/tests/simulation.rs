@@ -1,0 +1,248 @@
+//! Thousands of simulated migrations, each decided by its seed, with the checker of `tests::sim` always on.
+//!
+//! `PAGECOPY_SEEDS=n` runs about `n` seeds instead of the default. A seed that breaks an invariant is printed with the reason
+//! and the end of its trace; `PAGECOPY_SEED=n cargo test -p tests --test simulation THEME -- --nocapture` replays it with
+//! the whole trace.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+
+use pagecopy::engine::Fault;
+use pagecopy::engine::event::State;
+use tests::sim::{Mistake, Outcome, Side, Theme, run, run_traced};
+
+/// Seeds of all themes together, unless `PAGECOPY_SEEDS` says otherwise.
+const SEEDS: u64 = 3_000;
+/// Themes that share them.
+const THEMES: u64 = 5;
+/// Lines of the trace that are printed for a seed that fails.
+const LAST_LINES: usize = 50;
+/// Within so many seeds every planted mistake must be found.
+const SEEDS_FOR_A_MISTAKE: u64 = 3_000;
+
+/// Ends of migrations, counted.
+type Ends = BTreeMap<(String, Option<Side>), u64>;
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable}={text} is no number"))
+    })
+}
+
+/// Prints why a seed failed.
+fn explain(theme: Theme, seed: u64, what: &str) {
+    let outcome = run_traced(theme, seed, None);
+    let first = outcome.trace.len().saturating_sub(LAST_LINES);
+    println!(
+        "{theme:?}, seed {seed}: {what}\n{}",
+        outcome.trace[first..].join("\n")
+    );
+    println!(
+        "replay: PAGECOPY_SEED={seed} cargo test -p tests --test simulation {theme:?} -- --nocapture\n"
+    );
+}
+
+/// Runs the theme's share of the seeds; `check` says what else must hold of an end.
+fn run_theme(theme: Theme, check: impl Fn(&Outcome) -> Option<String>) -> Ends {
+    let broken = |outcome: &Outcome| {
+        outcome
+            .violation
+            .as_ref()
+            .map(|v| v.what.clone())
+            .or_else(|| check(outcome))
+    };
+    if let Some(seed) = number("PAGECOPY_SEED") {
+        let outcome = run_traced(theme, seed, None);
+        println!("{}", outcome.trace.join("\n"));
+        println!(
+            "{theme:?}, seed {seed}: {:?}, the guest runs at {:?}",
+            outcome.state, outcome.guest
+        );
+        assert_eq!(broken(&outcome), None, "{theme:?}, seed {seed}");
+        return Ends::new();
+    }
+    let seeds = number("PAGECOPY_SEEDS").unwrap_or(SEEDS).div_ceil(THEMES);
+    let mut ends = Ends::new();
+    let mut failed = Vec::new();
+    for seed in 0..seeds {
+        let outcome = run(theme, seed, None);
+        *ends
+            .entry((format!("{:?}", outcome.state), outcome.guest))
+            .or_default() += 1;
+        if let Some(what) = broken(&outcome) {
+            if failed.is_empty() {
+                explain(theme, seed, &what);
+            }
+            failed.push((seed, what));
+        }
+    }
+    println!("{theme:?}, {seeds} seeds: {ends:?}");
+    assert!(
+        failed.is_empty(),
+        "{theme:?}: {} of {seeds} seeds failed: {failed:?}",
+        failed.len()
+    );
+    ends
+}
+
+/// That a theme is not empty: at least `least` in a thousand migrations ended so.
+fn assert_share(ends: &Ends, state: State, guest: Option<Side>, least: u64) {
+    let all: u64 = ends.values().sum();
+    let count = ends
+        .get(&(format!("{state:?}"), guest))
+        .copied()
+        .unwrap_or(0);
+    assert!(
+        all == 0 || count * 1000 >= least * all,
+        "{state:?} with the guest at {guest:?}: only {count} of {all}"
+    );
+}
+
+#[test]
+fn quiet() {
+    let ends = run_theme(Theme::Quiet, |outcome| {
+        let by_guest = outcome
+            .failure
+            .as_ref()
+            .is_some_and(|failure| failure.fault == Fault::Guest);
+        let fine = outcome.state == State::Completed || by_guest;
+        (!fine).then(|| format!("nothing went wrong, and yet: {:?}", outcome.failure))
+    });
+    assert_share(&ends, State::Completed, Some(Side::Destination), 700);
+    assert_share(&ends, State::Failed, Some(Side::Source), 5);
+}
+
+#[test]
+fn faults() {
+    let ends = run_theme(Theme::Faults, |_| None);
+    assert_share(&ends, State::Completed, Some(Side::Destination), 200);
+    assert_share(&ends, State::Failed, Some(Side::Source), 200);
+    assert_share(&ends, State::Cancelled, Some(Side::Source), 20);
+}
+
+#[test]
+fn crashes() {
+    let ends = run_theme(Theme::Crashes, |_| None);
+    assert_share(&ends, State::Completed, Some(Side::Destination), 200);
+    assert_share(&ends, State::Failed, Some(Side::Source), 200);
+}
+
+#[test]
+fn direct_io() {
+    let ends = run_theme(Theme::DirectIo, |_| None);
+    assert_share(&ends, State::Completed, Some(Side::Destination), 400);
+}
+
+#[test]
+fn verify() {
+    let ends = run_theme(Theme::Verify, |outcome| {
+        let differs = outcome
+            .failure
+            .as_ref()
+            .is_some_and(|failure| failure.what.contains("differ"));
+        differs.then(|| "the digests differ".to_owned())
+    });
+    assert_share(&ends, State::Completed, Some(Side::Destination), 400);
+}
+
+/// Seeds that once failed, each with its story.
+const KEPT: &[(Theme, u64, &str)] = &[
+    (
+        Theme::Faults,
+        127,
+        "The destination's disk refused Committed and then Aborted. Its session ended undecided, the journal stayed open, \
+         and a source in doubt was answered with Unknown for ever: the daemon now gives an open journal that no session \
+         serves up when it is asked.",
+    ),
+    (
+        Theme::Faults,
+        583,
+        "The destination's QEMU died after Committed; the operator ended the host and decided at the source before the \
+         source had noticed, was refused, and was not asked again.",
+    ),
+];
+
+#[test]
+fn kept_seeds() {
+    for (theme, seed, story) in KEPT {
+        let outcome = run(*theme, *seed, None);
+        if let Some(violation) = outcome.violation {
+            explain(*theme, *seed, &violation.what);
+            panic!(
+                "{theme:?}, seed {seed} fails again: {}. Its story: {story}",
+                violation.what
+            );
+        }
+    }
+}
+
+#[test]
+fn a_seed_decides_everything() {
+    for theme in [
+        Theme::Quiet,
+        Theme::Faults,
+        Theme::Crashes,
+        Theme::DirectIo,
+        Theme::Verify,
+    ] {
+        for seed in 0..5 {
+            let (one, other) = (run_traced(theme, seed, None), run_traced(theme, seed, None));
+            assert!(one.trace.len() > 5, "{theme:?}, seed {seed} has a trace");
+            assert_eq!(one.trace, other.trace, "{theme:?}, seed {seed}");
+        }
+    }
+}
+
+/// The checker finds a planted mistake.
+fn finds(mistake: Mistake, theme: Theme) {
+    let found = (0..SEEDS_FOR_A_MISTAKE)
+        .find_map(|seed| Some((seed, run(theme, seed, Some(mistake)).violation?)));
+    let (seed, violation) = found.unwrap_or_else(|| panic!("{mistake:?} was not found"));
+    println!("{mistake:?} was found with seed {seed}: {}", violation.what);
+}
+
+#[test]
+fn finds_a_dirty_bit_cleared_after_reading() {
+    finds(Mistake::ClearAfterRead, Theme::Quiet);
+}
+
+#[test]
+fn finds_a_barrier_that_overtakes_writes() {
+    finds(Mistake::EarlyBarrier, Theme::Quiet);
+}
+
+#[test]
+fn finds_a_zero_run_placed_late() {
+    finds(Mistake::LateZero, Theme::Quiet);
+}
+
+#[test]
+fn finds_disk_reads_that_were_not_waited_for() {
+    finds(Mistake::NoDrain, Theme::DirectIo);
+}
+
+#[test]
+fn finds_a_guest_run_without_the_record() {
+    finds(Mistake::NoCommittedRecord, Theme::Crashes);
+}
+
+#[test]
+fn finds_a_commit_without_the_record() {
+    finds(Mistake::NoCommitIntentRecord, Theme::Crashes);
+}
+
+#[test]
+fn finds_a_page_that_was_not_sent() {
+    finds(Mistake::DroppedPage, Theme::Quiet);
+}
+
+#[test]
+fn finds_ram_that_was_not_cleared() {
+    finds(Mistake::NoClear, Theme::Quiet);
+}
+
+#[test]
+fn finds_holes_that_were_missed() {
+    finds(Mistake::OldHoles, Theme::Quiet);
+}
