@@ -29,4 +29,7 @@ pub const MIN_PAGE_SIZE: u64 = 4096;
 /// The largest page: hugetlbfs 1 GiB is above it and is sent in pieces by no batch, so it is refused.
 pub const MAX_PAGE_SIZE: u64 = 2 << 20;
 
-const _: () = assert!(MAX_PAGE_SIZE <= MAX_BATCH_BYTES, "a batch takes at least one page");
+const _: () = assert!(
+    MAX_PAGE_SIZE <= MAX_BATCH_BYTES,
+    "a batch takes at least one page"
+);

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::heat::Scan;
 use super::interface::Options;
 use super::sender::Sent;
+use super::shortening::Shortening;
 use crate::engine::{Failure, Fault, Time};
 
 /// A round counts as a measurement of the goodput when it sent at least this much…
@@ -66,6 +67,7 @@ pub(super) struct Convergence {
     dirty_rate: f64,
     best: Option<Best>,
     predicted: Option<Duration>,
+    shortening: Shortening,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -101,6 +103,7 @@ impl Convergence {
             dirty_rate: 0.0,
             best: None,
             predicted: None,
+            shortening: Shortening::default(),
         }
     }
 
@@ -152,13 +155,25 @@ impl Convergence {
         if !end.dirtied_in.is_zero() {
             self.dirty_rate = end.dirty.bytes as f64 / end.dirtied_in.as_secs_f64();
         }
-        let predicted = self.fixed + seconds(end.remaining as f64 / self.goodput());
+        let bytes = seconds(end.remaining as f64 / self.goodput());
+        let predicted = self.fixed.saturating_add(bytes);
         self.predicted = Some(predicted);
         let improved = self.note_best(predicted, end);
         let figures = self.figures(end, predicted);
         if predicted <= self.limit {
-            return (Decision::SwitchOver, format!("switch over: {figures}"));
+            if !self.worth_a_round(end, predicted) {
+                return (Decision::SwitchOver, format!("switch over: {figures}"));
+            }
+            return (
+                if end.all_hot {
+                    Decision::NextRoundHot
+                } else {
+                    Decision::NextRound
+                },
+                format!("within the limit, but another round will shorten the downtime: {figures}"),
+            );
         }
+        self.shortening.above_the_limit();
         if let Some(why) = self.hopeless(end, improved) {
             return (
                 Decision::GiveUp(self.verdict(&why)),
@@ -172,6 +187,17 @@ impl Convergence {
             );
         }
         (Decision::NextRound, format!("another round: {figures}"))
+    }
+
+    /// Whether a round is worth it although the prediction is within the limit: never if it could cost the migration.
+    fn worth_a_round(&mut self, end: &RoundEnd, predicted: Duration) -> bool {
+        let bytes = predicted - self.fixed;
+        let last = end.round + 2 >= self.max_rounds;
+        let late = self
+            .timeout
+            .is_some_and(|timeout| end.elapsed.saturating_add(bytes.saturating_mul(4)) >= timeout);
+        let dirtied = self.dirty_rate / self.goodput();
+        !last && !late && self.shortening.worth_a_round(bytes, self.fixed, dirtied)
     }
 
     /// Gives up in the middle of a round, when the time is over.
@@ -317,18 +343,34 @@ mod tests {
 
     #[test]
     fn it_switches_over_exactly_when_the_prediction_is_within_the_limit() {
-        let mut convergence = convergence(|_| {});
+        let mut convergence = convergence(|options| options.downtime_limit = 40 * MS);
         assert_eq!(
-            convergence.decide(&end(0, 30_100_000)).0,
+            convergence.decide(&end(0, 20_100_000)).0,
             Decision::NextRound
         );
-        let (decision, words) = convergence.decide(&end(1, 30_000_000));
+        let (decision, words) = convergence.decide(&end(1, 20_000_000));
         assert_eq!(decision, Decision::SwitchOver);
         assert_eq!(
             words,
-            "switch over: 30.0 MB remain, the guest dirties 300.0 MB/s and 1000.0 MB/s arrive, \
-             predicted downtime 50.0 ms (of it 20.0 ms whatever remains), limit 50.0 ms"
+            "switch over: 20.0 MB remain, the guest dirties 200.0 MB/s and 1000.0 MB/s arrive, \
+             predicted downtime 40.0 ms (of it 20.0 ms whatever remains), limit 40.0 ms"
         );
+    }
+
+    #[test]
+    fn within_the_limit_a_round_is_added_only_if_limits_leave_room_for_it() {
+        let limits: [(fn(&mut Options), Decision); 3] = [
+            (|_| {}, Decision::NextRound),
+            (|options| options.max_rounds = 2, Decision::SwitchOver),
+            (
+                |options| options.timeout = Some(100 * MS),
+                Decision::SwitchOver,
+            ),
+        ];
+        for (limit, expected) in limits {
+            let mut convergence = convergence(limit);
+            assert_eq!(convergence.decide(&end(0, 29_000_000)).0, expected);
+        }
     }
 
     #[test]

@@ -174,7 +174,10 @@ impl InDoubt {
         self.contact = Contact::Waiting {
             until: core.now.after(self.backoff),
         };
-        self.backoff = (self.backoff * 2).min(core.setup.timeouts.reconnect_most);
+        self.backoff = self
+            .backoff
+            .saturating_mul(2)
+            .min(core.setup.timeouts.reconnect_most);
     }
 
     fn on_time(mut self, core: &mut Core) -> Phase {

@@ -21,6 +21,7 @@ mod pacing;
 mod rollback;
 mod round;
 mod sender;
+mod shortening;
 mod switchover;
 #[cfg(test)]
 mod tests;

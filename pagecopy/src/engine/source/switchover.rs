@@ -71,7 +71,11 @@ impl Switchover {
             loaded: false,
             ordered: core.now,
             moved: core.now,
-            grace: core.setup.options.downtime_limit + core.convergence.verify() * 4,
+            grace: core
+                .setup
+                .options
+                .downtime_limit
+                .saturating_add(core.convergence.verify().saturating_mul(4)),
         })
     }
 
