@@ -8,6 +8,8 @@
 mod channel;
 mod network;
 mod random;
+#[cfg(test)]
+mod tests;
 
 pub use self::channel::MemChannel;
 pub use self::network::{Faults, Network};

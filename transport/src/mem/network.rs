@@ -21,7 +21,7 @@ use crate::stream::frame::{EXTENT_LEN, HEADER_LEN};
 /// What goes wrong, and how slow things are. Times are virtual nanoseconds.
 #[derive(Clone, Debug)]
 pub struct Faults {
-    /// Least delay of each piece of data.
+    /// Least delay of each piece of data on its way; also the longest pause between two pieces of a write that leave.
     pub delay_min: u64,
     /// Greatest delay of each piece; drawn evenly between the two. Order within a channel is kept.
     pub delay_max: u64,

@@ -84,8 +84,8 @@ impl<L: Layer> StreamChannel<L> {
             self.driver.send(gather);
         }
         if !self.driver.receiving() {
-            let (scatter, all) = self.layer.next_receive(&mut self.halves)?;
-            self.driver.receive(scatter, all);
+            let scatter = self.layer.next_receive(&mut self.halves)?;
+            self.driver.receive(scatter);
         }
         Ok(())
     }

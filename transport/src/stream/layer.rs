@@ -25,10 +25,10 @@ pub(crate) trait Layer: Send {
     /// `n` bytes of the send have left.
     fn sent(&mut self, halves: &mut Halves, gather: Gather, n: usize) -> Result<(), Error>;
 
-    /// The next receive, and whether it should wait until all of it is filled.
-    fn next_receive(&mut self, halves: &mut Halves) -> Result<(Scatter, bool), Error>;
+    /// Where the bytes of the next receive go.
+    fn next_receive(&mut self, halves: &mut Halves) -> Result<Scatter, Error>;
 
-    /// `n` bytes have arrived; zero when the stream is interrupted for no reason that matters.
+    /// `n` bytes have arrived; zero when the receive was interrupted.
     fn received(&mut self, halves: &mut Halves, scatter: Scatter, n: usize) -> Result<(), Error>;
 
     /// The stream has ended: in order, or not?

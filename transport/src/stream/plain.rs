@@ -47,7 +47,7 @@ impl Layer for Plain {
         Ok(())
     }
 
-    fn next_receive(&mut self, halves: &mut Halves) -> Result<(Scatter, bool), Error> {
+    fn next_receive(&mut self, halves: &mut Halves) -> Result<Scatter, Error> {
         let mut scatter = self.scatter.take().unwrap_or_default();
         halves.receiver.direct(&mut scatter)?;
         self.direct = scatter.len();
@@ -55,7 +55,7 @@ impl Layer for Plain {
             let inbox = self.inbox.take().unwrap_or_else(|| vec![0; INBOX_LEN]);
             scatter.push_buffer(inbox, 0..INBOX_LEN);
         }
-        Ok((scatter, false))
+        Ok(scatter)
     }
 
     fn received(

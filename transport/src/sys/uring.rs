@@ -127,15 +127,12 @@ impl Uring {
         self.push(&entry);
     }
 
-    /// Starts to receive into `scatter`, at the next `wait`; with `all`, it ends only when all of it is filled. Only when
-    /// no receive is in flight.
-    pub(crate) fn receive(&mut self, scatter: Scatter, all: bool) {
+    /// Starts to receive into `scatter`, at the next `wait`. Only when no receive is in flight.
+    pub(crate) fn receive(&mut self, scatter: Scatter) {
         assert!(self.receive.is_none(), "one receive at a time");
         let scatter = self.receive.insert(scatter);
         *self.receive_header = header_of(scatter.iovecs());
-        let flags = if all { libc::MSG_WAITALL } else { 0 };
         let entry = opcode::RecvMsg::new(Fd(self.socket.as_raw_fd()), &mut *self.receive_header)
-            .flags(flags.cast_unsigned())
             .build()
             .user_data(RECEIVE);
         self.push(&entry);

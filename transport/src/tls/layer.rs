@@ -146,14 +146,14 @@ impl Layer for Tls {
         Ok(())
     }
 
-    fn next_receive(&mut self, _halves: &mut Halves) -> Result<(Scatter, bool), Error> {
+    fn next_receive(&mut self, _halves: &mut Halves) -> Result<Scatter, Error> {
         let mut incoming = self.incoming.take().unwrap_or_else(|| vec![0; IN_LEN]);
         incoming.copy_within(self.start..self.end, 0);
         self.end -= self.start;
         self.start = 0;
         let mut scatter = self.scatter.take().unwrap_or_default();
         scatter.push_buffer(incoming, self.end..IN_LEN);
-        Ok((scatter, false))
+        Ok(scatter)
     }
 
     fn received(
