@@ -13,7 +13,7 @@
 //!   itself discards the page; the file then has a hole there, and holes are compared at the end.
 //! - tmpfs with transparent huge pages (`huge=always`): a write to a huge page is reported with its 511 neighbours.
 //! - A marker needs a page table: protecting 8 GiB of nothing took 10 ms, 16 MiB of page tables in QEMU, and 4 to 6 ms for
-//!   every later scan. Large holes of the file are therefore left alone ([`scan`]): arming the same guest takes
+//!   every later scan. Large holes of the file are therefore left alone (`scan`): arming the same guest takes
 //!   well under a millisecond, and a page that the guest later fills is found because it was never protected.
 //!
 //! # What it cannot see
