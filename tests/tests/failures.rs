@@ -47,7 +47,7 @@ fn cancel() {
     let mut source = world.guest("source", &machine());
     let mut destination = world.waiting("destination", &machine());
     let (migration, begun) = under_way(&world, &source, &destination);
-    let id = migration.id();
+    let id = world.cli(Side::A).id_of("vm");
     let output = world.cli(Side::A).run(&["cancel", &id]);
     assert!(
         output.status.success(),

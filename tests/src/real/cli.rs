@@ -85,15 +85,24 @@ impl Cli {
         })
     }
 
+    /// The id of the latest migration of `vm` here.
+    pub fn id_of(&self, vm: &str) -> String {
+        let shown = self.latest(|one| one["vm"] == vm);
+        shown
+            .and_then(|one| one["id"].as_str().map(str::to_owned))
+            .expect("the daemon knows the migration")
+    }
+
     /// The figures of the last migration of `vm` that ended here, as `pagecopy status --json` tells them.
     pub fn last_finished(&self, vm: &str) -> Option<Value> {
+        let shown = self.latest(|one| one["vm"] == vm && one["finished"].is_object());
+        shown.map(|one| one["finished"].clone())
+    }
+
+    fn latest(&self, wanted: impl Fn(&Value) -> bool) -> Option<Value> {
         let output = self.run(&["status", "--json"]);
         let all: Value = serde_json::from_slice(&output.stdout).ok()?;
-        let of_vm = |one: &&Value| one["vm"] == vm && one["finished"].is_object();
-        all.as_array()?
-            .iter()
-            .rfind(of_vm)
-            .map(|one| one["finished"].clone())
+        all.as_array()?.iter().rfind(|one| wanted(one)).cloned()
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -203,14 +212,6 @@ impl Migration {
                     .as_u64()
                     .is_some_and(|percent| percent >= 5)
         });
-    }
-
-    /// The migration's id, as its first event with one tells it.
-    pub fn id(&self) -> String {
-        let event = self.wait_event("an id", Duration::from_secs(30), |event| {
-            event["id"].is_string()
-        });
-        event["id"].as_str().unwrap_or_default().to_owned()
     }
 
     /// Waits for the end.
