@@ -8,7 +8,8 @@ use std::time::Duration;
 use crate::channel::{Channel, Event, Op, Stats, SubmitError, Token};
 use crate::error::Error;
 use crate::limits::MAX_QUEUED;
-use crate::mem::network::{Item, Network};
+use crate::mem::network::Network;
+use crate::mem::pipe::Item;
 use crate::stream::channel::{check_extents, check_message};
 
 /// One end of a channel. `poll` never waits: time passes only in [`Network::advance_to`].

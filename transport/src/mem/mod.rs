@@ -7,7 +7,9 @@
 
 mod channel;
 mod network;
+mod pipe;
 mod random;
+mod state;
 #[cfg(test)]
 mod tests;
 

@@ -6,8 +6,9 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use crate::channel::{Channel, Event, Op, Stats, SubmitError, Token};
+use crate::connect::greeting::clip;
 use crate::error::Error;
-use crate::limits::{MAX_EXTENTS, MAX_MESSAGE, MAX_PAYLOAD, MAX_QUEUED, MAX_REASON};
+use crate::limits::{MAX_EXTENTS, MAX_MESSAGE, MAX_PAYLOAD, MAX_QUEUED};
 use crate::region::{Extent, Region, RegionId, Regions};
 use crate::stream::layer::{Halves, Layer};
 use crate::stream::receiver::{Receiver, receive_error};
@@ -131,13 +132,16 @@ impl<L: Layer> StreamChannel<L> {
     }
 
     fn fail(&mut self, error: Error) {
+        // The peer is told what it cannot know by itself.
         let fault = match &error {
-            Error::PeerMisbehaved(text) => Some(text.as_str()),
+            Error::PeerMisbehaved(text) => Some(text.clone()),
+            Error::NoMemory(_) => Some(error.to_string()),
             _ => None,
         };
-        if fault.is_some() && !self.driver.sending() {
-            let fault = fault.map(|text| &text[..text.len().min(MAX_REASON)]);
-            let bytes = self.layer.goodbye(&self.halves, fault);
+        if let Some(fault) = fault
+            && !self.driver.sending()
+        {
+            let bytes = self.layer.goodbye(&self.halves, Some(clip(&fault)));
             self.driver.send_at_once(&bytes);
         }
         self.failed = Some(error);

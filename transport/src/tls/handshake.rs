@@ -16,7 +16,7 @@ use crate::tls::record::Records;
 use crate::tls::verify::dns_names;
 
 /// Bytes that a peer may send for a handshake to go on; certificates are a few KiB.
-const MAX_FLIGHT: usize = 64 << 10;
+pub(crate) const MAX_FLIGHT: usize = 64 << 10;
 /// A link, and the names in the peer's certificate.
 pub(crate) type Secured = (Box<TlsLink>, Vec<String>);
 

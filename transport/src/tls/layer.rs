@@ -10,6 +10,7 @@ use crate::stream::frame::{self, Kind};
 use crate::stream::layer::{Halves, Layer, cut_short};
 use crate::sys::iovecs::{Gather, Scatter};
 use crate::tls::alert::alert_error;
+use crate::tls::handshake::MAX_FLIGHT;
 use crate::tls::record::{Content, HEADER_LEN, MAX_CONTENT, MAX_RECORD, OVERHEAD, Records};
 
 /// Records in one send.
@@ -18,6 +19,11 @@ const BATCH_RECORDS: u64 = (TLS_BATCH / MAX_CONTENT) as u64;
 const OUT_LEN: usize = TLS_BATCH / MAX_CONTENT * (MAX_CONTENT + OVERHEAD);
 /// Bytes of received records. What is left of the last batch moves to the front.
 const IN_LEN: usize = TLS_BATCH + MAX_RECORD;
+
+const _: () = assert!(
+    MAX_FLIGHT + 2 * MAX_RECORD <= IN_LEN,
+    "what came with the handshake and greeting fits"
+);
 
 /// Frames in TLS records.
 pub(crate) struct Tls {
