@@ -21,7 +21,8 @@ pub(crate) enum Kind {
     Reply = 3,
     /// A message.
     Message = 4,
-    /// The sender found the receiver's bytes wrong and gives up; the payload says why, in UTF-8.
+    /// The sender found the receiver's bytes wrong, or has no memory for them, and gives up; the payload says why, in
+    /// UTF-8.
     Fault = 5,
 }
 
