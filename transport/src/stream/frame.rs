@@ -1,5 +1,5 @@
 //! The frames of a stream: a fixed header with its own checksum, an extent table, and the payload (`WIRE.md`,
-//! "Transport frames"). Encoding and decoding of headers and tables are pure; every field of the peer's is checked here.
+//! "Frames"). Encoding and decoding of headers and tables are pure; every field of the peer's is checked here.
 
 use crate::limits::{MAX_EXTENTS, MAX_MESSAGE, MAX_PAYLOAD, MAX_REASON};
 use crate::region::{Extent, RegionId};
