@@ -17,8 +17,8 @@ use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Access, Channel, RegionId, Regions};
 
-use super::source::{Teller, journal_failure};
-use super::{Clock, Worker, digests, link_failure, lock, page_digests, sleep_until, tell};
+use super::source::journal_failure;
+use super::{Clock, Teller, Worker, digests, link_failure, lock, page_digests, sleep_until, tell};
 use crate::failure::host;
 use crate::lane::destination::{Command, DestinationData};
 use crate::lane::{Lane, LaneEvent};

@@ -8,20 +8,20 @@ pub(crate) mod begin;
 mod destination;
 pub(crate) mod recover;
 mod source;
+mod teller;
 mod worker;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use pagecopy::engine::event::{Figures, Report, State};
-use pagecopy::engine::{MigrationId, Time};
+use pagecopy::engine::Time;
 use pagecopy::host::Ram;
 use pagecopy::memory::BlockId;
 use transport::Error;
 
 use crate::failure::{Failure, Fault, host};
-use crate::migrations::{Finished, Migration};
 
+pub(crate) use teller::{CANCELLED, Teller, end_early, tell};
 pub(crate) use worker::Worker;
 
 /// The engines' clock.
@@ -92,33 +92,6 @@ pub(crate) fn link_failure(error: &Error) -> Failure {
     Failure::new(fault, error.to_string(), remedy)
 }
 
-/// Tells people: the API's readers and the log.
-pub(crate) fn tell(migration: &Migration, report: &Report) {
-    let id = migration.shown().id;
-    match report {
-        Report::State { state } => tracing::info!(%id, ?state, "migration"),
-        Report::Round {
-            round,
-            ms,
-            pages_sent,
-            pages_zero,
-            pages_dirty,
-            pages_held,
-            scan_us,
-            predicted_downtime_ms,
-            decision,
-        } => {
-            tracing::info!(
-                %id, round, ms, pages_sent, pages_zero, pages_dirty, pages_held, scan_us, predicted_downtime_ms,
-                decision, "round"
-            );
-        }
-        Report::Notice { text } => tracing::info!(%id, text, "notice"),
-        Report::Progress { .. } => {}
-    }
-    migration.report(report);
-}
-
 /// Digests of all RAM, by block.
 pub(crate) fn digests(ram: &Arc<dyn Ram>, blocks: usize) -> Result<Vec<Vec<[u8; 16]>>, Failure> {
     let of_block = |block: usize| {
@@ -141,21 +114,6 @@ pub(crate) fn page_digests(ram: &Arc<dyn Ram>, block: u16, chunk: u64) -> Vec<[u
         .map(|digest| digest.0)
         .collect()
 }
-
-/// Tells the end of a migration that failed before its engine began.
-pub(crate) fn end_early(id: MigrationId, migration: &Migration, failure: &Failure) {
-    let state = if failure.what == CANCELLED {
-        State::Cancelled
-    } else {
-        State::Failed
-    };
-    let finished = Finished::new(id, state, Some(failure), Figures::default());
-    tracing::warn!(id = %finished.id, error = finished.error, "migration ended");
-    migration.finish(finished);
-}
-
-/// What a migration that is cancelled before its engine began says.
-pub(crate) const CANCELLED: &str = "the operator cancelled the migration";
 
 async fn sleep_until(at: Option<tokio::time::Instant>) {
     match at {

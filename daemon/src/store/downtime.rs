@@ -9,6 +9,9 @@ use super::files::{read_json, write_json};
 
 /// Before anything was measured.
 const FIRST_GUESS: Duration = Duration::from_millis(30);
+/// Stopping, saving, loading and starting never take less; a measurement below it says that the bytes were counted for
+/// more time than they took.
+const LEAST: Duration = Duration::from_millis(5);
 /// Share of a new measurement in the kept figure: one odd migration does not spoil the next prediction.
 const NEW_SHARE: f64 = 0.5;
 
@@ -45,7 +48,7 @@ impl FixedDowntime {
             .ok()
             .flatten()
             .map(|old| old.milliseconds);
-        let new = measured.as_secs_f64() * 1e3;
+        let new = measured.max(LEAST).as_secs_f64() * 1e3;
         let milliseconds = old.map_or(new, |old| old + (new - old) * NEW_SHARE);
         if let Err(error) = write_json(&self.path, &Measured { milliseconds }) {
             tracing::warn!(%error, "the measured downtime was not kept");
@@ -69,6 +72,8 @@ mod tests {
         assert_eq!(downtime.get(), Duration::from_millis(10));
         downtime.learn(Duration::from_millis(20));
         assert_eq!(downtime.get(), Duration::from_millis(15));
+        (0..20).for_each(|_| downtime.learn(Duration::ZERO));
+        assert!(downtime.get() >= LEAST);
         std::fs::write(&path, "no JSON").unwrap();
         assert_eq!(downtime.get(), FIRST_GUESS);
         std::fs::remove_dir_all(dir).unwrap();

@@ -1,11 +1,12 @@
 //! The source's session.
 
-use std::future::Future;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+mod work;
 
-use pagecopy::engine::event::{Figures, Finished as EngineEnd, State};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pagecopy::engine::event::{Finished as EngineEnd, State};
 use pagecopy::engine::journal::Record;
 use pagecopy::engine::source::{Input, Output, Source};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
@@ -16,20 +17,18 @@ use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Channel, Regions};
 
-use super::{Clock, Worker, digests, link_failure, lock, page_digests, sleep_until, tell};
+use super::{Clock, Teller, Worker, link_failure, lock, sleep_until, tell};
 use crate::dial::{Target, dial_control};
 use crate::failure::host;
 use crate::lane::control::Control;
 use crate::lane::source::{Command, SourceData};
-use crate::lane::{Lane, LaneEvent, Moved};
-use crate::migrations::{Finished, Migration, Request};
-use crate::qemu::discover::track_failure;
+use crate::lane::{Lane, LaneEvent};
+use crate::migrations::{Migration, Request};
 use crate::qemu::outgoing::Outgoing;
 use crate::qemu::settings::Settings;
 use crate::qmp::{Qmp, QmpError};
 use crate::service::Service;
 use crate::store::JournalFile;
-use crate::units::millis;
 
 /// When a data channel breaks, the peer's reason may still be on its way on the control channel: this long it may take.
 const REASON_GRACE: Duration = Duration::from_millis(30);
@@ -305,133 +304,6 @@ impl Session {
         }
     }
 
-    fn attach(&self) {
-        let (Some(tracker), Some((ram, _))) = (self.tracker.clone(), self.ram.clone()) else {
-            return;
-        };
-        let sender = self.sender.clone();
-        self.memory_worker
-            .run(move || answer(&sender, attach(&mut lock(&tracker), &*ram)));
-    }
-
-    fn scan(&self, holes: bool) {
-        let (Some(tracker), Some((ram, _))) = (self.tracker.clone(), self.ram.clone()) else {
-            return;
-        };
-        let sender = self.sender.clone();
-        self.memory_worker
-            .run(move || answer(&sender, scan(&mut lock(&tracker), &*ram, holes)));
-    }
-
-    /// `transaction` drains all disks before its actions, of which there are none here.
-    fn drain_io(&self) {
-        let Some(qmp) = self.qmp.clone() else { return };
-        self.order(async move {
-            match qmp
-                .execute("transaction", serde_json::json!({ "actions": [] }))
-                .await
-            {
-                Ok(_) => Input::IoDrained,
-                Err(error) => Input::HostFailed(error.into()),
-            }
-        });
-    }
-
-    fn stop_guest(&self) {
-        let Some(outgoing) = self.outgoing.clone() else {
-            return;
-        };
-        self.order(async move {
-            match outgoing.stop().await {
-                Ok(()) => Input::GuestStopped,
-                Err(failure) => Input::QemuFailed(failure),
-            }
-        });
-    }
-
-    fn save_device_state(&self) {
-        let Some(outgoing) = self.outgoing.clone() else {
-            return;
-        };
-        let sender = self.sender.clone();
-        self.order(async move {
-            let forward = |piece| {
-                // A session that has ended needs no device state.
-                let _ = sender.send(Incoming::Engine(Input::DeviceState(piece)));
-            };
-            match outgoing.save(forward).await {
-                Ok(()) => Input::DeviceStateSaved,
-                Err(failure) => Input::QemuFailed(failure),
-            }
-        });
-    }
-
-    fn resume_guest(&self) {
-        let (outgoing, shown, begun) = (
-            self.outgoing.clone(),
-            self.migration.shown(),
-            Instant::now(),
-        );
-        self.order(async move {
-            let id = shown.id;
-            let resumed = match outgoing {
-                Some(outgoing) => outgoing.resume().await,
-                None => resume_anew(&shown.qmp).await,
-            };
-            match resumed {
-                Ok(()) => {
-                    tracing::info!(%id, ms = begun.elapsed().as_secs_f64() * 1e3, "the guest runs on here");
-                    Input::GuestResumed
-                }
-                Err(failure) => {
-                    tracing::error!(%id, what = failure.what, "the guest could not be taken back");
-                    Input::ResumeFailed(failure)
-                }
-            }
-        });
-    }
-
-    fn digest(&self) {
-        let Some((ram, blocks)) = self.ram.clone() else {
-            return;
-        };
-        self.order(async move {
-            match tokio::task::spawn_blocking(move || digests(&ram, blocks)).await {
-                Ok(Ok(digests)) => Input::Digests(digests),
-                Ok(Err(failure)) => Input::HostFailed(failure),
-                Err(error) => Input::HostFailed(host(error.to_string(), "report this")),
-            }
-        });
-    }
-
-    fn page_digests(&self, block: u16, chunk: u64) {
-        let Some((ram, _)) = self.ram.clone() else {
-            return;
-        };
-        self.order(async move {
-            match tokio::task::spawn_blocking(move || page_digests(&ram, block, chunk)).await {
-                Ok(digests) => Input::PageDigests {
-                    block,
-                    chunk,
-                    digests,
-                },
-                Err(error) => Input::HostFailed(host(error.to_string(), "report this")),
-            }
-        });
-    }
-
-    fn journal(&self, record: Record) {
-        let (journal, sender) = (Arc::clone(&self.journal), self.sender.clone());
-        self.journal_worker.run(move || {
-            let input = match lock(&journal).append(&record) {
-                Ok(()) => Input::Journaled(record),
-                Err(error) => Input::JournalFailed(record, journal_failure(&error)),
-            };
-            // A session that has ended needs no answer.
-            let _ = sender.send(Incoming::Engine(input));
-        });
-    }
-
     fn detach(&mut self) {
         let lanes = std::mem::take(&mut self.data);
         self.regions.revoke_all();
@@ -452,15 +324,6 @@ impl Session {
         let (target, sender) = (self.target.clone(), self.sender.clone());
         tokio::spawn(async move {
             let _ = sender.send(Incoming::Connected(dial_control(&target).await));
-        });
-    }
-
-    /// Does `work` in the background; its result is the engine's next input.
-    fn order(&self, work: impl Future<Output = Input> + Send + 'static) {
-        let sender = self.sender.clone();
-        tokio::spawn(async move {
-            // A session that has ended needs no answer.
-            let _ = sender.send(Incoming::Engine(work.await));
         });
     }
 
@@ -510,72 +373,6 @@ impl Session {
     }
 }
 
-/// Tells the end of a migration with its figures.
-pub(crate) struct Teller {
-    id: MigrationId,
-    migration: Arc<Migration>,
-    clock: Clock,
-    moved: Vec<Arc<Moved>>,
-    transport: Option<&'static str>,
-}
-
-impl Teller {
-    pub(crate) fn new(id: MigrationId, migration: Arc<Migration>, clock: Clock) -> Teller {
-        Teller {
-            id,
-            migration,
-            clock,
-            moved: Vec::new(),
-            transport: None,
-        }
-    }
-
-    /// Counts a lane's bytes from now on.
-    pub(crate) fn add<C: Send>(&mut self, lane: &Lane<C>) {
-        self.transport = Some(lane.kind());
-        self.moved.push(lane.moved());
-    }
-
-    pub(crate) fn publish(&self, end: &EngineEnd) {
-        let figures = Figures {
-            total_ms: millis(self.clock.elapsed()),
-            ..end.figures.clone()
-        };
-        let mut finished = Finished::new(self.id, end.state, end.failure.as_ref(), figures);
-        finished.transport = self.transport.map(str::to_owned);
-        finished.bytes_on_wire = self.moved.iter().map(|moved| moved.bytes()).sum();
-        log_end(&finished);
-        self.migration.finish(finished);
-    }
-}
-
-fn log_end(end: &Finished) {
-    let Finished {
-        id,
-        status,
-        figures,
-        bytes_on_wire,
-        ..
-    } = end;
-    let Figures {
-        total_ms,
-        downtime_ms,
-        predicted_downtime_ms,
-        fixed_downtime_ms,
-        rounds,
-        ..
-    } = figures;
-    match &end.error {
-        None => tracing::info!(
-            %id, ?status, total_ms, downtime_ms, predicted_downtime_ms, fixed_downtime_ms, rounds, bytes_on_wire,
-            goodput_mbit_s = figures.goodput_mbit_s, attach_stop_us = figures.attach_stop_us, "migration ended"
-        ),
-        Some(error) => {
-            tracing::warn!(%id, ?status, total_ms, downtime_ms, rounds, bytes_on_wire, error, "migration ended")
-        }
-    }
-}
-
 /// Puts QEMU's settings back, also after a restart of the daemon.
 async fn restore(settings: Settings, qmp: Option<Arc<Qmp>>, path: PathBuf) {
     match qmp {
@@ -593,53 +390,6 @@ async fn gone(qmp: Option<&Qmp>) {
         Some(qmp) => qmp.gone().await,
         None => std::future::pending().await,
     }
-}
-
-/// Takes the guest back after a restart of the daemon.
-async fn resume_anew(qmp: &Path) -> Result<(), Failure> {
-    Outgoing::new(Arc::new(Qmp::connect(qmp).await?))
-        .resume()
-        .await
-}
-
-fn attach(tracker: &mut UffdTracker, ram: &dyn Ram) -> Result<Input, Failure> {
-    tracker.arm().map_err(track_failure)?;
-    let mut populated = Vec::new();
-    ram.populated(&mut populated)
-        .map_err(|error| ram_failure(&error))?;
-    let stopped = tracker
-        .attach_figures()
-        .map(|figures| figures.stopped)
-        .unwrap_or_default();
-    Ok(Input::Attached { stopped, populated })
-}
-
-fn scan(tracker: &mut UffdTracker, ram: &dyn Ram, holes: bool) -> Result<Input, Failure> {
-    let begun = Instant::now();
-    let mut dirty = Vec::new();
-    tracker.scan(&mut dirty).map_err(track_failure)?;
-    let mut populated = None;
-    if holes {
-        ram.populated(populated.insert(Vec::new()))
-            .map_err(|error| ram_failure(&error))?;
-    }
-    Ok(Input::Scanned {
-        dirty,
-        populated,
-        took: begun.elapsed(),
-    })
-}
-
-fn answer(sender: &UnboundedSender<Incoming>, result: Result<Input, Failure>) {
-    // A session that has ended needs no answer.
-    let _ = sender.send(Incoming::Engine(result.unwrap_or_else(Input::HostFailed)));
-}
-
-fn ram_failure(error: &std::io::Error) -> Failure {
-    host(
-        format!("the guest's RAM file cannot be asked what it holds: {error}"),
-        "put it on tmpfs or hugetlbfs",
-    )
 }
 
 /// The disk refused a record.

@@ -1,0 +1,205 @@
+//! What the source's engine asks for and that takes time. Each answers later, by an input.
+
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use pagecopy::engine::Failure;
+use pagecopy::engine::journal::Record;
+use pagecopy::engine::source::Input;
+use pagecopy::host::track::UffdTracker;
+use pagecopy::host::{Ram, Tracker};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::{Incoming, Session, journal_failure};
+use crate::failure::host;
+use crate::qemu::discover::track_failure;
+use crate::qemu::outgoing::Outgoing;
+use crate::qmp::Qmp;
+use crate::session::{digests, lock, page_digests};
+
+impl Session {
+    pub(super) fn attach(&self) {
+        let (Some(tracker), Some((ram, _))) = (self.tracker.clone(), self.ram.clone()) else {
+            return;
+        };
+        let sender = self.sender.clone();
+        self.memory_worker
+            .run(move || answer(&sender, attach(&mut lock(&tracker), &*ram)));
+    }
+
+    pub(super) fn scan(&self, holes: bool) {
+        let (Some(tracker), Some((ram, _))) = (self.tracker.clone(), self.ram.clone()) else {
+            return;
+        };
+        let sender = self.sender.clone();
+        self.memory_worker
+            .run(move || answer(&sender, scan(&mut lock(&tracker), &*ram, holes)));
+    }
+
+    /// `transaction` drains all disks before its actions, of which there are none here.
+    pub(super) fn drain_io(&self) {
+        let Some(qmp) = self.qmp.clone() else { return };
+        self.order(async move {
+            match qmp
+                .execute("transaction", serde_json::json!({ "actions": [] }))
+                .await
+            {
+                Ok(_) => Input::IoDrained,
+                Err(error) => Input::HostFailed(error.into()),
+            }
+        });
+    }
+
+    pub(super) fn stop_guest(&self) {
+        let Some(outgoing) = self.outgoing.clone() else {
+            return;
+        };
+        self.order(async move {
+            match outgoing.stop().await {
+                Ok(()) => Input::GuestStopped,
+                Err(failure) => Input::QemuFailed(failure),
+            }
+        });
+    }
+
+    pub(super) fn save_device_state(&self) {
+        let Some(outgoing) = self.outgoing.clone() else {
+            return;
+        };
+        let sender = self.sender.clone();
+        self.order(async move {
+            let forward = |piece| {
+                // A session that has ended needs no device state.
+                let _ = sender.send(Incoming::Engine(Input::DeviceState(piece)));
+            };
+            match outgoing.save(forward).await {
+                Ok(()) => Input::DeviceStateSaved,
+                Err(failure) => Input::QemuFailed(failure),
+            }
+        });
+    }
+
+    pub(super) fn resume_guest(&self) {
+        let (outgoing, shown, begun) = (
+            self.outgoing.clone(),
+            self.migration.shown(),
+            Instant::now(),
+        );
+        self.order(async move {
+            let id = shown.id;
+            let resumed = match outgoing {
+                Some(outgoing) => outgoing.resume().await,
+                None => resume_anew(&shown.qmp).await,
+            };
+            match resumed {
+                Ok(()) => {
+                    tracing::info!(%id, ms = begun.elapsed().as_secs_f64() * 1e3, "the guest runs on here");
+                    Input::GuestResumed
+                }
+                Err(failure) => {
+                    tracing::error!(%id, what = failure.what, "the guest could not be taken back");
+                    Input::ResumeFailed(failure)
+                }
+            }
+        });
+    }
+
+    pub(super) fn digest(&self) {
+        let Some((ram, blocks)) = self.ram.clone() else {
+            return;
+        };
+        self.order(async move {
+            match tokio::task::spawn_blocking(move || digests(&ram, blocks)).await {
+                Ok(Ok(digests)) => Input::Digests(digests),
+                Ok(Err(failure)) => Input::HostFailed(failure),
+                Err(error) => Input::HostFailed(host(error.to_string(), "report this")),
+            }
+        });
+    }
+
+    pub(super) fn page_digests(&self, block: u16, chunk: u64) {
+        let Some((ram, _)) = self.ram.clone() else {
+            return;
+        };
+        self.order(async move {
+            match tokio::task::spawn_blocking(move || page_digests(&ram, block, chunk)).await {
+                Ok(digests) => Input::PageDigests {
+                    block,
+                    chunk,
+                    digests,
+                },
+                Err(error) => Input::HostFailed(host(error.to_string(), "report this")),
+            }
+        });
+    }
+
+    pub(super) fn journal(&self, record: Record) {
+        let (journal, sender) = (Arc::clone(&self.journal), self.sender.clone());
+        self.journal_worker.run(move || {
+            let input = match lock(&journal).append(&record) {
+                Ok(()) => Input::Journaled(record),
+                Err(error) => Input::JournalFailed(record, journal_failure(&error)),
+            };
+            // A session that has ended needs no answer.
+            let _ = sender.send(Incoming::Engine(input));
+        });
+    }
+
+    /// Does `work` in the background; its result is the engine's next input.
+    fn order(&self, work: impl Future<Output = Input> + Send + 'static) {
+        let sender = self.sender.clone();
+        tokio::spawn(async move {
+            // A session that has ended needs no answer.
+            let _ = sender.send(Incoming::Engine(work.await));
+        });
+    }
+}
+
+/// Takes the guest back after a restart of the daemon.
+async fn resume_anew(qmp: &Path) -> Result<(), Failure> {
+    Outgoing::new(Arc::new(Qmp::connect(qmp).await?))
+        .resume()
+        .await
+}
+
+fn attach(tracker: &mut UffdTracker, ram: &dyn Ram) -> Result<Input, Failure> {
+    tracker.arm().map_err(track_failure)?;
+    let mut populated = Vec::new();
+    ram.populated(&mut populated)
+        .map_err(|error| ram_failure(&error))?;
+    let stopped = tracker
+        .attach_figures()
+        .map(|figures| figures.stopped)
+        .unwrap_or_default();
+    Ok(Input::Attached { stopped, populated })
+}
+
+fn scan(tracker: &mut UffdTracker, ram: &dyn Ram, holes: bool) -> Result<Input, Failure> {
+    let begun = Instant::now();
+    let mut dirty = Vec::new();
+    tracker.scan(&mut dirty).map_err(track_failure)?;
+    let mut populated = None;
+    if holes {
+        ram.populated(populated.insert(Vec::new()))
+            .map_err(|error| ram_failure(&error))?;
+    }
+    Ok(Input::Scanned {
+        dirty,
+        populated,
+        took: begun.elapsed(),
+    })
+}
+
+fn answer(sender: &UnboundedSender<Incoming>, result: Result<Input, Failure>) {
+    // A session that has ended needs no answer.
+    let _ = sender.send(Incoming::Engine(result.unwrap_or_else(Input::HostFailed)));
+}
+
+fn ram_failure(error: &std::io::Error) -> Failure {
+    host(
+        format!("the guest's RAM file cannot be asked what it holds: {error}"),
+        "put it on tmpfs or hugetlbfs",
+    )
+}

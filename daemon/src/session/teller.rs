@@ -1,0 +1,119 @@
+//! Telling people: the API's readers and the log.
+
+use std::sync::Arc;
+
+use pagecopy::engine::MigrationId;
+use pagecopy::engine::event::{Figures, Finished as EngineEnd, Report, State};
+
+use super::Clock;
+use crate::failure::Failure;
+use crate::lane::{Lane, Moved};
+use crate::migrations::{Finished, Migration};
+use crate::units::millis;
+
+/// Tells people: the API's readers and the log.
+pub(crate) fn tell(migration: &Migration, report: &Report) {
+    let id = migration.shown().id;
+    match report {
+        Report::State { state } => tracing::info!(%id, ?state, "migration"),
+        Report::Round {
+            round,
+            ms,
+            pages_sent,
+            pages_zero,
+            pages_dirty,
+            pages_held,
+            scan_us,
+            predicted_downtime_ms,
+            decision,
+        } => {
+            let (ms, predicted_ms) = (tenths(*ms), tenths(*predicted_downtime_ms));
+            tracing::info!(
+                %id, round, ms, pages_sent, pages_zero, pages_dirty, pages_held, scan_us, predicted_ms, decision, "round"
+            );
+        }
+        Report::Notice { text } => tracing::info!(%id, text, "notice"),
+        Report::Progress { .. } => {}
+    }
+    migration.report(report);
+}
+
+/// Tells the end of a migration that failed before its engine began.
+pub(crate) fn end_early(id: MigrationId, migration: &Migration, failure: &Failure) {
+    let state = if failure.what == CANCELLED {
+        State::Cancelled
+    } else {
+        State::Failed
+    };
+    let finished = Finished::new(id, state, Some(failure), Figures::default());
+    tracing::warn!(id = %finished.id, error = finished.error, "migration ended");
+    migration.finish(finished);
+}
+
+/// What a migration that is cancelled before its engine began says.
+pub(crate) const CANCELLED: &str = "the operator cancelled the migration";
+
+/// Tells the end of a migration with its figures.
+pub(crate) struct Teller {
+    id: MigrationId,
+    migration: Arc<Migration>,
+    clock: Clock,
+    moved: Vec<Arc<Moved>>,
+    transport: Option<&'static str>,
+}
+
+impl Teller {
+    pub(crate) fn new(id: MigrationId, migration: Arc<Migration>, clock: Clock) -> Teller {
+        Teller {
+            id,
+            migration,
+            clock,
+            moved: Vec::new(),
+            transport: None,
+        }
+    }
+
+    /// Counts a lane's bytes from now on.
+    pub(crate) fn add<C: Send>(&mut self, lane: &Lane<C>) {
+        self.transport = Some(lane.kind());
+        self.moved.push(lane.moved());
+    }
+
+    pub(crate) fn publish(&self, end: &EngineEnd) {
+        let figures = Figures {
+            total_ms: millis(self.clock.elapsed()),
+            ..end.figures.clone()
+        };
+        let mut finished = Finished::new(self.id, end.state, end.failure.as_ref(), figures);
+        finished.transport = self.transport.map(str::to_owned);
+        finished.bytes_on_wire = self.moved.iter().map(|moved| moved.bytes()).sum();
+        log_end(&finished);
+        self.migration.finish(finished);
+    }
+}
+
+fn log_end(end: &Finished) {
+    let (id, status, figures) = (end.id, end.status, &end.figures);
+    let [downtime_ms, predicted_ms, fixed_ms] = [
+        figures.downtime_ms,
+        figures.predicted_downtime_ms,
+        figures.fixed_downtime_ms,
+    ]
+    .map(|ms| ms.map(tenths));
+    let (total_ms, rounds, bytes_on_wire) =
+        (tenths(figures.total_ms), figures.rounds, end.bytes_on_wire);
+    match &end.error {
+        None => tracing::info!(
+            %id, ?status, total_ms, downtime_ms, predicted_ms, fixed_ms, rounds, bytes_on_wire,
+            goodput_mbit_s = tenths(figures.goodput_mbit_s), attach_stop_us = figures.attach_stop_us, "migration ended"
+        ),
+        Some(error) => {
+            tracing::warn!(%id, ?status, total_ms, downtime_ms, rounds, bytes_on_wire, error, "migration ended");
+        }
+    }
+}
+
+/// For people: a tenth is enough.
+fn tenths(value: f64) -> f64 {
+    (value * 10.0).round() / 10.0
+}
