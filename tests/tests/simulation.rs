@@ -243,6 +243,11 @@ fn finds_ram_that_was_not_cleared() {
 }
 
 #[test]
+fn finds_a_write_that_comes_too_late() {
+    finds(Mistake::LateWrite, Theme::Quiet);
+}
+
+#[test]
 fn finds_holes_that_were_missed() {
     finds(Mistake::OldHoles, Theme::Quiet);
 }

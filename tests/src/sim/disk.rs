@@ -88,11 +88,6 @@ impl Disk {
         self.synced = whole;
     }
 
-    /// The part of the file that outlives a crash for sure.
-    pub(super) fn safe_bytes(&self) -> &[u8] {
-        &self.bytes[..self.synced]
-    }
-
     /// The file.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.bytes

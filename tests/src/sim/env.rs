@@ -86,10 +86,11 @@ pub(super) enum DestinationEvent {
     LateZero(Vec<Run>),
     /// A write to the journal is on the disk up to this byte: the engine's, or the daemon's own.
     Synced(usize, Record, bool),
-    /// The journal is taken up (again) after a restart.
-    Recover,
     /// What was still to be sent has had its time.
-    Close,
+    Close {
+        /// Of which session.
+        session: u32,
+    },
 }
 
 /// What happens in the source's QEMU.
@@ -143,6 +144,8 @@ pub(super) struct Env {
     pub(super) destination_listens: bool,
     /// Connections that the destination has not accepted yet.
     pub(super) incoming: VecDeque<MemChannel>,
+    /// Barriers that overtake what was sent before them; only a planted mistake makes them.
+    pub(super) early_barriers: Vec<(ChannelId, u32)>,
     /// A QEMU with the guest in it was made to fail: the guest may be lost by no fault of ours.
     pub(super) qemu_lost: [bool; 2],
     outputs: [u64; 2],
@@ -177,6 +180,7 @@ impl Env {
             mistake,
             destination_listens: true,
             incoming: VecDeque::new(),
+            early_barriers: Vec::new(),
             qemu_lost: [false; 2],
             outputs: [0; 2],
             waiting,

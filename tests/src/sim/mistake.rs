@@ -5,7 +5,7 @@
 pub enum Mistake {
     /// A page's dirty bit is cleared after its bytes were read: a write in between is forgotten.
     ClearAfterRead,
-    /// A barrier overtakes the batches before it.
+    /// A barrier is reported at once, before the batches ahead of it have landed.
     EarlyBarrier,
     /// A zero run is placed some time after it came, over what came since.
     LateZero,
@@ -15,7 +15,7 @@ pub enum Mistake {
     NoCommittedRecord,
     /// One page in a few hundred is not sent.
     DroppedPage,
-    /// The regions stay open to the peer when the device state is loaded, and a write of before arrives late.
+    /// A write of before lands while the device state is loaded.
     LateWrite,
     /// The source forgets its journal: a daemon that is started anew resumes the guest without asking.
     NoCommitIntentRecord,

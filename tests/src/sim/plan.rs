@@ -147,7 +147,7 @@ fn blocks(rng: &mut Rng) -> Vec<BlockSpec> {
 fn options(rng: &mut Rng, theme: Theme) -> Options {
     let quiet = theme == Theme::Quiet;
     Options {
-        downtime_limit: rng.micros(if quiet { 50_000 } else { 2_000 }, 300_000),
+        downtime_limit: rng.micros(if quiet { 50_000 } else { 10_000 }, 300_000),
         bandwidth_limit: rng.chance(150).then(|| rng.spread(4 << 20, 1 << 30)),
         max_rounds: u32::try_from(rng.between(2, 30)).unwrap_or(30),
         timeout: rng.chance(200).then(|| rng.micros(100_000, 60_000_000)),
@@ -199,36 +199,36 @@ fn host(rng: &mut Rng, rough: bool) -> Host {
     }
 }
 
-/// Outputs of the source around which it matters most what happens.
-const SOURCE_MOMENTS: [&str; 14] = [
-    "Attach",
-    "Scan",
-    "Push",
-    "StopGuest",
-    "DrainIo",
-    "SaveDeviceState",
-    "Send(Stopped)",
-    "Send(DeviceStateEnd)",
-    "Journal(CommitIntent)",
-    "Send(Commit)",
-    "Journal(GuestMoved)",
-    "Journal(RolledBack)",
-    "ResumeGuest",
-    "Connect",
+/// Outputs before the switchover at which something may go wrong.
+const EARLY_MOMENTS: [(Side, &str); 6] = [
+    (Side::Source, "Attach"),
+    (Side::Source, "Scan"),
+    (Side::Source, "Push"),
+    (Side::Source, "DrainIo"),
+    (Side::Destination, "Prepare"),
+    (Side::Destination, "Send(Accept)"),
 ];
 
-/// The same for the destination.
-const DESTINATION_MOMENTS: [&str; 10] = [
-    "Prepare",
-    "Send(Accept)",
-    "Send(BarrierReached)",
-    "LoadDeviceState",
-    "Send(Loaded)",
-    "Journal(Committed)",
-    "RunGuest",
-    "Journal(Running)",
-    "Send(Running)",
-    "Journal(Aborted)",
+/// Outputs of the switchover and the commit, around which it matters most what happens.
+const LATE_MOMENTS: [(Side, &str); 18] = [
+    (Side::Source, "StopGuest"),
+    (Side::Source, "SaveDeviceState"),
+    (Side::Source, "Send(Stopped)"),
+    (Side::Source, "Send(DeviceStateEnd)"),
+    (Side::Source, "Journal(CommitIntent)"),
+    (Side::Source, "Send(Commit)"),
+    (Side::Source, "Journal(GuestMoved)"),
+    (Side::Source, "Journal(RolledBack)"),
+    (Side::Source, "ResumeGuest"),
+    (Side::Source, "Connect"),
+    (Side::Destination, "Send(BarrierReached)"),
+    (Side::Destination, "LoadDeviceState"),
+    (Side::Destination, "Send(Loaded)"),
+    (Side::Destination, "Journal(Committed)"),
+    (Side::Destination, "RunGuest"),
+    (Side::Destination, "Journal(Running)"),
+    (Side::Destination, "Send(Running)"),
+    (Side::Destination, "Journal(Aborted)"),
 ];
 
 fn faults(rng: &mut Rng, theme: Theme) -> Vec<(When, Fault)> {
@@ -238,21 +238,31 @@ fn faults(rng: &mut Rng, theme: Theme) -> Vec<(When, Fault)> {
         Theme::Faults => rng.pick(&[0, 1, 1, 1, 2, 3]),
         Theme::Crashes => rng.pick(&[1, 1, 2, 2, 3]),
     };
-    (0..count).map(|_| (when(rng), fault(rng, theme))).collect()
+    let late = if theme == Theme::Crashes { 700 } else { 400 };
+    (0..count)
+        .map(|_| (when(rng, late), fault(rng, theme)))
+        .collect()
 }
 
-fn when(rng: &mut Rng) -> When {
+/// A moment; `late` in a thousand are around the commit.
+fn when(rng: &mut Rng, late: u64) -> When {
     let delay = if rng.chance(300) {
         Duration::ZERO
     } else {
         rng.micros(1, 10_000)
     };
-    match rng.below(10) {
+    if rng.chance(late) {
+        let (side, name) = rng.pick(&LATE_MOMENTS);
+        return When::Named(side, name, delay);
+    }
+    match rng.below(5) {
         0 | 1 => When::Time(rng.micros(1, 1_000_000)),
         2 => When::Output(Side::Source, rng.spread(1, 200), delay),
         3 => When::Output(Side::Destination, rng.spread(1, 60), delay),
-        4..7 => When::Named(Side::Source, rng.pick(&SOURCE_MOMENTS), delay),
-        _ => When::Named(Side::Destination, rng.pick(&DESTINATION_MOMENTS), delay),
+        _ => {
+            let (side, name) = rng.pick(&EARLY_MOMENTS);
+            When::Named(side, name, delay)
+        }
     }
 }
 

@@ -30,6 +30,8 @@ const AFTERMATH: Duration = Duration::from_secs(1);
 pub struct Outcome {
     /// The state that the source ended in.
     pub state: State,
+    /// Whether the source was in doubt on the way.
+    pub doubted: bool,
     /// Where the guest runs at the end.
     pub guest: Option<Side>,
     /// Why it did not complete, in the source's words.
@@ -262,6 +264,7 @@ impl World {
             .find(|side| self.env.checker.runs(*side));
         Outcome {
             state: self.source.ended.unwrap_or(State::Pending),
+            doubted: self.source.doubted,
             guest,
             failure: self.source.failure,
             figures: self.source.figures,

@@ -35,7 +35,28 @@ impl DestinationSide {
                 },
             }
         }
+        for (channel, round) in std::mem::take(&mut env.early_barriers) {
+            self.barrier(env, channel, round);
+        }
         self.poll_questions(env);
+    }
+
+    fn barrier(&mut self, env: &mut Env, channel: ChannelId, round: u32) {
+        env.checker.look_at_versions();
+        let index = usize::from(channel.0).wrapping_sub(1);
+        let lane = self
+            .daemon
+            .as_mut()
+            .and_then(|daemon| daemon.data.get_mut(index));
+        let zero_bytes = lane.map_or(0, |data| std::mem::take(&mut data.zero_bytes));
+        self.input(
+            env,
+            Input::Barrier {
+                channel,
+                round,
+                zero_bytes,
+            },
+        );
     }
 
     fn next_report(&mut self, env: &mut Env) -> Option<(usize, Result<Report, Error>)> {
@@ -86,21 +107,8 @@ impl DestinationSide {
                 }
             }
             Message::Barrier { round } => {
-                env.checker.look_at_versions();
-                let lane = self
-                    .daemon
-                    .as_mut()
-                    .and_then(|daemon| daemon.data.get_mut(channel - 1));
-                let zero_bytes = lane.map_or(0, |data| std::mem::take(&mut data.zero_bytes));
                 let channel = ChannelId(u16::try_from(channel).unwrap_or(u16::MAX));
-                self.input(
-                    env,
-                    Input::Barrier {
-                        channel,
-                        round,
-                        zero_bytes,
-                    },
-                );
+                self.barrier(env, channel, round);
             }
             other => env
                 .checker

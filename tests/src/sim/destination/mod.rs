@@ -49,8 +49,6 @@ struct Daemon {
     questions: Vec<Lane>,
     tick_at: Option<Time>,
     device_state: Vec<u8>,
-    /// Giving a migration up, or running its guest, after a restart.
-    recovering: bool,
 }
 
 /// The destination's host.
@@ -65,6 +63,8 @@ pub(super) struct DestinationSide {
     id: MigrationId,
     daemon: Option<Daemon>,
     generation: u32,
+    /// Counts the engines.
+    session: u32,
     /// The daemon is not started again.
     gone: bool,
 }
@@ -89,6 +89,7 @@ impl DestinationSide {
             id,
             daemon: None,
             generation: 0,
+            session: 0,
             gone: false,
         }
     }
@@ -122,7 +123,7 @@ impl DestinationSide {
     pub(super) fn settled(&self) -> bool {
         match &self.daemon {
             None => self.gone,
-            Some(daemon) => !daemon.recovering && (self.ended.is_some() || daemon.engine.is_none()),
+            Some(daemon) => self.ended.is_some() || daemon.engine.is_none(),
         }
     }
 
@@ -155,13 +156,10 @@ impl DestinationSide {
                 self.disk.synced(end);
                 if for_engine {
                     self.input(env, Input::Journaled(record));
-                } else {
-                    self.recovery_recorded(env, &record);
                 }
             }
-            DestinationEvent::Recover => self.recover(env),
-            DestinationEvent::Close => {
-                if let Some(daemon) = &mut self.daemon {
+            DestinationEvent::Close { session } => {
+                if let Some(daemon) = self.daemon.as_mut().filter(|_| session == self.session) {
                     daemon.control = None;
                     daemon.data.clear();
                 }
@@ -211,10 +209,8 @@ impl DestinationSide {
             format_args!("the daemon starts again"),
         );
         env.destination_listens = true;
-        self.daemon = Some(Daemon {
-            recovering: true,
-            ..Daemon::default()
-        });
+        self.daemon = Some(Daemon::default());
+        self.ended = None;
         self.recover(env);
     }
 
@@ -331,7 +327,6 @@ impl DestinationSide {
                 self.qemu.enter(DestinationState::Running);
                 env.checker.started(Side::Destination);
                 self.input(env, Input::GuestRunning);
-                self.recovered_guest_runs(env);
             }
             DestinationStep::Fails { dies } => {
                 if dies {
@@ -344,7 +339,6 @@ impl DestinationSide {
                     env,
                     Input::QemuFailed(failure(Blame::Qemu, "the command was made to fail")),
                 );
-                self.recovered_guest_does_not_run(env);
             }
         }
     }

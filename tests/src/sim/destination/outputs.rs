@@ -190,22 +190,23 @@ impl DestinationSide {
                 env.agenda
                     .at(at, Event::Destination(self.generation, answer));
             }
-            Err(at) => {
-                // A daemon that cannot take its journals up tries again.
-                let again = at.after(Duration::from_millis(500));
-                env.agenda.at(
-                    again,
-                    Event::Destination(self.generation, DestinationEvent::Recover),
-                );
-            }
+            // The daemon's own records are logged as lost; whoever asks makes it try again.
+            Err(_) => {}
         }
     }
 
     fn load_device_state(&mut self, env: &mut Env) {
-        if !env.errs(Mistake::LateWrite) {
-            self.regions.revoke_all();
-        }
+        self.regions.revoke_all();
         let delay = env.delay(env.plan.destination.qemu_us);
+        if env.errs(Mistake::LateWrite) {
+            let late = DestinationEvent::LateZero(vec![Run {
+                block: BlockId(0),
+                first: 0,
+                pages: 1,
+            }]);
+            env.agenda
+                .after(delay / 2, Event::Destination(self.generation, late));
+        }
         let Some(daemon) = &mut self.daemon else {
             return;
         };
@@ -258,9 +259,10 @@ impl DestinationSide {
             env.checker.violate("the destination finished twice".into());
         }
         self.ended = Some(state);
-        env.agenda.after(
-            LINGER,
-            Event::Destination(self.generation, DestinationEvent::Close),
-        );
+        let close = DestinationEvent::Close {
+            session: self.session,
+        };
+        env.agenda
+            .after(LINGER, Event::Destination(self.generation, close));
     }
 }

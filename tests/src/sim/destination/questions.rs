@@ -1,17 +1,13 @@
 //! What the daemon does without an engine: answers sources in doubt, and takes up its journal after a restart.
 
-use std::time::Duration;
-
-use pagecopy::engine::destination::Input;
-use pagecopy::engine::event::State;
-use pagecopy::engine::journal::{self, Outcome, Record};
+use pagecopy::engine::destination::{Destination, Input};
+use pagecopy::engine::journal::{self, Record};
 use pagecopy::engine::{Fault as Blame, MigrationId};
 use pagecopy::wire::{Message, Standing};
 use transport::Op;
 
-use super::super::env::{DestinationEvent, Env, Event, failure};
+use super::super::env::{Env, failure};
 use super::super::lane::Report;
-use super::super::plan::Side;
 use super::super::qemu::DestinationState;
 use super::DestinationSide;
 
@@ -51,8 +47,12 @@ impl DestinationSide {
             Message::Query { id } => {
                 self.end_session(env);
                 self.give_up_unserved(env);
-                let standing = self.standing(*id);
-                self.answer_question(env, lane, Message::Answer { id: *id, standing });
+                match self.standing(*id) {
+                    Standing::Committed if self.unserved() => self.run_committed(env, lane),
+                    standing => {
+                        self.answer_question(env, lane, Message::Answer { id: *id, standing })
+                    }
+                }
             }
             Message::Ping { nonce } => {
                 self.answer_question(env, lane, Message::Pong { nonce: *nonce })
@@ -60,6 +60,15 @@ impl DestinationSide {
             Message::Closed => self.journal(env, Record::Closed, false),
             _ => {}
         }
+    }
+
+    /// Whether no session serves the migration.
+    fn unserved(&self) -> bool {
+        self.ended.is_some()
+            || self
+                .daemon
+                .as_ref()
+                .is_none_or(|daemon| daemon.engine.is_none())
     }
 
     /// A source that asks has lost the connection, though this side may not know it yet.
@@ -79,13 +88,10 @@ impl DestinationSide {
         }
     }
 
-    /// A migration that no session serves any more, and of which the journal does not say for sure what became: the guest
-    /// was not run, so it is given up, on disk. Whoever asks hears of it the next time.
+    /// A migration that no session serves any more, and of which the journal says nothing: the guest was not run, so it
+    /// is given up, on disk. Whoever asks hears of it the next time.
     fn give_up_unserved(&mut self, env: &mut Env) {
-        let served =
-            self.daemon.as_ref().is_some_and(|daemon| daemon.recovering) || self.ended.is_none();
-        let ran = self.ended == Some(State::Completed);
-        if !served && !ran && self.standing(self.id) == Standing::Unknown {
+        if self.unserved() && self.standing(self.id) == Standing::Unknown {
             self.journal(env, Record::Aborted, false);
         }
     }
@@ -108,16 +114,28 @@ impl DestinationSide {
         }
     }
 
-    /// By the part of the journal that is on disk for good: what is still being written may yet be lost.
     fn standing(&self, id: MigrationId) -> Standing {
-        let records = journal::decode(self.disk.safe_bytes())
+        let records = journal::decode(self.disk.bytes())
             .map(|decoded| decoded.records)
             .unwrap_or_default();
         journal::standing_for((id == self.id).then_some(&records[..]))
     }
 
+    /// The guest is committed to this host and nobody has said yet that it runs. A source that asks has not taken it
+    /// back: it is run now, and the source is told on the connection on which it asked.
+    fn run_committed(&mut self, env: &mut Env, lane: usize) {
+        let engine = Destination::recover(self.setup.clone(), env.now());
+        if let Some(daemon) = &mut self.daemon {
+            daemon.control = Some(daemon.questions.remove(lane));
+            daemon.engine = Some(engine);
+            self.session += 1;
+            self.ended = None;
+            self.carry_out_all(env);
+        }
+    }
+
     /// A daemon that was started again takes its journal up: what was not committed is given up, on disk, before anybody
-    /// is told; what was is run.
+    /// is told. A guest that was committed is not run before the source asks, for its operator may have taken it back.
     pub(super) fn recover(&mut self, env: &mut Env) {
         let records = match journal::decode(self.disk.bytes()) {
             Ok(decoded) => decoded.records,
@@ -132,55 +150,11 @@ impl DestinationSide {
             "destination",
             format_args!("takes up {records:?}"),
         );
-        match journal::outcome(&records) {
-            Outcome::Open => self.journal(env, Record::Aborted, false),
-            Outcome::Here if !matches!(records.last(), Some(Record::Running | Record::Closed)) => {
-                self.run_committed(env);
-            }
-            Outcome::NotHere | Outcome::Here => self.recovered(),
-        }
-    }
-
-    fn run_committed(&mut self, env: &mut Env) {
-        match self.qemu.state {
-            DestinationState::Running => self.journal(env, Record::Running, false),
-            DestinationState::Paused => self.run_guest(env),
-            _ => self.recovered(),
-        }
-    }
-
-    pub(super) fn recovery_recorded(&mut self, _env: &mut Env, record: &Record) {
-        if matches!(record, Record::Aborted | Record::Running) {
-            self.recovered();
-        }
-    }
-
-    /// After a restart, without an engine.
-    pub(super) fn recovered_guest_runs(&mut self, env: &mut Env) {
-        if self.daemon.as_ref().is_some_and(|daemon| daemon.recovering) {
-            self.journal(env, Record::Running, false);
-        }
-    }
-
-    /// After a restart, without an engine: tries again, unless QEMU is gone.
-    pub(super) fn recovered_guest_does_not_run(&mut self, env: &mut Env) {
-        if self.daemon.as_ref().is_none_or(|daemon| !daemon.recovering) {
-            return;
-        }
-        if self.qemu.state == DestinationState::Gone {
-            env.qemu_lost[Side::Destination as usize] = true;
-            return self.recovered();
-        }
-        let again = Duration::from_secs(1);
-        env.agenda.after(
-            again,
-            Event::Destination(self.generation, DestinationEvent::Recover),
-        );
-    }
-
-    fn recovered(&mut self) {
-        if let Some(daemon) = &mut self.daemon {
-            daemon.recovering = false;
+        let running = self.qemu.state == DestinationState::Running;
+        match journal::standing_for(Some(&records)) {
+            Standing::Unknown => self.journal(env, Record::Aborted, false),
+            Standing::Committed if running => self.journal(env, Record::Running, false),
+            _ => {}
         }
     }
 }

@@ -69,6 +69,8 @@ pub(super) struct SourceSide {
     pub(super) regions: Regions,
     /// The state that the engine finished with last.
     pub(super) ended: Option<State>,
+    /// It was in doubt.
+    pub(super) doubted: bool,
     /// The reason that it finished with.
     pub(super) failure: Option<Failure>,
     /// The figures that it finished with.
@@ -107,6 +109,7 @@ impl SourceSide {
             qemu: machine::Source::new(),
             regions,
             ended: None,
+            doubted: false,
             failure: None,
             figures: Figures::default(),
             resume_failed: false,
@@ -258,8 +261,10 @@ impl SourceSide {
             "source",
             format_args!("the daemon starts again: {records:?}"),
         );
-        if journal::outcome(&records) == journal::Outcome::NotHere {
-            env.checker.failure_noticed(env.agenda.now());
+        match journal::outcome(&records) {
+            journal::Outcome::NotHere => env.checker.failure_noticed(env.agenda.now()),
+            // As far as it can know now, `Commit` was sent.
+            journal::Outcome::Open | journal::Outcome::Here => self.commit_sent = true,
         }
         self.ended = None;
         let engine = Source::recover(self.setup.clone(), journal::outcome(&records), env.now());
@@ -291,7 +296,7 @@ impl SourceSide {
             .line(env.agenda.now(), "source", format_args!("<- {input:?}"));
         if self.qemu.state == SourceState::Gone {
             env.checker.rollback_excused();
-        } else if is_failure(&input) && !self.commit_sent {
+        } else if is_failure(&input) && !self.commit_sent && !self.resume_failed {
             env.checker.failure_noticed(env.agenda.now());
         }
         if let Input::Message(Message::Answer {

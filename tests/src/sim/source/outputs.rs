@@ -219,6 +219,7 @@ impl SourceSide {
             let delay = env.rng.micros(1_000_000, 300_000_000);
             env.agenda.after(delay, Event::Operator);
         }
+        self.doubted |= finished.state == State::InDoubt;
         self.ended = Some(finished.state);
         self.failure = finished.failure;
         self.figures = finished.figures;
@@ -246,15 +247,13 @@ impl SourceSide {
     }
 
     fn send_on(&mut self, env: &mut Env, channel: ChannelId, message: Message) {
-        let early = env.errs(Mistake::EarlyBarrier);
+        if let (true, Message::Barrier { round }) = (env.errs(Mistake::EarlyBarrier), &message) {
+            return env.early_barriers.push((channel, *round));
+        }
         let Some(data) = self.data_lane(channel) else {
             return;
         };
-        if early {
-            data.work.push_front(Work::Message(message));
-        } else {
-            data.work.push_back(Work::Message(message));
-        }
+        data.work.push_back(Work::Message(message));
         self.wake(env, channel);
     }
 
@@ -309,14 +308,16 @@ impl SourceSide {
         }
         let id = batch.id;
         let operations = operations(&split.raw, &split.zero);
+        let count = operations.len();
         let daemon = self.daemon.as_mut().ok_or("the daemon is dead")?;
         daemon.batches.insert(id, (channel, batch, pushed));
-        if operations.is_empty() {
-            self.batch_sent(env, id);
-        }
         operations
             .into_iter()
-            .try_for_each(|op| self.enqueue(channel, op, Some(id)))
+            .try_for_each(|op| self.enqueue(channel, op, Some(id)))?;
+        if count == 0 || env.errs(Mistake::EarlyBarrier) {
+            self.batch_sent(env, id);
+        }
+        Ok(())
     }
 
     fn enqueue(&mut self, channel: ChannelId, op: Op, batch: Option<u64>) -> Result<(), String> {
