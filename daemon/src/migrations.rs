@@ -239,11 +239,11 @@ impl Migrations {
     ///
     /// # Errors
     /// The one that runs.
-    pub fn add(&self, migration: &Arc<Migration>) -> Result<(), Shown> {
+    pub fn add(&self, migration: &Arc<Migration>) -> Result<(), Uuid> {
         let mut map = self.lock();
         let Shown { vm, side, .. } = migration.shown();
         if let Some(running) = map.values().find(|other| other.runs(&vm, side)) {
-            return Err(running.shown());
+            return Err(running.shown().id);
         }
         let key = map.keys().next_back().map_or(0, |last| last + 1);
         map.insert(key, Arc::clone(migration));
@@ -259,11 +259,11 @@ impl Migrations {
     }
 
     /// The migration of `vm` that runs on that side, if one does.
-    pub fn running(&self, vm: &str, side: Side) -> Option<Shown> {
-        self.lock()
-            .values()
+    pub fn running(&self, vm: &str, side: Side) -> Option<Uuid> {
+        let map = self.lock();
+        map.values()
             .find(|migration| migration.runs(vm, side))
-            .map(|migration| migration.shown())
+            .map(|migration| migration.shown().id)
     }
 
     /// The migration of that id; with both sides here, the source's.
@@ -319,10 +319,7 @@ mod tests {
         let first = migration(1, "web");
         all.add(&first).unwrap();
         all.add(&migration(2, "db")).unwrap();
-        assert_eq!(
-            all.add(&migration(3, "web")).unwrap_err().id,
-            first.shown().id
-        );
+        assert_eq!(all.add(&migration(3, "web")).unwrap_err(), first.shown().id);
         first.over();
         all.add(&migration(3, "web")).unwrap();
         assert_eq!(all.list().len(), 3);

@@ -91,7 +91,7 @@ impl Service {
             operator(
                 format!(
                     "{:?} is already being migrated from here (migration {})",
-                    request.vm, running.id
+                    request.vm, running
                 ),
                 "wait for it, or cancel it with `pagecopy cancel`",
             )
@@ -149,10 +149,7 @@ impl Service {
         match self.migrations.running(vm, Side::Destination) {
             None => Ok(()),
             Some(running) => Err(operator(
-                format!(
-                    "{vm:?} is arriving here just now (migration {})",
-                    running.id
-                ),
+                format!("{vm:?} is arriving here just now (migration {})", running),
                 "wait for it, or cancel it with `pagecopy cancel`",
             )),
         }

@@ -130,10 +130,7 @@ impl Visit {
         let (migration, requests) =
             Migration::new(id, &vm, Side::Destination, &who, receiver.qmp.clone());
         if let Err(running) = self.service.migrations.add(&migration) {
-            let reason = format!(
-                "{vm:?} is already being migrated here (migration {})",
-                running.id
-            );
+            let reason = format!("{vm:?} is already being migrated here (migration {running})");
             return self.refuse(AbortCode::Busy, reason);
         }
         tracing::info!(id = %Uuid::from_bytes(id.0), vm, from = who, "a guest wants to come");

@@ -237,10 +237,7 @@ impl Session {
             Err(failure) => return self.answer(Input::HostFailed(failure)),
         };
         self.memory = Some(memory.clone());
-        let lanes = match self.start_lanes(&memory) {
-            Ok(()) => None,
-            Err(failure) => Some(failure),
-        };
+        let lanes = self.start_lanes(&memory).err();
         let regions = self.regions.clone();
         self.order(async move {
             if let Some(failure) = lanes {

@@ -114,8 +114,8 @@ mod tests {
         assert!(receivers.remove("db").unwrap());
         assert!(!receivers.remove("db").unwrap());
         let again = Receivers::open(path).unwrap();
-        assert_eq!(again.list(), [web.clone()]);
-        assert_eq!(again.get("web"), Some(web));
+        assert_eq!(again.get("web"), Some(web.clone()));
+        assert_eq!(again.list(), [web]);
         std::fs::remove_dir_all(dir).unwrap();
     }
 }
