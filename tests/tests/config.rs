@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used)]
 
 use std::process::Command;
+use std::time::Duration;
 
-use tests::real::{Scratch, program};
+use tests::real::{Certs, Identity, Scratch, program};
 
 /// Starts the daemon with this configuration; it must end by itself, and its words must hold all of `words`.
 fn refused(text: &str, words: &[&str]) {
@@ -88,4 +89,16 @@ fn configuration_file_absent() {
         .unwrap();
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("/nonexistent/pagecopyd.toml"));
+}
+
+#[test]
+fn own_certificate_has_expired() {
+    let files = Scratch::new();
+    let identity = Certs::new(files.files(), "authority").expiring("a", Duration::ZERO);
+    let Identity { ca, cert, key } = &identity;
+    let tls = format!("[tls]\nca = {ca:?}\ncert = {cert:?}\nkey = {key:?}\nallow = [\"b\"]\n");
+    refused(
+        &format!("{BASE}{tls}"),
+        &["expired", cert.to_str().unwrap()],
+    );
 }

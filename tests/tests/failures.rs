@@ -164,7 +164,12 @@ fn heavy_guest_that_cannot_converge() {
     ];
     let outcome = world.migrate(Side::A, "vm", &source, &destination, &options);
     // Both figures of the verdict, and what to do.
-    outcome.failed_with(&["dirt", "goodput", "MB/s", "--downtime-limit"]);
+    outcome.failed_with(&[
+        "the guest dirties",
+        "MB/s arrive",
+        "4 rounds",
+        "--downtime-limit",
+    ]);
     assert_stayed(&mut source, Some(&mut destination), begun);
     source.serial.set_rate(10);
     second_attempt_works(&world, &mut source, &mut destination);

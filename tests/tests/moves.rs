@@ -59,10 +59,7 @@ fn idle_guest_in_the_clear() {
     let world = World::plain();
     let moved = world.move_and_check(&Machine::new(Version::V7_2, 256, "rate=0"), &[]);
     assert_figures(moved.outcome.finished(), "tcp");
-    assert!(
-        world.daemon(Side::A).log().contains("plaintext"),
-        "a daemon without TLS says so"
-    );
+    world.daemon(Side::A).assert_logs(&["INSECURE"]);
 }
 
 #[test]

@@ -72,7 +72,7 @@ fn refused_pair_in(world: &World, source: &Machine, destination: &Machine, words
     world
         .migrate(Side::A, "vm", &source, &destination, &[])
         .failed_with(words);
-    assert_says(&world.daemon(Side::B).log(), words);
+    world.daemon(Side::B).assert_logs(words);
     assert_stayed(&mut source, Some(&mut destination), begun);
 }
 
@@ -206,7 +206,7 @@ fn destination_does_not_expect_this_guest() {
         .migrate("stranger", &source, Side::B, &[])
         .finish();
     outcome.failed_with(&["stranger", "receive"]);
-    assert_says(&world.daemon(Side::B).log(), &["stranger"]);
+    world.daemon(Side::B).assert_logs(&["stranger"]);
     assert_stayed(&mut source, None, begun);
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
 
@@ -43,20 +44,23 @@ impl Certs {
         }
     }
 
-    /// A certificate for `host` that is valid now.
+    /// A certificate for `host` that is valid now, and for years.
     pub fn identity(&self, host: &str) -> Identity {
-        self.issue(host, "good", 2100)
+        self.issue(host, "good", Duration::from_secs(10 * 365 * 86400))
     }
 
-    /// A certificate for `host` that expired years ago.
-    pub fn expired(&self, host: &str) -> Identity {
-        self.issue(host, "expired", 2001)
+    /// A certificate for `host` that is valid for `time` from now; zero makes one that has expired.
+    pub fn expiring(&self, host: &str, time: Duration) -> Identity {
+        self.issue(host, "expiring", time)
     }
 
-    fn issue(&self, host: &str, kind: &str, until: i32) -> Identity {
+    fn issue(&self, host: &str, kind: &str, valid: Duration) -> Identity {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("the clock is past 1970");
         let mut params = CertificateParams::new(vec![host.to_owned()]).expect("a valid DNS name");
         params.not_before = date_time_ymd(2000, 1, 1);
-        params.not_after = date_time_ymd(until, 1, 1);
+        params.not_after = date_time_ymd(1970, 1, 1) + now + valid;
         let key = KeyPair::generate().expect("a key pair");
         let certificate = params
             .signed_by(&key, &self.issuer)

@@ -101,9 +101,14 @@ impl Daemon {
         self.process.pid()
     }
 
-    /// What it has logged.
-    pub fn log(&self) -> String {
-        self.process.output()
+    /// Waits until its log holds all of `words`, and panics if it never does.
+    pub fn assert_logs(&self, words: &[&str]) {
+        let logged = self.process.wait_output(words, Duration::from_secs(10));
+        assert!(
+            logged,
+            "the daemon does not say {words:?}: {}",
+            self.process.output()
+        );
     }
 
     /// Sends SIGKILL.

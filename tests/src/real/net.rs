@@ -99,8 +99,7 @@ impl Net {
 
     /// Drops every packet that arrives at `side`, in silence: the link looks up, and nobody answers.
     pub fn drop_arriving(&self, side: Side) {
-        let rules =
-            "table inet cut { chain in { type filter hook input priority 0; policy drop; } }";
+        let rules = "add table inet cut; add chain inet cut in { type filter hook input priority 0; policy drop; }";
         let mut nft = self.command(side, "nft");
         run(nft.arg(rules));
     }

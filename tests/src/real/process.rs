@@ -3,9 +3,10 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 /// A running child.
@@ -79,6 +80,28 @@ impl Process {
     /// What it has printed so far.
     pub fn output(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits until it has printed all of `words`; false after `timeout`.
+    pub fn wait_output(&self, words: &[&str], timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let changes = inotify::init(CreateFlags::CLOEXEC).expect("inotify");
+        inotify::add_watch(&changes, &self.log, WatchFlags::MODIFY)
+            .expect("the log can be watched");
+        let mut bytes = [0_u8; 4096];
+        loop {
+            let output = self.output();
+            if words.iter().all(|word| output.contains(word)) {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).expect("a time-out of seconds");
+            if poll(&mut [PollFd::new(&changes, PollFlags::IN)], Some(&left)).unwrap_or(0) == 0 {
+                return false;
+            }
+            // What changed does not matter; the log is read as a whole.
+            let _ = rustix::io::read(&changes, &mut bytes);
+        }
     }
 
     fn rustix_pid(&self) -> Pid {
