@@ -43,15 +43,23 @@ fn explain(theme: Theme, seed: u64, what: &str) {
     );
 }
 
-/// Runs the theme's share of the seeds; `check` says what else must hold of an end.
-fn run_theme(theme: Theme, check: impl Fn(&Outcome) -> Option<String>) -> Ends {
-    let broken = |outcome: &Outcome| {
-        outcome
-            .violation
-            .as_ref()
-            .map(|v| v.what.clone())
-            .or_else(|| check(outcome))
-    };
+/// What is wrong with the end of a run, if anything is.
+fn broken(theme: Theme, outcome: &Outcome) -> Option<String> {
+    if let Some(violation) = &outcome.violation {
+        return Some(violation.what.clone());
+    }
+    let failure = outcome.failure.as_ref()?;
+    match theme {
+        Theme::Quiet if failure.fault != Fault::Guest => {
+            Some(format!("nothing went wrong, and yet: {failure:?}"))
+        }
+        _ if failure.what.contains("differ") => Some(format!("the RAMs differ: {failure:?}")),
+        _ => None,
+    }
+}
+
+/// Runs the theme's share of the seeds.
+fn run_theme(theme: Theme) -> Ends {
     if let Some(seed) = number("PAGECOPY_SEED") {
         let outcome = run_traced(theme, seed, None);
         println!("{}", outcome.trace.join("\n"));
@@ -59,7 +67,7 @@ fn run_theme(theme: Theme, check: impl Fn(&Outcome) -> Option<String>) -> Ends {
             "{theme:?}, seed {seed}: {:?}, the guest runs at {:?}",
             outcome.state, outcome.guest
         );
-        assert_eq!(broken(&outcome), None, "{theme:?}, seed {seed}");
+        assert_eq!(broken(theme, &outcome), None, "{theme:?}, seed {seed}");
         return Ends::new();
     }
     let seeds = number("PAGECOPY_SEEDS").unwrap_or(SEEDS).div_ceil(THEMES);
@@ -70,7 +78,7 @@ fn run_theme(theme: Theme, check: impl Fn(&Outcome) -> Option<String>) -> Ends {
         *ends
             .entry((format!("{:?}", outcome.state), outcome.guest))
             .or_default() += 1;
-        if let Some(what) = broken(&outcome) {
+        if let Some(what) = broken(theme, &outcome) {
             if failed.is_empty() {
                 explain(theme, seed, &what);
             }
@@ -101,21 +109,14 @@ fn assert_share(ends: &Ends, state: State, guest: Option<Side>, least: u64) {
 
 #[test]
 fn quiet() {
-    let ends = run_theme(Theme::Quiet, |outcome| {
-        let by_guest = outcome
-            .failure
-            .as_ref()
-            .is_some_and(|failure| failure.fault == Fault::Guest);
-        let fine = outcome.state == State::Completed || by_guest;
-        (!fine).then(|| format!("nothing went wrong, and yet: {:?}", outcome.failure))
-    });
+    let ends = run_theme(Theme::Quiet);
     assert_share(&ends, State::Completed, Some(Side::Destination), 700);
     assert_share(&ends, State::Failed, Some(Side::Source), 5);
 }
 
 #[test]
 fn faults() {
-    let ends = run_theme(Theme::Faults, |_| None);
+    let ends = run_theme(Theme::Faults);
     assert_share(&ends, State::Completed, Some(Side::Destination), 200);
     assert_share(&ends, State::Failed, Some(Side::Source), 200);
     assert_share(&ends, State::Cancelled, Some(Side::Source), 20);
@@ -123,43 +124,54 @@ fn faults() {
 
 #[test]
 fn crashes() {
-    let ends = run_theme(Theme::Crashes, |_| None);
-    assert_share(&ends, State::Completed, Some(Side::Destination), 200);
+    let ends = run_theme(Theme::Crashes);
+    assert_share(&ends, State::Completed, Some(Side::Destination), 150);
     assert_share(&ends, State::Failed, Some(Side::Source), 200);
 }
 
 #[test]
 fn direct_io() {
-    let ends = run_theme(Theme::DirectIo, |_| None);
+    let ends = run_theme(Theme::DirectIo);
     assert_share(&ends, State::Completed, Some(Side::Destination), 400);
 }
 
 #[test]
 fn verify() {
-    let ends = run_theme(Theme::Verify, |outcome| {
-        let differs = outcome
-            .failure
-            .as_ref()
-            .is_some_and(|failure| failure.what.contains("differ"));
-        differs.then(|| "the digests differ".to_owned())
-    });
+    let ends = run_theme(Theme::Verify);
     assert_share(&ends, State::Completed, Some(Side::Destination), 400);
+}
+
+/// Doubt is where a guest could run twice or nowhere: many runs must go through it, and it must end both ways.
+#[test]
+fn doubt_ends_both_ways() {
+    let mut ends = BTreeMap::new();
+    for seed in 0..300 {
+        let outcome = run(Theme::Crashes, seed, None);
+        if outcome.doubted {
+            *ends.entry(format!("{:?}", outcome.state)).or_insert(0) += 1;
+        }
+    }
+    for state in ["Completed", "Failed"] {
+        assert!(
+            ends.get(state).is_some_and(|count| *count >= 5),
+            "of 300 runs, in doubt and then {state}: {ends:?}"
+        );
+    }
 }
 
 /// Seeds that once failed, each with its story.
 const KEPT: &[(Theme, u64, &str)] = &[
     (
-        Theme::Faults,
-        127,
-        "The destination's disk refused Committed and then Aborted. Its session ended undecided, the journal stayed open, \
-         and a source in doubt was answered with Unknown for ever: the daemon now gives an open journal that no session \
-         serves up when it is asked.",
+        Theme::Quiet,
+        8,
+        "With --verify the digests were ordered together with the last scan. They were ready before it, went out ahead of \
+         Stopped, and the destination refused them as out of place.",
     ),
     (
-        Theme::Faults,
-        583,
-        "The destination's QEMU died after Committed; the operator ended the host and decided at the source before the \
-         source had noticed, was refused, and was not asked again.",
+        Theme::Quiet,
+        119,
+        "Populate came on the control channel after the barriers of round 0 had come on all data channels, and the \
+         destination refused it as out of place.",
     ),
 ];
 
@@ -220,6 +232,11 @@ fn finds_a_zero_run_placed_late() {
 #[test]
 fn finds_disk_reads_that_were_not_waited_for() {
     finds(Mistake::NoDrain, Theme::DirectIo);
+}
+
+#[test]
+fn finds_pages_that_did_not_age() {
+    finds(Mistake::NoAgeing, Theme::DirectIo);
 }
 
 #[test]

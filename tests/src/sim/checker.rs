@@ -1,4 +1,4 @@
-//! The invariants, watched while a run goes on. What they forbid is in [`Violation`]'s texts.
+//! The invariants, watched while a run goes on. What they forbid is in the texts of the violations.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -11,6 +11,8 @@ pub enum Mistake {
     LateZero,
     /// Disk I/O is said to be drained while it is in flight, also when the guest is stopped.
     NoDrain,
+    /// The engine is not told that the guest's disks write into pinned pages, so that it does not let pages age.
+    NoAgeing,
     /// The destination's `Committed` is not written, though it is said to be.
     NoCommittedRecord,
     /// One page in a few hundred is not sent.

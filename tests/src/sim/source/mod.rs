@@ -114,7 +114,7 @@ impl SourceSide {
             figures: Figures::default(),
             resume_failed: false,
             disk: Disk::new(plan.source.disk, seed.stream("source disk")),
-            setup: setup(plan, seed),
+            setup: setup(plan, seed, env.errs(Mistake::NoAgeing)),
             daemon: None,
             generation: 0,
             device_state: Vec::new(),
@@ -379,7 +379,7 @@ fn is_failure(input: &Input) -> bool {
     )
 }
 
-fn setup(plan: &Plan, seed: &Rng) -> Setup {
+fn setup(plan: &Plan, seed: &Rng, no_ageing: bool) -> Setup {
     let mut id = [0; 16];
     id[..8].copy_from_slice(&seed.stream("id").bits().to_le_bytes());
     Setup {
@@ -387,7 +387,7 @@ fn setup(plan: &Plan, seed: &Rng) -> Setup {
         vm: "guest".into(),
         host: "source".into(),
         blocks: plan.blocks.clone(),
-        direct_io: plan.direct_io,
+        direct_io: plan.direct_io && !no_ageing,
         data_channels: plan.data_channels,
         fixed_downtime: plan.fixed_downtime,
         options: plan.options.clone(),
