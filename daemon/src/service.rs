@@ -145,6 +145,13 @@ impl Service {
         }
     }
 
+    /// Removes the journals that nobody will ask for any more.
+    pub(crate) fn prune(&self) {
+        if let Err(error) = self.store.journals.prune() {
+            tracing::warn!(%error, "old journals could not be removed");
+        }
+    }
+
     fn refuse_if_receiving(&self, vm: &str) -> Result<(), Failure> {
         match self.migrations.running(vm, Side::Destination) {
             None => Ok(()),
@@ -206,9 +213,7 @@ pub async fn run(config_file: &Path) -> Result<(), Failure> {
     let listener = bind(&service.config.listen).await?;
     let api_socket = api::listen(&service.config.api)?;
     recover::recover(&service);
-    if let Err(error) = service.store.journals.prune() {
-        tracing::warn!(%error, "old journals could not be removed");
-    }
+    service.prune();
 
     let (end_api, api_ended) = oneshot::channel::<()>();
     let server = axum::serve(api_socket, api::router(Arc::clone(&service)));

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::maps::{command_line, is_memfd, option_value, processes_mapping, shared_files};
 use super::settings;
-use super::status::{query_migrate, query_status};
+use super::status::{is_final, query_migrate, query_status};
 use crate::failure::{Failure, Fault, host, operator, qemu};
 use crate::qmp::{Qmp, Version};
 
@@ -75,7 +75,20 @@ pub async fn source(qmp: &Qmp) -> Result<Guest, Failure> {
         ));
     }
     settings::check(qmp).await?;
-    if let Some(reason) = query_migrate(qmp).await?.blocked_reasons.first() {
+    let migration = query_migrate(qmp).await?;
+    if let Some(status) = migration
+        .status
+        .as_deref()
+        .filter(|status| !is_final(status))
+    {
+        return Err(operator(
+            format!(
+                "QEMU is being migrated already, by something else: its migration is \"{status}\""
+            ),
+            "wait for it, or send migrate_cancel to QEMU",
+        ));
+    }
+    if let Some(reason) = migration.blocked_reasons.first() {
         return Err(qemu(
             format!("QEMU says that it cannot be migrated: {reason}"),
             "remove that device or setting",

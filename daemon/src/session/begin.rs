@@ -13,7 +13,7 @@ use pagecopy::host::track::{TrackedBlock, UffdTracker};
 use pagecopy::limits::{MAX_DATA_CHANNELS, MAX_NAME};
 use pagecopy::memory::{BlockId, BlockSpec};
 use tokio::sync::mpsc::UnboundedReceiver;
-use transport::{Access, RegionId, Regions};
+use transport::{Access, Channel, RegionId, Regions};
 
 use super::arrive::Over;
 use super::source::{Memory, Parts, Session, journal_failure};
@@ -27,6 +27,7 @@ use crate::qemu::settings::{Role, Settings};
 use crate::qemu::{Block, Guest};
 use crate::qmp::Qmp;
 use crate::service::Service;
+use crate::store::JournalFile;
 use crate::sys;
 
 /// The longest downtime, unless the operator says otherwise.
@@ -100,9 +101,14 @@ pub(crate) async fn migrate(
 ) {
     let _over = Over(Arc::clone(&migration));
     let clock = Clock::start();
-    let prepared = tokio::select! {
-        prepared = prepare(&service, id, &request) => prepared,
+    // Looking changes nothing and may be broken off at any moment; what follows may not.
+    let looked = tokio::select! {
+        looked = look(&service, &request) => looked,
         () = cancelled(&mut requests) => Err(operator(CANCELLED, "nothing: the guest runs on here")),
+    };
+    let prepared = match looked {
+        Ok(looked) => looked.prepare(&service, id, &request).await,
+        Err(failure) => Err(failure),
     };
     let prepared = match prepared {
         Ok(prepared) => prepared,
@@ -135,21 +141,28 @@ async fn cancelled(requests: &mut UnboundedReceiver<Request>) {
     }
 }
 
+/// What was found and made without changing anything.
+struct Looked {
+    qmp: Arc<Qmp>,
+    guest: Guest,
+    target: Target,
+    memory: Memory,
+    channels: Vec<Box<dyn Channel>>,
+    data_channels: u16,
+}
+
+/// All that a session needs.
 struct Prepared {
     setup: Setup,
     qmp: Arc<Qmp>,
     settings: Settings,
-    journal: crate::store::JournalFile,
+    journal: JournalFile,
     target: Target,
     memory: Memory,
-    channels: Vec<Box<dyn transport::Channel>>,
+    channels: Vec<Box<dyn Channel>>,
 }
 
-async fn prepare(
-    service: &Service,
-    id: MigrationId,
-    request: &MigrationRequest,
-) -> Result<Prepared, Failure> {
+async fn look(service: &Service, request: &MigrationRequest) -> Result<Looked, Failure> {
     let qmp = Arc::new(Qmp::connect(&request.qmp).await?);
     let guest = discover::source(&qmp).await?;
     let memory = memory(&guest)?;
@@ -164,48 +177,74 @@ async fn prepare(
         direct_io = guest.direct_io, peer = peer.address, peer_names = ?peer.names, data_channels,
         "the guest wants to leave"
     );
-    let setup = Setup {
-        id,
-        vm: request.vm.clone(),
-        host: service.config.name.clone(),
-        blocks: memory.specs.to_vec(),
-        direct_io: guest.direct_io,
-        data_channels,
-        fixed_downtime: service.store.downtime.get(),
-        options: options(request),
-        timeouts: Timeouts::default(),
-    };
-    let begun = Record::Begun {
-        id,
-        side: Side::Source,
-        vm: request.vm.clone(),
-        qmp: request.qmp.display().to_string(),
-        peer: request.to.clone(),
-    };
-    let journals = &service.store.journals;
-    let settings = Settings::read(&qmp, Role::Source).await?;
-    journals
-        .keep_settings(id, &settings)
-        .map_err(|error| journal_failure(&error))?;
-    let mut journal = journals
-        .create(id, Side::Source, &begun)
-        .map_err(|error| journal_failure(&error))?;
-    if let Err(failure) = settings.change(&qmp).await {
-        settings.restore(&qmp).await;
-        journals.forget_settings(id);
-        // Without the record a restarted daemon looks after the guest, which does no harm.
-        let _ = journal.append(&Record::RolledBack);
-        return Err(failure);
-    }
-    Ok(Prepared {
-        setup,
+    Ok(Looked {
         qmp,
-        settings,
-        journal,
+        guest,
         target,
         memory,
         channels,
+        data_channels,
     })
+}
+
+impl Looked {
+    /// Begins the journal and changes QEMU's settings, in this order.
+    async fn prepare(
+        self,
+        service: &Service,
+        id: MigrationId,
+        request: &MigrationRequest,
+    ) -> Result<Prepared, Failure> {
+        let setup = Setup {
+            id,
+            vm: request.vm.clone(),
+            host: service.config.name.clone(),
+            blocks: self.memory.specs.to_vec(),
+            direct_io: self.guest.direct_io,
+            data_channels: self.data_channels,
+            fixed_downtime: service.store.downtime.get(),
+            options: options(request),
+            timeouts: Timeouts::default(),
+        };
+        let begun = Record::Begun {
+            id,
+            side: Side::Source,
+            vm: request.vm.clone(),
+            qmp: request.qmp.display().to_string(),
+            peer: request.to.clone(),
+        };
+        let journals = &service.store.journals;
+        let settings = Settings::read(&self.qmp, Role::Source).await?;
+        journals
+            .keep_settings(id, &settings)
+            .map_err(|error| journal_failure(&error))?;
+        let mut journal = journals
+            .create(id, Side::Source, &begun)
+            .map_err(|error| journal_failure(&error))?;
+        if let Err(failure) = settings.change(&self.qmp).await {
+            settings.restore(&self.qmp).await;
+            journals.forget_settings(id);
+            // Without the record a restarted daemon looks after the guest, which does no harm.
+            let _ = journal.append(&Record::RolledBack);
+            return Err(failure);
+        }
+        let Looked {
+            qmp,
+            target,
+            memory,
+            channels,
+            ..
+        } = self;
+        Ok(Prepared {
+            setup,
+            qmp,
+            settings,
+            journal,
+            target,
+            memory,
+            channels,
+        })
+    }
 }
 
 fn memory(guest: &Guest) -> Result<Memory, Failure> {

@@ -79,6 +79,8 @@ pub(crate) struct Session {
     sender: UnboundedSender<Input>,
     inputs: UnboundedReceiver<Input>,
     broken: Option<(tokio::time::Instant, Failure)>,
+    /// QEMU is loading the device state.
+    loading: bool,
     lanes: UnboundedReceiver<LaneEvent>,
     lane_events: UnboundedSender<LaneEvent>,
 }
@@ -122,6 +124,7 @@ impl Session {
             sender,
             inputs,
             broken: None,
+            loading: false,
             lanes,
             lane_events,
         })
@@ -147,14 +150,18 @@ impl Session {
                     event.and_then(|event| self.lane_input(event))
                 }
                 event = self.lanes.recv() => event.and_then(|event| self.lane_input(event)),
-                input = self.inputs.recv() => input,
+                input = self.inputs.recv() => {
+                    self.loading &= !matches!(input, Some(Input::DeviceStateLoaded | Input::QemuFailed(_)));
+                    input
+                }
                 request = requests.recv() => match request {
                     Some(Request::Cancel | Request::Shutdown) | None => Some(Input::Cancel),
                     // Only a source is ever in doubt.
                     Some(Request::Resolve(_)) => None,
                     Some(Request::Disconnect) => Some(Input::LinkLost(superseded())),
                 },
-                () = qmp.gone(), if qmp_there => {
+                // While QEMU loads, the answer to that says more.
+                () = qmp.gone(), if qmp_there && !self.loading => {
                     qmp_there = false;
                     Some(Input::QemuFailed(QmpError::Gone.into()))
                 },
@@ -345,6 +352,7 @@ impl Session {
     /// The channels stay open but are no longer read, and nothing of the peer's lands any more.
     fn load(&mut self) {
         self.close_memory();
+        self.loading = true;
         let lanes = std::mem::take(&mut self.data);
         let (qemu, state) = (
             Arc::clone(&self.qemu),
@@ -413,6 +421,7 @@ impl Session {
         // QEMU may be stuck, or gone.
         let _ = tokio::time::timeout(RESTORE_LIMIT, self.settings.restore(&self.qmp)).await;
         self.service.store.journals.forget_settings(self.id);
+        self.service.prune();
         if end.state == State::Completed {
             self.service.received(&self.migration.shown().vm);
         }

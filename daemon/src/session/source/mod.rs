@@ -353,6 +353,7 @@ impl Session {
             _ => drop(tokio::time::timeout(RESTORE_LIMIT, restore).await),
         }
         self.service.store.journals.forget_settings(self.id);
+        self.service.prune();
         if let Some(fixed) = end
             .figures
             .fixed_downtime_ms
