@@ -45,6 +45,8 @@ pub(super) enum SourceEvent {
     Tick,
     /// A channel's thread takes up what is next in its queue.
     Work(ChannelId),
+    /// A channel has copied all of that batch.
+    Handed(u64),
     /// An answer to an output is ready.
     Answer(Box<source::Input>),
     /// The tracker is armed.

@@ -3,7 +3,7 @@
 //! The engines, the journal's format, the wire messages and the splitting of batches are the real ones. Around them are a
 //! guest whose pages know their versions (`ram`, `guest`), QEMUs, disks, daemons that can die at any output (`source`,
 //! `destination`) and a network that stalls, falls silent and breaks (`network`). A run is a function of its theme and
-//! seed: no clock, no thread, no hash order. [`Mistake`] lists classic mistakes that can be planted to show that the
+//! seed: no clock, no thread, no hash order. `mistake` lists classic mistakes that can be planted to show that the
 //! checker finds them.
 
 mod agenda;

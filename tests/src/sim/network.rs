@@ -49,15 +49,16 @@ impl Wires {
         !self.silent && self.stalled_until.is_none()
     }
 
-    /// A connection of `channels` channels: its ends at the source and at the destination.
+    /// A connection: the ends of its channels at the source, which send from the regions given for each, and at the
+    /// destination.
     pub(super) fn connect(
         &self,
-        channels: u16,
-        source: &Regions,
+        source: &[Regions],
         destination: &Regions,
     ) -> (Vec<MemChannel>, Vec<MemChannel>) {
-        (0..channels)
-            .map(|_| self.network.pair(source, destination))
+        source
+            .iter()
+            .map(|regions| self.network.pair(regions, destination))
             .unzip()
     }
 

@@ -91,6 +91,9 @@ pub(super) struct Plan {
     pub(super) habits: Habits,
     pub(super) network: Faults,
     pub(super) device_state: usize,
+    /// A channel copies what it is given and sends the copy later, as a socket does: a batch has been handed over long
+    /// before it lands. Otherwise it reads the guest's RAM piece by piece while it sends, and pages arrive torn.
+    pub(super) buffered: bool,
     /// The longest wait of a channel's thread before it takes up its next batch, in microseconds.
     pub(super) work_us: u64,
     pub(super) source: Host,
@@ -118,6 +121,7 @@ impl Plan {
             habits: habits(&mut rng, &blocks, direct_io),
             network: network(&mut rng, bytes),
             device_state: rng.index(100_000),
+            buffered: seed.stream("buffered").chance(500),
             work_us: rng.spread(1, 500),
             source: host(&mut rng, rough),
             destination: host(&mut rng, rough),

@@ -171,6 +171,14 @@ impl SimRam {
         }
     }
 
+    /// Copies `len` bytes at `offset` of a block from the same place in `other`.
+    pub(super) fn copy_from(&self, other: &SimRam, block: BlockId, offset: u64, len: u64) {
+        let index = usize::from(block.0);
+        self.blocks[index]
+            .heap
+            .copy_from(&other.blocks[index].heap, offset, len);
+    }
+
     /// A digest of the version words of all RAM: what the simulated device state remembers of the guest.
     pub(super) fn version_digest(&self, order: &[usize]) -> u64 {
         let mut digest = 0;

@@ -86,11 +86,9 @@ impl World {
     /// Runs to the end.
     pub(super) fn run(mut self) -> Outcome {
         let env = &mut self.env;
-        let (ours, theirs) = env.wires.connect(
-            env.plan.data_channels + 1,
-            &self.source.regions,
-            &self.destination.regions,
-        );
+        let (ours, theirs) = env
+            .wires
+            .connect(&self.source.regions, &self.destination.regions);
         self.destination.begin(env, theirs);
         self.source.begin(env, ours);
         let mut end = None;

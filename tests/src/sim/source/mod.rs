@@ -66,7 +66,8 @@ pub(super) struct SourceSide {
     pub(super) ram: Arc<SimRam>,
     pub(super) guest: Guest,
     pub(super) qemu: machine::Source,
-    pub(super) regions: Regions,
+    /// What each channel sends from.
+    pub(super) regions: Vec<Regions>,
     /// The state that the engine finished with last.
     pub(super) ended: Option<State>,
     /// It was in doubt.
@@ -85,6 +86,8 @@ pub(super) struct SourceSide {
     device_state: Vec<u8>,
     commit_sent: bool,
     first_holes: Option<Vec<Run>>,
+    /// Per data channel, if channels copy what they are given.
+    buffers: Vec<Arc<SimRam>>,
 }
 
 impl SourceSide {
@@ -93,15 +96,20 @@ impl SourceSide {
         let plan = &env.plan;
         let guest = Guest::new(ram.clone(), seed.stream("guest"), plan.habits, env.now());
         let order: Vec<usize> = (0..plan.blocks.len()).collect();
-        let regions = Regions::new();
-        ram.register(
-            &regions,
-            &order,
-            Access {
-                peer_writes: false,
-                peer_reads: false,
-            },
-        );
+        let copies = if plan.buffered { plan.data_channels } else { 0 };
+        let buffers: Vec<Arc<SimRam>> = (0..copies).map(|_| SimRam::new(&plan.blocks)).collect();
+        let access = Access {
+            peer_writes: false,
+            peer_reads: false,
+        };
+        let regions = (0..=usize::from(plan.data_channels))
+            .map(|channel| {
+                let regions = Regions::new();
+                let buffer = channel.checked_sub(1).and_then(|index| buffers.get(index));
+                buffer.unwrap_or(&ram).register(&regions, &order, access);
+                regions
+            })
+            .collect();
         SourceSide {
             tracker: SimTracker::new(ram.clone(), !env.errs(Mistake::ClearAfterRead)),
             ram,
@@ -120,6 +128,7 @@ impl SourceSide {
             device_state: Vec::new(),
             commit_sent: false,
             first_holes: None,
+            buffers,
         }
     }
 
@@ -186,6 +195,7 @@ impl SourceSide {
         match event {
             SourceEvent::Tick => self.tick(env),
             SourceEvent::Work(channel) => self.work(env, channel),
+            SourceEvent::Handed(batch) => self.batch_sent(env, batch),
             SourceEvent::Answer(input) => self.input(env, *input),
             SourceEvent::Arm => self.arm(env),
             SourceEvent::ListAfterArm => self.list_after_arm(env),

@@ -311,13 +311,27 @@ impl SourceSide {
         let count = operations.len();
         let daemon = self.daemon.as_mut().ok_or("the daemon is dead")?;
         daemon.batches.insert(id, (channel, batch, pushed));
-        operations
-            .into_iter()
-            .try_for_each(|op| self.enqueue(channel, op, Some(id)))?;
-        if count == 0 || env.errs(Mistake::EarlyBarrier) {
-            self.batch_sent(env, id);
+        // A copied batch is handed over when it is copied; another one when the network has read the last of it.
+        let counted = (!env.plan.buffered).then_some(id);
+        for op in operations {
+            self.copy_to_buffer(channel, &op);
+            self.enqueue(channel, op, counted)?;
+        }
+        if count == 0 || env.plan.buffered {
+            let delay = env.delay(env.plan.work_us);
+            self.event_after(env, delay, SourceEvent::Handed(id));
         }
         Ok(())
+    }
+
+    fn copy_to_buffer(&self, channel: ChannelId, op: &Op) {
+        let buffer = self.buffers.get(usize::from(channel.0).wrapping_sub(1));
+        if let (Some(buffer), Op::Write { region, extents }) = (buffer, op) {
+            let block = BlockId(u16::try_from(region.0).unwrap_or(u16::MAX));
+            for extent in extents {
+                buffer.copy_from(&self.ram, block, extent.offset, extent.len);
+            }
+        }
     }
 
     fn enqueue(&mut self, channel: ChannelId, op: Op, batch: Option<u64>) -> Result<(), String> {
@@ -365,7 +379,7 @@ impl SourceSide {
         }
         let (ours, theirs) = env
             .wires
-            .connect(1, &self.regions, &transport::Regions::new());
+            .connect(&self.regions[..1], &transport::Regions::new());
         env.incoming.extend(theirs);
         if let Some(daemon) = &mut self.daemon {
             daemon.control = ours.into_iter().next().map(Lane::new);

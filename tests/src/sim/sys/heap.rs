@@ -80,6 +80,15 @@ impl Heap {
         unsafe { self.address(offset, len).write_bytes(0, bytes) }
     }
 
+    /// Copies `len` bytes at `offset` from the same place in `other`.
+    pub(in crate::sim) fn copy_from(&self, other: &Heap, offset: u64, len: u64) {
+        let bytes = usize::try_from(len).unwrap_or(usize::MAX);
+        let (from, to) = (other.address(offset, len), self.address(offset, len));
+        // SAFETY: `address` checked that all of the bytes are inside on both sides; two heaps do not overlap, and a
+        // heap copied onto itself is copied in place, which `copy` allows.
+        unsafe { to.copy_from(from, bytes) }
+    }
+
     /// Whether `len` bytes at `offset`, both multiples of eight, are zero.
     pub(in crate::sim) fn is_zero(&self, offset: u64, len: u64) -> bool {
         (offset..offset + len)
@@ -119,6 +128,8 @@ mod tests {
         assert_eq!(one.word(4104), 7);
         assert_eq!(one.first_difference(&other), Some(4104));
         assert!(!one.is_zero(4096, 4096));
+        other.copy_from(&one, 4096, 4096);
+        assert_eq!(one.first_difference(&other), None);
         one.clear(4096, 4096);
         assert!(one.is_zero(0, 8192));
     }
