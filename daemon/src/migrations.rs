@@ -242,7 +242,8 @@ impl Migrations {
     pub fn add(&self, migration: &Arc<Migration>) -> Result<(), Uuid> {
         let mut map = self.lock();
         let Shown { vm, side, .. } = migration.shown();
-        if let Some(running) = map.values().find(|other| other.runs(&vm, side)) {
+        let running = map.values().find(|other| other.runs(&vm, side));
+        if let Some(running) = running.filter(|_| !migration.is_over()) {
             return Err(running.shown().id);
         }
         let key = map.keys().next_back().map_or(0, |last| last + 1);

@@ -1,6 +1,6 @@
 //! `pagecopy migrate`: begin, follow, tell the end.
 
-use pagecopy::engine::event::Figures;
+use pagecopy::engine::event::{Figures, State};
 use serde_json::{Value, json};
 
 use super::arguments::MigrateArguments;
@@ -14,34 +14,47 @@ use crate::units::{show_bytes, show_rate};
 /// Runs a migration to its end; returns the exit status.
 pub(super) async fn migrate(client: &Client, arguments: MigrateArguments) -> u8 {
     let json = arguments.json;
-    let mut id = None;
-    match follow(client, arguments, &mut id).await {
+    let mut seen = Seen::default();
+    match follow(client, arguments, &mut seen).await {
         Ok(finished) => exit_status(finished.status),
         Err(error) => {
+            // Cut off while the guest was being handed over, nobody here knows where it runs.
+            let status = if seen.completing {
+                State::InDoubt
+            } else {
+                State::Failed
+            };
             if json {
-                println!("{}", failed(id.as_deref(), &error));
+                println!("{}", cut_short(seen.id.as_deref(), status, &error));
             }
             eprintln!("pagecopy: {error}");
-            1
+            exit_status(status)
         }
     }
+}
+
+/// What was learnt of a migration before the connection to the daemon broke.
+#[derive(Debug, Default)]
+struct Seen {
+    id: Option<String>,
+    completing: bool,
 }
 
 async fn follow(
     client: &Client,
     arguments: MigrateArguments,
-    known: &mut Option<String>,
+    seen: &mut Seen,
 ) -> Result<Finished, CliError> {
     let (json, vm) = (arguments.json, arguments.vm.clone());
     let begun = client.post("/v1/migrations", &arguments.request()).await?;
     let Begun { id } = serde_json::from_value(begun).map_err(|error| misunderstood(&error))?;
-    let id = known.insert(id.to_string()).clone();
+    let id = seen.id.insert(id.to_string()).clone();
     let mut events = client.events(&id).await?;
     let mut progress = Progress::new(json, &vm, &id);
     let mut interrupted = false;
     loop {
         let event = tokio::select! {
-            event = events.next() => event?,
+            event = events.next() => event.map_err(|error| cut_off(&id, &error.what))?,
             _ = tokio::signal::ctrl_c() => {
                 if interrupted {
                     return Err(left_alone(&id));
@@ -54,9 +67,10 @@ async fn follow(
             }
         };
         let Some(event) = event else {
-            return Err(cut_off(&id));
+            return Err(cut_off(&id, "it has ended"));
         };
         progress.event(&event);
+        seen.completing |= event.get("state").and_then(Value::as_str) == Some("completing");
         if event.get("event").and_then(Value::as_str) == Some("finished") {
             let finished: Finished =
                 serde_json::from_value(event).map_err(|error| misunderstood(&error))?;
@@ -112,10 +126,10 @@ fn tell(vm: &str, finished: &Finished) {
 }
 
 /// The last line of `--json` when there is none from the daemon.
-fn failed(id: Option<&str>, error: &CliError) -> Value {
+fn cut_short(id: Option<&str>, status: State, error: &CliError) -> Value {
     let figures = serde_json::to_value(Figures::default()).unwrap_or(Value::Null);
     let mut event = json!({
-        "event": "finished", "id": id, "status": "failed", "mode": "precopy", "transport": null, "bytes_on_wire": 0,
+        "event": "finished", "id": id, "status": status, "mode": "precopy", "transport": null, "bytes_on_wire": 0,
         "error": error.to_string(), "remedy": error.remedy,
     });
     if let (Value::Object(event), Value::Object(figures)) = (&mut event, figures) {
@@ -131,12 +145,12 @@ fn misunderstood(error: &dyn std::fmt::Display) -> CliError {
     }
 }
 
-fn cut_off(id: &str) -> CliError {
+fn cut_off(id: &str, why: &str) -> CliError {
     CliError {
-        what: format!("pagecopyd ended during migration {id}"),
-        remedy:
-            "start it again: it takes the guest back, or asks the destination what became of it"
-                .to_owned(),
+        what: format!("pagecopyd can no longer be asked about migration {id}: {why}"),
+        remedy: "start pagecopyd again: it takes the guest back, or asks the destination what became of it; \
+                 `pagecopy status` tells"
+            .to_owned(),
     }
 }
 

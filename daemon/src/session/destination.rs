@@ -37,6 +37,9 @@ const REASON_GRACE: Duration = Duration::from_millis(30);
 /// How long QEMU may take to have its settings put back.
 const RESTORE_LIMIT: Duration = Duration::from_secs(5);
 
+/// Bytes that are allocated between two looks at whether it is still wanted.
+const ALLOCATE_AT_ONCE: u64 = 32 << 20;
+
 /// All that a session starts from, besides its engine.
 pub(crate) struct Parts {
     pub(crate) id: MigrationId,
@@ -305,11 +308,11 @@ impl Session {
         };
         let (sender, stop) = (self.sender.clone(), Arc::clone(&self.stop_allocating));
         self.allocator.run(move || {
-            for run in runs {
+            for piece in runs.iter().flat_map(|run| pieces(*run, &memory.specs)) {
                 if stop.load(Ordering::Relaxed) {
                     return;
                 }
-                if let Err(error) = memory.placer.allocate(run) {
+                if let Err(error) = memory.placer.allocate(piece) {
                     // A session that has ended needs no answer.
                     let _ = sender.send(Input::HostFailed(allocation_failure(&error)));
                     return;
@@ -453,6 +456,21 @@ fn clear_and_register(memory: &Memory, regions: &Regions) -> Result<(), Failure>
     Ok(())
 }
 
+/// A run in pieces of at most [`ALLOCATE_AT_ONCE`], so that allocating can be broken off.
+fn pieces(run: Run, specs: &[BlockSpec]) -> impl Iterator<Item = Run> {
+    let page_size = specs
+        .get(usize::from(run.block.0))
+        .map_or(1, |spec| spec.page_size);
+    let most = (ALLOCATE_AT_ONCE / page_size).max(1);
+    (run.first..run.end())
+        .step_by(usize::try_from(most).unwrap_or(usize::MAX))
+        .map(move |first| Run {
+            first,
+            pages: most.min(run.end() - first),
+            ..run
+        })
+}
+
 fn allocation_failure(error: &std::io::Error) -> Failure {
     host(
         format!("there is not enough memory for the guest: {error}"),
@@ -466,4 +484,35 @@ fn superseded() -> Failure {
         "the source has lost this connection and asks on a new one",
         "",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_a_run_exactly() {
+        let spec = BlockSpec {
+            name: "ram".to_owned(),
+            size: 1 << 30,
+            page_size: 4096,
+        };
+        let run = Run {
+            block: BlockId(0),
+            first: 5,
+            pages: 20_000,
+        };
+        let pieces: Vec<Run> = pieces(run, &[spec]).collect();
+        assert_eq!(
+            pieces.iter().map(|piece| piece.pages).collect::<Vec<_>>(),
+            [8192, 8192, 3616]
+        );
+        assert_eq!(pieces.first().map(|piece| piece.first), Some(5));
+        assert!(
+            pieces
+                .windows(2)
+                .all(|pair| matches!(pair, [a, b] if a.end() == b.first))
+        );
+        assert_eq!(pieces.last().map(Run::end), Some(run.end()));
+    }
 }

@@ -9,6 +9,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{Outcome, Record, Side, outcome};
 use pagecopy::engine::source::{Options, Setup, Source};
 use pagecopy::engine::{MigrationId, Timeouts};
@@ -20,8 +21,8 @@ use super::arrive::Over;
 use super::begin::{DOWNTIME_LIMIT, MAX_ROUNDS};
 use super::source::{Parts, Session};
 use crate::dial::Target;
-use crate::failure::Shown;
-use crate::migrations::Migration;
+use crate::failure::{Shown, host};
+use crate::migrations::{Finished, Migration};
 use crate::qmp::Qmp;
 use crate::service::Service;
 
@@ -58,7 +59,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         return;
     };
     if ended || found == Outcome::Here {
-        return;
+        return show_ended(service, id, records);
     }
     let uuid = Uuid::from_bytes(id.0);
     tracing::warn!(id = %uuid, vm, outcome = ?found, "a migration from here was cut off by the end of the daemon");
@@ -127,6 +128,7 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         Outcome::Open => {
             tracing::warn!(id = %uuid, vm, "a migration to here was cut off before its commit: aborted");
             append(service, id, &Record::Aborted);
+            show_ended(service, id, &[records, &[Record::Aborted]].concat());
             let (service, qmp) = (Arc::clone(service), qmp.clone());
             tokio::spawn(async move { put_settings_back(&service, id, qmp.as_ref()).await });
         }
@@ -135,8 +137,43 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
             let (service, qmp) = (Arc::clone(service), qmp.clone());
             tokio::spawn(async move { record_if_running(&service, id, qmp.as_ref()).await });
         }
-        _ => {}
+        _ => show_ended(service, id, records),
     }
+}
+
+/// Makes a migration that has ended visible again, as far as its journal tells.
+fn show_ended(service: &Service, id: MigrationId, records: &[Record]) {
+    let Some(Record::Begun {
+        side,
+        vm,
+        qmp,
+        peer,
+        ..
+    }) = records.first()
+    else {
+        return;
+    };
+    let (migration, _) = Migration::new(id, vm, *side, peer, qmp.into());
+    migration.over();
+    if service.migrations.add(&migration).is_err() {
+        return;
+    }
+    let (state, failure) = match outcome(records) {
+        Outcome::Here => (State::Completed, None),
+        _ => (
+            State::Failed,
+            Some(host(
+                "it ended before pagecopyd was started anew",
+                "see the log of that time",
+            )),
+        ),
+    };
+    migration.finish(Finished::new(
+        id,
+        state,
+        failure.as_ref(),
+        Figures::default(),
+    ));
 }
 
 /// The waiting QEMU has not been touched otherwise.
