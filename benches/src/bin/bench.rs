@@ -23,7 +23,6 @@ use tests::real::{
 };
 
 const CHANNELS: &str = "2";
-const DOWNTIME_LIMIT_MS: u32 = 300;
 const PORT: u16 = 4444;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +56,7 @@ struct Options {
     mib: u64,
     rate: u32,
     set: u32,
+    limit_ms: u32,
     json: Option<String>,
 }
 
@@ -66,6 +66,7 @@ fn options() -> Result<Options, String> {
         mib: 1024,
         rate: 50,
         set: 256,
+        limit_ms: 300,
         json: None,
     };
     let mut words = std::env::args().skip(1);
@@ -77,6 +78,9 @@ fn options() -> Result<Options, String> {
             "--mib" => options.mib = value.parse().map_err(bad)?,
             "--rate" => options.rate = value.parse().map_err(bad)?,
             "--set" => options.set = value.parse().map_err(bad)?,
+            "--downtime-limit" => {
+                options.limit_ms = value.trim_end_matches("ms").parse().map_err(bad)?
+            }
             "--json" => options.json = Some(value),
             _ => return Err(format!("unknown option {word}")),
         }
@@ -89,21 +93,21 @@ fn main() -> ExitCode {
         Ok(options) => options,
         Err(error) => {
             eprintln!(
-                "error: {error}\nusage: bench [--pairs N] [--mib N] [--rate MB/s] [--set MiB] [--json FILE]"
+                "error: {error}\nusage: bench [--pairs N] [--mib N] [--rate MB/s] [--set MiB] [--downtime-limit MS] [--json FILE]"
             );
             return ExitCode::FAILURE;
         }
     };
     println!(
-        "{} MiB of random words, {} MB/s dirtied over {} MiB, {} migrations each",
-        options.mib, options.rate, options.set, options.pairs
+        "{} MiB of random words, {} MB/s dirtied over {} MiB, downtime limit {} ms, {} migrations each",
+        options.mib, options.rate, options.set, options.limit_ms, options.pairs
     );
     let guest = format!("rate={} set={}", options.rate, options.set);
     let machine = Machine::new(Version::V10_0, options.mib, &guest);
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); Contender::ALL.len()];
     for pair in 0..options.pairs {
         for (contender, samples) in Contender::ALL.into_iter().zip(&mut samples) {
-            let sample = run(contender, &machine);
+            let sample = run(contender, &machine, options.limit_ms);
             println!("{pair:>3} {:<24} {}", contender.name(), to_json(&sample));
             samples.push(sample);
         }
@@ -119,7 +123,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn run(contender: Contender, machine: &Machine) -> Sample {
+fn run(contender: Contender, machine: &Machine, limit_ms: u32) -> Sample {
     let world = match contender {
         Contender::OursTls => World::tls(),
         _ => World::plain(),
@@ -166,11 +170,11 @@ fn run(contender: Contender, machine: &Machine) -> Sample {
             .receive("vm", destination.socket())
             .expect("the destination takes the guest");
     } else {
-        prepare_qemu(&mut source, &mut destination, tls);
+        prepare_qemu(&mut source, &mut destination, tls, limit_ms);
     }
     let (cpu_before, bytes_before, begun) = (cpu(), bytes(), Instant::now());
     if ours_moves {
-        let limit = format!("{DOWNTIME_LIMIT_MS}ms");
+        let limit = format!("{limit_ms}ms");
         let options = ["--channels", CHANNELS, "--downtime-limit", &limit];
         world
             .cli(Side::A)
@@ -206,11 +210,11 @@ fn run(contender: Contender, machine: &Machine) -> Sample {
 }
 
 /// QEMU's own migration, as fast as its settings allow.
-fn prepare_qemu(source: &mut Qemu, destination: &mut Qemu, tls: bool) {
+fn prepare_qemu(source: &mut Qemu, destination: &mut Qemu, tls: bool, limit_ms: u32) {
     let mut parameters = json!({
         "multifd-channels": 2,
         "max-bandwidth": 1_u64 << 40,
-        "downtime-limit": DOWNTIME_LIMIT_MS,
+        "downtime-limit": limit_ms,
     });
     if tls {
         parameters["tls-creds"] = json!("tls0");
@@ -304,6 +308,7 @@ fn report(options: &Options, samples: &[Vec<Sample>]) -> Value {
         "mib": options.mib,
         "rate_mb_s": options.rate,
         "set_mib": options.set,
+        "downtime_limit_ms": options.limit_ms,
         "contenders": contenders,
     })
 }
