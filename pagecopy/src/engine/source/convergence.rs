@@ -359,7 +359,8 @@ mod tests {
 
     #[test]
     fn within_the_limit_a_round_is_added_only_if_limits_leave_room_for_it() {
-        let limits: [(fn(&mut Options), Decision); 3] = [
+        type Change = fn(&mut Options);
+        let limits: [(Change, Decision); 3] = [
             (|_| {}, Decision::NextRound),
             (|options| options.max_rounds = 2, Decision::SwitchOver),
             (
