@@ -53,6 +53,14 @@ pub(super) async fn cancel(
     Path(id): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     let migration = find(&service, &id)?;
+    if migration.shown().state == MigrationState::InDoubt {
+        return Err(ApiError::conflict(&operator(
+            format!(
+                "migration {id} is in doubt: the destination may run the guest, so it cannot be cancelled"
+            ),
+            "wait until the destination can be asked, or decide with `pagecopy resolve`",
+        )));
+    }
     if migration.is_over() || !migration.request(Request::Cancel) {
         return Err(ApiError::conflict(&operator(
             format!("migration {id} has ended already"),

@@ -90,7 +90,7 @@ pub struct MigrateArguments {
     /// QMP socket of the QEMU that runs the guest
     #[arg(long, value_name = "SOCKET")]
     pub qmp: PathBuf,
-    /// The other host's pagecopyd; HOST is a name, an IPv4 address or an [IPv6] address
+    /// The other host's pagecopyd; HOST is a name, an IPv4 address, or an IPv6 address in brackets
     #[arg(long, value_name = "HOST:PORT")]
     pub to: String,
     /// How the pages move

@@ -1,7 +1,7 @@
 //! Sessions: one for each migration and side, which owns an engine, tells it what happens and does what it decides.
 //!
 //! A session is one task. Whatever takes time is done elsewhere and comes back as an input: QEMU's orders in tasks, the
-//! pages in the lanes' threads, scans and journal records in a [`Worker`] each, which keeps their order.
+//! pages in the lanes' threads, scans and journal records in a worker thread each, which keeps their order.
 
 pub(crate) mod arrive;
 pub(crate) mod begin;

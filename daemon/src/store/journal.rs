@@ -133,7 +133,7 @@ impl Journals {
         Ok(found.into_iter().map(|(_, id, side)| (id, side)).collect())
     }
 
-    /// Removes the oldest journals of ended migrations, down to [`KEPT`].
+    /// Removes the oldest journals of ended migrations; the latest hundred stay.
     ///
     /// # Errors
     /// The directory cannot be read or written.
