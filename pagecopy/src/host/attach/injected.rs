@@ -1,54 +1,22 @@
 //! One thread of another process, stopped, that executes system calls for us. x86-64.
+//!
+//! Runs in a [`survivor`](crate::host::sys::survivor) and obeys its rules: no allocation, no lock, no panic, no logging.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::time::Instant;
 
-use crate::host::TrackError;
-use crate::host::process::{self, Process};
+use super::code::Code;
+use super::fault::Fault;
+use super::net::Net;
+use crate::host::process::Process;
 use crate::host::sys::ptrace::{Registers, Stop, Traced};
 
-/// The instruction `syscall`.
-const SYSCALL: [u8; 2] = [0x0F, 0x05];
 /// The code segment of 64-bit programs.
 const USER_CS: u64 = 0x33;
 /// `orig_rax` of a thread that is not in a system call: the kernel restarts nothing.
-const NO_SYSCALL: u64 = u64::MAX;
+pub(super) const NO_SYSCALL: u64 = u64::MAX;
 /// Signals, or restartable sequences, that may come in between before the attach is given up.
 const MAX_RETRIES: u32 = 64;
-/// Most bytes of code looked through for the instruction.
-const MAX_CODE: u64 = 4 << 20;
-
-/// Address of a `syscall` instruction in process `pid`. The vDSO has one; a C library has many.
-pub(super) fn find_syscall(pid: i32) -> Result<u64, TrackError> {
-    let failed =
-        |error| process::proc_error(pid, "looking for a system call instruction in QEMU", error);
-    let mut code = process::maps(pid).map_err(failed)?;
-    code.retain(|mapping| mapping.executable && mapping.name.as_os_str() != "[vsyscall]");
-    // The vDSO first: it is small, always there and never unmapped.
-    code.sort_by_key(|mapping| mapping.name.as_os_str() != "[vdso]");
-    let memory = File::open(format!("/proc/{pid}/mem")).map_err(failed)?;
-    let mut bytes = Vec::new();
-    for mapping in code {
-        let len = (mapping.addresses.end - mapping.addresses.start).min(MAX_CODE);
-        bytes.resize(usize::try_from(len).unwrap_or(0), 0);
-        if memory
-            .read_exact_at(&mut bytes, mapping.addresses.start)
-            .is_err()
-        {
-            continue;
-        }
-        if let Some(at) = bytes
-            .windows(SYSCALL.len())
-            .position(|window| window == SYSCALL)
-        {
-            return Ok(mapping.addresses.start + at as u64);
-        }
-    }
-    Err(TrackError::Memory(
-        "no system call instruction was found in QEMU's code; is it a 64-bit x86 program?".into(),
-    ))
-}
 
 /// Where the thread is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,177 +31,180 @@ enum Place {
     Released,
 }
 
-/// A traced main thread of a process. However it is dropped, the thread gets its registers back and goes on.
+/// A traced main thread of a process. However it is dropped, the thread gets its registers back; one that stands still
+/// goes on then, and one that runs is let go of by the kernel when the tracing process ends.
 #[derive(Debug)]
 pub(super) struct StoppedThread<'a> {
-    process: &'a Process,
     traced: Traced,
+    code: Code,
+    /// Room for the safety net, prepared by the caller.
+    net: &'a mut Net,
     place: Place,
     /// The thread's own registers; meaningful while `Borrowed`.
     own: Option<Registers>,
+    /// Until when the thread may take to stop.
+    deadline: Instant,
 }
 
 impl<'a> StoppedThread<'a> {
     /// Starts tracing; the thread still runs.
-    pub(super) fn seize(process: &'a Process) -> Result<StoppedThread<'a>, TrackError> {
-        let pid = process.pid();
-        if let Some(tracer) = process::tracer_of(pid) {
-            return Err(traced_already(pid, &tracer));
-        }
-        let traced = Traced::seize(pid).map_err(|error| match error.raw_os_error() {
-            Some(libc::ESRCH) => TrackError::Gone(pid),
-            Some(libc::EPERM) => match process::tracer_of(pid) {
-                Some(tracer) => traced_already(pid, &tracer),
-                None => TrackError::Permission(not_permitted(pid)),
-            },
-            _ => TrackError::System {
-                what: "tracing QEMU's main thread",
-                source: error,
-            },
-        })?;
-        let thread = StoppedThread {
-            process,
-            traced,
-            place: Place::Running,
-            own: None,
-        };
+    pub(super) fn seize(
+        process: &Process,
+        code: Code,
+        net: &'a mut Net,
+        deadline: Instant,
+    ) -> Result<StoppedThread<'a>, Fault> {
+        let traced = Traced::seize(process.pid()).map_err(|error| Fault::Seize(number(&error)))?;
         // The id was looked up a second time by `seize`. It still means the process that is held, if that one lives.
         if !process.is_alive() {
-            return Err(TrackError::Gone(pid));
+            return Err(Fault::Gone);
         }
-        Ok(thread)
+        Ok(StoppedThread {
+            traced,
+            code,
+            net,
+            place: Place::Running,
+            own: None,
+            deadline,
+        })
     }
 
     /// Stops the thread where it can be given other registers.
-    pub(super) fn stop(&mut self) -> Result<(), TrackError> {
+    pub(super) fn stop(&mut self) -> Result<(), Fault> {
         for _ in 0..MAX_RETRIES {
             match self.place {
                 Place::Running => self.interrupt()?,
                 // Its handler runs first, on the thread's own registers.
                 Place::Stopped(signal) if signal != 0 => self.resume(signal)?,
                 Place::Stopped(_) => {
-                    let registers = self.registers()?;
+                    let registers = self.traced.registers().map_err(trace)?;
                     if registers.cs != USER_CS {
-                        return Err(TrackError::Memory("QEMU is not a 64-bit program".into()));
+                        return Err(Fault::Not64Bit);
                     }
                     if !self.in_restartable_sequence(&registers) {
                         self.own = Some(registers);
+                        self.net.spread(&self.traced, self.code.net, &registers);
                         return Ok(());
                     }
                     self.resume(0)?;
                 }
                 Place::Borrowed => self.give_back()?,
-                Place::Released => return Err(TrackError::Gone(self.process.pid())),
+                Place::Released => return Err(Fault::Gone),
             }
         }
-        Err(TrackError::Busy(
-            "QEMU's main thread is flooded with signals; try again".into(),
-        ))
+        Err(Fault::Signals)
     }
 
-    /// Has the stopped thread execute system call `number` with one argument, and gives the answer.
-    pub(super) fn call(
-        &mut self,
-        instruction: u64,
-        number: i64,
-        argument: u64,
-    ) -> Result<i64, TrackError> {
+    /// Has the stopped thread execute system call `call` with one argument, and gives the answer.
+    pub(super) fn call(&mut self, call: i64, argument: u64) -> Result<i64, Fault> {
         for _ in 0..MAX_RETRIES {
             if self.place != Place::Stopped(0) {
                 self.stop()?;
             }
             let Some(own) = self.own else {
-                return Err(TrackError::Gone(self.process.pid()));
+                return Err(Fault::Gone);
             };
+            let (rip, rsp) = self.net.start().unwrap_or((self.code.call, own.rsp));
             let borrowed = Registers {
-                rip: instruction,
-                rax: number.cast_unsigned(),
+                rip,
+                rsp,
+                rax: call.cast_unsigned(),
                 rdi: argument,
                 orig_rax: NO_SYSCALL,
                 ..own
             };
             self.place = Place::Borrowed;
-            self.check(self.traced.set_registers(&borrowed))?;
-            self.check(self.traced.step())?;
-            let stop = self.check(self.traced.wait())?;
-            if stop == Stop::Gone {
-                self.place = Place::Released;
-                return Err(TrackError::Gone(self.process.pid()));
-            }
-            let after = self.registers()?;
-            self.give_back()?;
-            if let Stop::Signal(signal) = stop {
-                self.place = Place::Stopped(signal);
-            }
-            // `syscall` changes the instruction pointer only when it is executed.
-            if after.rip != instruction {
-                return Ok(after.rax.cast_signed());
+            self.traced.set_registers(&borrowed).map_err(trace)?;
+            if let Some(answer) = self.execute()? {
+                return Ok(answer);
             }
         }
-        Err(TrackError::Busy(
-            "QEMU's main thread is flooded with signals; try again".into(),
-        ))
+        Err(Fault::Signals)
+    }
+
+    /// Lets the thread, which stands at the call, execute it; `None` when a signal came first. Its own registers are back
+    /// in place afterwards.
+    ///
+    /// Not by a single step: a thread whose tracer dies keeps the trap flag, and dies of the trap.
+    fn execute(&mut self) -> Result<Option<i64>, Fault> {
+        self.traced.resume_to_call().map_err(trace)?;
+        let mut stop = self.wait(None)?;
+        let mut answer = None;
+        if stop == Stop::Call {
+            // The stop that this asks for comes right after the call. Unlike a stop at the call's end it is one where the
+            // kernel restarts an interrupted call when the thread goes on with its own registers.
+            self.traced.interrupt().map_err(trace)?;
+            self.traced.resume(0).map_err(trace)?;
+            stop = self.wait(None)?;
+            let after = self.traced.registers().map_err(trace)?;
+            answer = Some(after.rax.cast_signed());
+        }
+        self.give_back()?;
+        if let Stop::Signal(signal) = stop {
+            self.place = Place::Stopped(signal);
+        }
+        Ok(answer)
     }
 
     /// Lets the thread go.
-    pub(super) fn release(mut self) -> Result<(), TrackError> {
+    pub(super) fn release(mut self) -> Result<(), Fault> {
         self.let_go()
     }
 
-    fn let_go(&mut self) -> Result<(), TrackError> {
+    fn let_go(&mut self) -> Result<(), Fault> {
         if self.place == Place::Borrowed {
             self.give_back()?;
         }
-        if self.place == Place::Running {
-            // Only a stopped thread can be detached from.
-            self.interrupt()?;
-        }
         if let Place::Stopped(signal) = self.place {
-            self.check(self.traced.detach(signal))?;
+            self.traced.detach(signal).map_err(trace)?;
             self.place = Place::Released;
         }
         Ok(())
     }
 
     /// Asks for a stop and waits for one.
-    fn interrupt(&mut self) -> Result<(), TrackError> {
-        self.check(self.traced.interrupt())?;
-        self.place = match self.check(self.traced.wait())? {
+    fn interrupt(&mut self) -> Result<(), Fault> {
+        self.traced.interrupt().map_err(trace)?;
+        self.place = match self.wait(Some(self.deadline))? {
             Stop::Interrupt => Place::Stopped(0),
-            // Not one of ours: somebody else's SIGTRAP, which the thread is to have.
-            Stop::Trap => Place::Stopped(libc::SIGTRAP),
             Stop::Signal(signal) => Place::Stopped(signal),
             Stop::Group(signal) => {
                 self.place = Place::Stopped(0);
-                return Err(TrackError::Busy(format!(
-                    "QEMU's process was stopped by signal {signal}; let it go on with SIGCONT, then try again"
-                )));
+                return Err(Fault::Halted(signal));
             }
-            Stop::Gone => {
-                self.place = Place::Released;
-                return Err(TrackError::Gone(self.process.pid()));
-            }
+            // Of a kind that was not asked for; there is nothing to deliver.
+            Stop::Call => Place::Stopped(0),
+            Stop::Gone => return Err(Fault::Gone),
         };
         Ok(())
     }
 
-    fn resume(&mut self, signal: i32) -> Result<(), TrackError> {
-        self.check(self.traced.resume(signal))?;
+    /// The next stop. The thread keeps its place, but for its end.
+    fn wait(&mut self, deadline: Option<Instant>) -> Result<Stop, Fault> {
+        match self.traced.wait(deadline) {
+            Ok(Stop::Gone) => {
+                self.place = Place::Released;
+                Err(Fault::Gone)
+            }
+            Ok(stop) => Ok(stop),
+            Err(error) if error.raw_os_error() == Some(libc::ETIMEDOUT) => Err(Fault::Blocked),
+            Err(error) => Err(trace(error)),
+        }
+    }
+
+    fn resume(&mut self, signal: i32) -> Result<(), Fault> {
+        self.traced.resume(signal).map_err(trace)?;
         self.place = Place::Running;
         Ok(())
     }
 
     /// Gives the thread its own registers back.
-    fn give_back(&mut self) -> Result<(), TrackError> {
+    fn give_back(&mut self) -> Result<(), Fault> {
         if let Some(own) = &self.own {
-            self.check(self.traced.set_registers(own))?;
+            self.traced.set_registers(own).map_err(trace)?;
         }
         self.place = Place::Stopped(0);
         Ok(())
-    }
-
-    fn registers(&self) -> Result<Registers, TrackError> {
-        self.check(self.traced.registers())
     }
 
     /// Whether the thread is inside a restartable sequence (glibc's per-CPU operations): moving its instruction pointer
@@ -247,49 +218,21 @@ impl<'a> StoppedThread<'a> {
         };
         // `rseq_cs` is at offset 8 of `struct rseq`; not zero while a sequence may be under way.
         let mut section = [0; 8];
-        File::open(format!("/proc/{}/mem", self.process.pid()))
-            .and_then(|memory| memory.read_exact_at(&mut section, area + 8))
-            .is_ok_and(|()| section != [0; 8])
-    }
-
-    /// An error of ptrace in words: the thread can end at any time.
-    fn check<T>(&self, result: io::Result<T>) -> Result<T, TrackError> {
-        result.map_err(|source| match source.raw_os_error() {
-            Some(libc::ESRCH) => TrackError::Gone(self.process.pid()),
-            _ => TrackError::System {
-                what: "tracing QEMU's main thread",
-                source,
-            },
-        })
+        self.traced.read_memory(area + 8, &mut section) && section != [0; 8]
     }
 }
 
 impl Drop for StoppedThread<'_> {
     fn drop(&mut self) {
-        // Errors mean that the thread has ended. And the kernel detaches when the tracing thread ends.
+        // Errors mean that the thread has ended.
         let _ = self.let_go();
     }
 }
 
-fn traced_already(pid: i32, tracer: &process::ProcessName) -> TrackError {
-    TrackError::Busy(format!(
-        "QEMU (process {pid}) is traced by {} (process {}); end that first",
-        tracer.name, tracer.pid
-    ))
+fn number(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(0)
 }
 
-/// Why tracing may be refused.
-fn not_permitted(pid: i32) -> String {
-    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
-    let yama = match scope.trim() {
-        "3" => {
-            "; kernel.yama.ptrace_scope is 3, which forbids tracing altogether until the next boot"
-        }
-        "1" | "2" => "; kernel.yama.ptrace_scope asks for that capability, too",
-        _ => "",
-    };
-    format!(
-        "tracing process {pid} was refused; the daemon needs CAP_SYS_PTRACE in QEMU's user namespace, and no security policy \
-         (SELinux, AppArmor) against it{yama}"
-    )
+fn trace(error: io::Error) -> Fault {
+    Fault::Trace(number(&error))
 }

@@ -7,6 +7,8 @@ pub(crate) mod map;
 pub(crate) mod pagemap;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod ptrace;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod survivor;
 pub(crate) mod uffd;
 pub(crate) mod zero;
 

@@ -2,11 +2,20 @@
 //!
 //! The kernel ties a traced thread to the *thread* that traces it: all calls on one [`Traced`] come from the thread that
 //! made it (the type is neither `Send` nor `Sync`).
+//!
+//! Nothing here allocates or takes a lock, the errors included: it runs in a [`survivor`](super::survivor).
 
 use std::io;
 use std::marker::PhantomData;
 use std::ptr;
+use std::time::{Duration, Instant};
 
+/// `NT_X86_XSTATE`: the vector registers, as XSAVE lays them out.
+const NT_X86_XSTATE: usize = 0x202;
+/// `NT_X86_SHSTK`: there is one only for a thread with a shadow stack. Since Linux 6.6.
+const NT_X86_SHSTK: usize = 0x204;
+/// The longest uninterrupted wait for a stop that has a deadline: should its signal ever be missing, this is the delay.
+const LONGEST_NAP: Duration = Duration::from_millis(20);
 /// `PTRACE_GET_RSEQ_CONFIGURATION`, since Linux 5.13.
 const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420F;
 
@@ -31,8 +40,8 @@ pub(crate) type Registers = libc::user_regs_struct;
 pub(crate) enum Stop {
     /// By our interrupt.
     Interrupt,
-    /// By a single step (or by a SIGTRAP of somebody else: the registers tell).
-    Trap,
+    /// About to execute a system call.
+    Call,
     /// A signal is about to be delivered; resuming must pass it on.
     Signal(i32),
     /// The whole process was stopped by a signal (SIGSTOP and the like).
@@ -49,28 +58,39 @@ pub(crate) struct Traced {
 }
 
 impl Traced {
-    /// `PTRACE_SEIZE` without options: the thread goes on, and would go on if this process were killed.
+    /// `PTRACE_SEIZE`: the thread goes on, and would go on if this process were killed.
     pub(crate) fn seize(tid: i32) -> io::Result<Traced> {
-        request(libc::PTRACE_SEIZE, tid, 0, 0)?;
+        // So that a stop at a system call differs from a SIGTRAP. `PTRACE_O_EXITKILL` is what must not be set.
+        let options = usize::try_from(libc::PTRACE_O_TRACESYSGOOD).unwrap_or(0);
+        request(libc::PTRACE_SEIZE, tid, 0, options)?;
         Ok(Traced {
             tid,
             _one_thread: PhantomData,
         })
     }
 
-    /// `PTRACE_INTERRUPT`: a stop will follow.
+    /// `PTRACE_INTERRUPT`: a stop will follow, also when the thread stands still and is resumed.
     pub(crate) fn interrupt(&self) -> io::Result<()> {
         request(libc::PTRACE_INTERRUPT, self.tid, 0, 0)
     }
 
-    /// Waits for the next stop.
-    pub(crate) fn wait(&self) -> io::Result<Stop> {
-        let mut status = 0;
+    /// Waits for the next stop, until `deadline` (`ETIMEDOUT`) if there is one.
+    pub(crate) fn wait(&self, deadline: Option<Instant>) -> io::Result<Stop> {
+        let options = libc::__WALL | deadline.map_or(0, |_| libc::WNOHANG);
         loop {
+            let mut status = 0;
             // SAFETY: `status` is a local integer that the call fills.
-            let result = unsafe { libc::waitpid(self.tid, &raw mut status, libc::__WALL) };
+            let result = unsafe { libc::waitpid(self.tid, &raw mut status, options) };
             if result == self.tid {
                 return Ok(stop_of(status));
+            }
+            if let (0, Some(deadline)) = (result, deadline) {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
+                }
+                sleep_until_child_signal(left.min(LONGEST_NAP));
+                continue;
             }
             let error = io::Error::last_os_error();
             match error.raw_os_error() {
@@ -104,9 +124,9 @@ impl Traced {
         )
     }
 
-    /// Lets the thread execute one instruction; a stop will follow.
-    pub(crate) fn step(&self) -> io::Result<()> {
-        request(libc::PTRACE_SINGLESTEP, self.tid, 0, 0)
+    /// Lets the thread go on until its next system call.
+    pub(crate) fn resume_to_call(&self) -> io::Result<()> {
+        request(libc::PTRACE_SYSCALL, self.tid, 0, 0)
     }
 
     /// Lets the thread go on, still traced, with `signal` delivered (0 is none).
@@ -144,7 +164,97 @@ impl Traced {
         .ok()?;
         (configuration.pointer != 0).then_some(configuration.pointer)
     }
+
+    /// Reads the vector registers of the stopped thread, in the layout of XSAVE, into `state`; the bytes that there are.
+    pub(crate) fn vector_state(&self, state: &mut [u8]) -> io::Result<usize> {
+        let mut vector = libc::iovec {
+            iov_base: state.as_mut_ptr().cast(),
+            iov_len: state.len(),
+        };
+        let data = (&raw mut vector) as usize;
+        request(libc::PTRACE_GETREGSET, self.tid, NT_X86_XSTATE, data)?;
+        Ok(vector.iov_len.min(state.len()))
+    }
+
+    /// Whether the thread has a shadow stack of return addresses.
+    pub(crate) fn has_shadow_stack(&self) -> bool {
+        let mut pointer = 0_u64;
+        let mut vector = libc::iovec {
+            iov_base: (&raw mut pointer).cast(),
+            iov_len: size_of::<u64>(),
+        };
+        let data = (&raw mut vector) as usize;
+        request(libc::PTRACE_GETREGSET, self.tid, NT_X86_SHSTK, data).is_ok()
+    }
+
+    /// The signals that the stopped thread has blocked, one bit each.
+    pub(crate) fn signal_mask(&self) -> io::Result<u64> {
+        let mut mask = 0_u64;
+        let data = (&raw mut mask) as usize;
+        request(libc::PTRACE_GETSIGMASK, self.tid, size_of::<u64>(), data)?;
+        Ok(mask)
+    }
+
+    /// Reads the process's memory at `address`; false when not all of it is there.
+    pub(crate) fn read_memory(&self, address: u64, into: &mut [u8]) -> bool {
+        let (ours, theirs) = (
+            vector_of(into.as_mut_ptr(), into.len()),
+            at(address, into.len()),
+        );
+        // SAFETY: our side is `into`; the other process's memory is only read.
+        let read = unsafe {
+            libc::process_vm_readv(self.tid, &raw const ours, 1, &raw const theirs, 1, 0)
+        };
+        usize::try_from(read) == Ok(into.len())
+    }
+
+    /// Writes the process's memory at `address` where the process itself could; false when that was not possible for all
+    /// of it.
+    pub(crate) fn write_memory(&self, address: u64, from: &[u8]) -> bool {
+        let (ours, theirs) = (
+            vector_of(from.as_ptr().cast_mut(), from.len()),
+            at(address, from.len()),
+        );
+        // SAFETY: our side is `from`, only read. What is written in the other process is the business of `attach`.
+        let written = unsafe {
+            libc::process_vm_writev(self.tid, &raw const ours, 1, &raw const theirs, 1, 0)
+        };
+        usize::try_from(written) == Ok(from.len())
+    }
 }
+
+fn vector_of(base: *mut u8, len: usize) -> libc::iovec {
+    libc::iovec {
+        iov_base: base.cast(),
+        iov_len: len,
+    }
+}
+
+/// A range of the other process, whose addresses are plain numbers here.
+fn at(address: u64, len: usize) -> libc::iovec {
+    vector_of(
+        ptr::without_provenance_mut(usize::try_from(address).unwrap_or(0)),
+        len,
+    )
+}
+
+/// Sleeps until a child changes state, at most for `limit`. The caller has SIGCHLD blocked, so none is missed.
+fn sleep_until_child_signal(limit: Duration) {
+    let time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: limit.min(Duration::from_millis(999)).subsec_nanos().into(),
+    };
+    // SAFETY: all three structures are local, and the set is initialised by `sigemptyset`.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        libc::sigtimedwait(&raw const set, ptr::null_mut(), &raw const time);
+    }
+}
+
+/// The signal number of a stop at a system call, by `PTRACE_O_TRACESYSGOOD`.
+const CALL: i32 = libc::SIGTRAP | 0x80;
 
 /// What `waitpid` said.
 fn stop_of(status: i32) -> Stop {
@@ -155,7 +265,7 @@ fn stop_of(status: i32) -> Stop {
     match (status >> 16, signal) {
         (libc::PTRACE_EVENT_STOP, libc::SIGTRAP) => Stop::Interrupt,
         (libc::PTRACE_EVENT_STOP, _) => Stop::Group(signal),
-        (_, libc::SIGTRAP) => Stop::Trap,
+        (_, CALL) => Stop::Call,
         _ => Stop::Signal(signal),
     }
 }
@@ -163,7 +273,7 @@ fn stop_of(status: i32) -> Stop {
 /// One ptrace request whose answer is success or an error.
 fn request(request: libc::c_uint, tid: i32, address: usize, data: usize) -> io::Result<()> {
     // SAFETY: the requests used in this file read or write this process's memory only through `data`, which is then the
-    // address of a live structure of the kernel's layout (sizes asserted above). What they do to the other process is the
+    // address of a live structure of the kernel's layout (sizes asserted above; an `iovec` names its own). What they do to the other process is the
     // business of `attach`.
     let result = unsafe { libc::ptrace(request, tid, address, data) };
     if result < 0 {

@@ -7,7 +7,8 @@
 )]
 
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -237,6 +238,68 @@ pub fn churn_registers(rounds: u64) -> [u64; 8] {
         );
     }
     state
+}
+
+/// Whether vector registers, and the 128 bytes below the stack pointer that belong to a running function, keep what is
+/// put there for `rounds` rounds.
+#[cfg(target_arch = "x86_64")]
+pub fn vectors_and_red_zone_hold(rounds: u64) -> bool {
+    if !std::arch::is_x86_feature_detected!("avx") {
+        return true;
+    }
+    let before: [u64; 4] = [0x0123_4567, 0x89AB_CDEF, 0xFEDC_BA98, 0x7654_3210];
+    let mut after = [[0_u64; 4]; 3];
+    let mut stack = [0_u64; 3];
+    // SAFETY: the processor has AVX. The compiler keeps nothing below the stack pointer here, for the block may push.
+    unsafe {
+        std::arch::asm!(
+            "vmovups ymm0, [{before}]", "vmovups ymm7, [{before}]", "vmovups ymm15, [{before}]",
+            "mov [rsp - 8], {word}", "mov [rsp - 64], {word}", "mov [rsp - 128], {word}",
+            "2:",
+            "dec {n}",
+            "jnz 2b",
+            "vmovups [{after}], ymm0", "vmovups [{after} + 32], ymm7", "vmovups [{after} + 64], ymm15",
+            "mov {word}, [rsp - 8]", "mov [{stack}], {word}",
+            "mov {word}, [rsp - 64]", "mov [{stack} + 8], {word}",
+            "mov {word}, [rsp - 128]", "mov [{stack} + 16], {word}",
+            "vzeroupper",
+            before = in(reg) before.as_ptr(),
+            after = in(reg) after.as_mut_ptr(),
+            stack = in(reg) stack.as_mut_ptr(),
+            word = inout(reg) 0x5AFE_u64 => _,
+            n = inout(reg) rounds => _,
+            out("xmm0") _,
+            out("xmm7") _,
+            out("xmm15") _,
+        );
+    }
+    after == [before; 3] && stack == [0x5AFE; 3]
+}
+
+/// Runs `work` with the stack pointer at `top`, a multiple of 16 in memory that nobody uses.
+#[cfg(target_arch = "x86_64")]
+pub fn on_stack(top: u64, work: extern "C" fn(RawFd), argument: RawFd) {
+    assert_eq!(top % 16, 0);
+    // SAFETY: r12 outlives the call, by the calling convention; `work` cannot unwind. The caller vouches for the memory.
+    unsafe {
+        std::arch::asm!(
+            "mov r12, rsp",
+            "mov rsp, {top}",
+            "call {work}",
+            "mov rsp, r12",
+            top = in(reg) top,
+            work = in(reg) work,
+            in("edi") argument,
+            out("r12") _,
+            clobber_abi("C"),
+        );
+    }
+}
+
+/// The socket with this number, which nothing else owns.
+pub fn stream(socket: RawFd) -> UnixStream {
+    // SAFETY: the tests pass what `into_raw_fd` gave.
+    unsafe { UnixStream::from_raw_fd(socket) }
 }
 
 /// Stops this process until somebody lets it go on.
