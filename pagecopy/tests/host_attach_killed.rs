@@ -177,6 +177,7 @@ fn a_process_outlives_its_tracer() {
     drop(daemon);
     let left = process::userfaultfds(pid).unwrap();
     println!("{kills} kills; {left} unused descriptors stayed");
+    assert_eq!(process::userfaultfds_in_use(pid).unwrap(), 0);
     attach(pid).unwrap();
     assert!(target.is_well());
 }

@@ -398,9 +398,9 @@ fn refuse_other_writers(pid: i32, version: Version, blocks: &[Block]) -> Result<
             ));
         }
     }
-    if process::userfaultfds(pid).map_err(cannot_read)? > 0 {
+    if process::userfaultfds_in_use(pid).map_err(cannot_read)? > 0 {
         return Err(host(
-            "QEMU has a userfaultfd open already: another tool or migration tracks it",
+            "QEMU has a userfaultfd in use already: another tool or migration tracks it",
             "end that migration first (a post-copy, a background snapshot, or another daemon's)",
         ));
     }

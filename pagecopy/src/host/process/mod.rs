@@ -147,6 +147,34 @@ pub fn userfaultfds(pid: i32) -> io::Result<usize> {
         .count())
 }
 
+/// How many userfaultfds process `pid` has open that can hold memory. One on which the handshake was never done holds
+/// nothing: an attach whose own process was killed may leave such a one behind, and it must not keep a guest from moving
+/// ever after.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn userfaultfds_in_use(pid: i32) -> io::Result<usize> {
+    let mut in_use = 0;
+    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        match fs::read_to_string(entry?.path()) {
+            Ok(info) => in_use += usize::from(has_shaken_hands(&info)),
+            // Closed in the meantime.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(in_use)
+}
+
+/// Whether this is the `fdinfo` of a userfaultfd after `UFFDIO_API`: its second figure is the features asked for, with a
+/// bit of the kernel's own for the handshake (`userfaultfd_show_fdinfo` in `fs/userfaultfd.c`).
+fn has_shaken_hands(info: &str) -> bool {
+    info.lines()
+        .filter_map(|line| line.strip_prefix("API:"))
+        .filter_map(|figures| figures.split(':').nth(1))
+        .any(|features| u64::from_str_radix(features.trim(), 16) != Ok(0))
+}
+
 /// Where the descriptors of process `pid` lead to.
 fn open_files(pid: i32) -> io::Result<Vec<PathBuf>> {
     let mut targets = Vec::new();
@@ -194,5 +222,19 @@ pub(crate) fn proc_error(pid: i32, what: &'static str, error: io::Error) -> Trac
             what,
             source: error,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_userfaultfd_is_in_use_once_the_handshake_is_done() {
+        let info =
+            |api: &str| format!("pos:\t0\nflags:\t02004002\npending:\t0\ntotal:\t0\nAPI:\t{api}\n");
+        assert!(!has_shaken_hands(&info("aa:0:1ffff")));
+        assert!(has_shaken_hands(&info("aa:80000000:1ffff")));
+        assert!(!has_shaken_hands("pos:\t0\nflags:\t02004002\n"));
     }
 }
