@@ -14,9 +14,11 @@
 
 pub mod bitmap;
 pub mod destination;
+mod end;
 pub mod event;
 pub mod journal;
 mod liveness;
+mod outbox;
 pub mod source;
 pub mod split;
 mod timeouts;

@@ -3,76 +3,33 @@
 use super::core::Core;
 use super::interface::{Input, Output};
 use super::{Phase, Step};
+use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault};
 use crate::wire::{AbortCode, Message};
 
-/// Why a migration ends, and what the peer is told.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct End {
-    /// `Failed` or `Cancelled`.
-    pub(super) state: State,
-    pub(super) failure: Failure,
-    /// For the peer; none when it said so itself.
-    pub(super) code: Option<AbortCode>,
+/// The source gave up, in its words.
+pub(super) fn by_peer(code: AbortCode, reason: &str) -> End {
+    let fault = match code {
+        AbortCode::Cancelled => Fault::Operator,
+        AbortCode::NotConverging => Fault::Guest,
+        AbortCode::Qemu => Fault::Qemu,
+        _ => Fault::PeerHost,
+    };
+    let remedy = "nothing here: the guest runs on at the source, which says more";
+    let what = format!("the source gave up: {reason}");
+    End::by_peer(code, Failure::new(fault, what, remedy))
 }
 
-impl End {
-    pub(super) fn new(code: AbortCode, failure: Failure) -> End {
-        End {
-            state: State::Failed,
-            failure,
-            code: Some(code),
-        }
+/// What the source is told: the remedy, too, where this host or its QEMU has to be seen to.
+fn message(end: &End, core: &Core) -> Option<Message> {
+    let code = end.code?;
+    let mut reason = format!("{}: {}", core.setup.host, end.failure.what);
+    if matches!(code, AbortCode::Host | AbortCode::Qemu) && !end.failure.remedy.is_empty() {
+        reason = format!("{reason}; {}", end.failure.remedy);
     }
-
-    pub(super) fn cancelled() -> End {
-        let failure = Failure::new(
-            Fault::Operator,
-            "the operator cancelled the migration at the destination",
-            "nothing: the guest runs on at the source",
-        );
-        End {
-            state: State::Cancelled,
-            failure,
-            code: Some(AbortCode::Cancelled),
-        }
-    }
-
-    pub(super) fn protocol(what: impl Into<String>) -> End {
-        let remedy = "run the same version of pagecopyd on both hosts; report this";
-        End::new(
-            AbortCode::Protocol,
-            Failure::new(Fault::PeerHost, what, remedy),
-        )
-    }
-
-    /// The source gave up, in its words.
-    pub(super) fn by_peer(code: AbortCode, reason: &str) -> End {
-        let (state, fault) = match code {
-            AbortCode::Cancelled => (State::Cancelled, Fault::Operator),
-            AbortCode::NotConverging => (State::Failed, Fault::Guest),
-            AbortCode::Qemu => (State::Failed, Fault::Qemu),
-            _ => (State::Failed, Fault::PeerHost),
-        };
-        let remedy = "nothing here: the guest runs on at the source, which says more";
-        End {
-            state,
-            failure: Failure::new(fault, format!("the source gave up: {reason}"), remedy),
-            code: None,
-        }
-    }
-
-    /// What the peer is told: the remedy, too, where this host or its QEMU has to be seen to.
-    fn message(&self, core: &Core) -> Option<Message> {
-        let code = self.code?;
-        let mut reason = format!("{}: {}", core.setup.host, self.failure.what);
-        if matches!(code, AbortCode::Host | AbortCode::Qemu) && !self.failure.remedy.is_empty() {
-            reason = format!("{reason}; {}", self.failure.remedy);
-        }
-        Some(Message::Abort { code, reason })
-    }
+    Some(Message::Abort { code, reason })
 }
 
 /// Given up; `Aborted` is being recorded.
@@ -87,7 +44,7 @@ impl Aborting {
     /// Before `Commit` came. The peer is told at once: a crash before the record is on disk leaves an open journal,
     /// which a restarted daemon turns into an aborted one.
     pub(super) fn begin(core: &mut Core, end: End) -> Phase {
-        if let Some(message) = end.message(core) {
+        if let Some(message) = message(&end, core) {
             core.send(message);
         }
         if !core.greeted {
@@ -113,12 +70,12 @@ impl Aborting {
     pub(super) fn handle(self, core: &mut Core, input: Input) -> Step {
         match input {
             Input::Journaled(Record::Aborted) => {
-                if let Some(message) = self.end.message(core).filter(|_| self.committed) {
+                if let Some(message) = message(&self.end, core).filter(|_| self.committed) {
                     core.send(message);
                 }
             }
             Input::JournalFailed(Record::Aborted, failure) => {
-                core.notice(format!(
+                core.out.notice(format!(
                     "the end of the migration could not be recorded: {}",
                     failure.what
                 ));
@@ -158,9 +115,10 @@ fn undecided(core: &mut Core, end: End, journal: Failure) -> Phase {
         "the guest stands stopped on both hosts: end this host's QEMU, then run `pagecopy resolve ID --resume-here` at the \
          source; repair this host's disk before pagecopyd is started again",
     );
-    core.output(Output::Report(crate::engine::event::Report::State {
-        state: State::Failed,
-    }));
+    core.out
+        .push(Output::Report(crate::engine::event::Report::State {
+            state: State::Failed,
+        }));
     core.finish(State::Failed, Some(failure));
     Phase::Ended
 }

@@ -1,9 +1,10 @@
 //! `Commit` has come: it is recorded, then the guest runs here. A lost connection changes nothing any more.
 
-use super::abort::{Aborting, End};
+use super::abort::Aborting;
 use super::core::Core;
 use super::interface::{Input, Output};
 use super::{Phase, Step};
+use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
@@ -18,7 +19,7 @@ pub(super) struct Committing {
 
 impl Committing {
     pub(super) fn begin(core: &mut Core) -> Phase {
-        core.enter(State::Completing);
+        core.out.enter(State::Completing);
         core.journal(Record::Committed);
         Phase::Committing(Committing { qemu_failed: None })
     }
@@ -55,7 +56,9 @@ impl Committing {
 /// What is the same in every phase after `Commit`.
 fn after_commit(core: &mut Core, input: Input) {
     match input {
-        Input::Cancel => core.notice("too late to cancel: the guest is committed to this host"),
+        Input::Cancel => core
+            .out
+            .notice("too late to cancel: the guest is committed to this host"),
         Input::LinkLost(_) => core.link.lost(),
         Input::Message(Message::Ping { nonce }) => core.send(Message::Pong { nonce }),
         _ => {}
@@ -71,7 +74,7 @@ pub(super) struct Starting {
 
 impl Starting {
     pub(super) fn begin(core: &mut Core) -> Phase {
-        core.output(Output::RunGuest);
+        core.out.push(Output::RunGuest);
         Phase::Starting(Starting {
             since: core.now,
             again: None,
@@ -86,7 +89,7 @@ impl Starting {
                 if core.now >= self.since.after(timeouts.run_most) {
                     return Ok(leave_to_operator(core, failure));
                 }
-                core.notice(format!(
+                core.out.notice(format!(
                     "the guest does not start, trying again: {}",
                     failure.what
                 ));
@@ -96,7 +99,7 @@ impl Starting {
         }
         if self.again.is_some_and(|again| core.now >= again) {
             self.again = None;
-            core.output(Output::RunGuest);
+            core.out.push(Output::RunGuest);
         }
         Ok(Phase::Starting(self))
     }
@@ -147,7 +150,7 @@ impl Running {
             // `Committed` is on disk and says as much to a restarted daemon: it looks and finds the guest running.
             Input::JournalFailed(Record::Running, failure) => {
                 self.recorded = true;
-                core.notice(format!(
+                core.out.notice(format!(
                     "that the guest runs could not be recorded: {}",
                     failure.what
                 ));
@@ -161,7 +164,7 @@ impl Running {
                 return Ok(Phase::Ended);
             }
             Input::QemuFailed(failure) => {
-                core.notice(format!(
+                core.out.notice(format!(
                     "QEMU failed after the guest had arrived: {}",
                     failure.what
                 ));

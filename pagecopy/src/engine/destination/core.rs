@@ -1,12 +1,12 @@
 //! What every phase of the destination shares, and the rules that hold in every phase before `Commit`.
 
-use std::collections::VecDeque;
-
-use super::abort::End;
+use super::abort::by_peer;
 use super::interface::{Input, Output, Setup};
-use crate::engine::event::{Report, State};
+use crate::engine::end::End;
+use crate::engine::event::State;
 use crate::engine::journal::Record;
 use crate::engine::liveness::Liveness;
+use crate::engine::outbox::Outbox;
 use crate::engine::{Failure, Fault, Time};
 use crate::memory::BlockSpec;
 use crate::wire::{AbortCode, Message};
@@ -16,6 +16,7 @@ use crate::wire::{AbortCode, Message};
 pub(super) struct Core {
     pub(super) setup: Setup,
     pub(super) now: Time,
+    pub(super) out: Outbox<Output>,
     pub(super) link: Liveness,
     /// The source's RAMBlocks, in the order that numbers them; empty before `Hello`.
     pub(super) blocks: Vec<BlockSpec>,
@@ -25,8 +26,6 @@ pub(super) struct Core {
     pub(super) greeted: bool,
     /// Whether QEMU was given device state.
     pub(super) qemu_used: bool,
-    state: State,
-    outputs: VecDeque<Output>,
 }
 
 impl Core {
@@ -34,54 +33,29 @@ impl Core {
         Core {
             setup,
             now,
+            out: Outbox::new(),
             link: Liveness::new(now),
             blocks: Vec::new(),
             verify: false,
             greeted: false,
             qemu_used: false,
-            state: State::Pending,
-            outputs: VecDeque::new(),
         }
-    }
-
-    pub(super) fn output(&mut self, output: Output) {
-        self.outputs.push_back(output);
-    }
-
-    pub(super) fn take_output(&mut self) -> Option<Output> {
-        self.outputs.pop_front()
     }
 
     pub(super) fn send(&mut self, message: Message) {
         if self.link.is_up() {
-            self.output(Output::Send(message));
+            self.out.push(Output::Send(message));
         }
     }
 
     pub(super) fn journal(&mut self, record: Record) {
-        self.output(Output::Journal(record));
-    }
-
-    pub(super) fn notice(&mut self, text: impl Into<String>) {
-        self.output(Output::Report(Report::Notice { text: text.into() }));
-    }
-
-    pub(super) fn state(&self) -> State {
-        self.state
-    }
-
-    /// Tells people about a new state.
-    pub(super) fn enter(&mut self, state: State) {
-        if self.state != state {
-            self.state = state;
-            self.output(Output::Report(Report::State { state }));
-        }
+        self.out.push(Output::Journal(record));
     }
 
     /// The last output.
     pub(super) fn finish(&mut self, state: State, failure: Option<Failure>) {
-        self.enter(state);
-        self.output(Output::Finished {
+        self.out.enter(state);
+        self.out.push(Output::Finished {
             state,
             failure,
             qemu_used: self.qemu_used,
@@ -92,7 +66,10 @@ impl Core {
     pub(super) fn before_commit(&mut self, input: Input) -> Result<Option<Input>, End> {
         match input {
             Input::Tick => Ok(None),
-            Input::Cancel => Err(End::cancelled()),
+            Input::Cancel => Err(End::cancelled(
+                "the operator cancelled the migration at the destination",
+                "nothing: the guest runs on at the source",
+            )),
             Input::LinkLost(failure) => {
                 self.link.lost();
                 Err(End::new(AbortCode::Host, failure))
@@ -116,7 +93,7 @@ impl Core {
                 Ok(None)
             }
             Message::Pong { .. } => Ok(None),
-            Message::Abort { code, reason } => Err(End::by_peer(code, &reason)),
+            Message::Abort { code, reason } => Err(by_peer(code, &reason)),
             other => Ok(Some(Input::Message(other))),
         }
     }

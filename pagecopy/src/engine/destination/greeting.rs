@@ -1,10 +1,10 @@
 //! First phases: the source's `Hello` is compared with the QEMU that waits here, and the RAM is made ready.
 
-use super::abort::End;
 use super::core::Core;
 use super::interface::{Input, Output};
 use super::receive::Receive;
 use super::{Phase, Step};
+use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::{Failure, Fault};
 use crate::memory::BlockSpec;
@@ -27,7 +27,7 @@ impl Greeting {
                 ..
             }) => {
                 core.greeted = true;
-                core.enter(State::Preparing);
+                core.out.enter(State::Preparing);
                 let version = common_version(version_min, version_max)?;
                 let capabilities = common_capabilities(capabilities, verify)?;
                 if vm != core.setup.vm {
@@ -36,7 +36,7 @@ impl Greeting {
                 let order = match_blocks(&blocks, &core.setup.blocks)?;
                 core.blocks = blocks;
                 core.verify = verify;
-                core.output(Output::Prepare { order });
+                core.out.push(Output::Prepare { order });
                 Ok(Phase::Preparing(Preparing {
                     version,
                     capabilities,
@@ -165,7 +165,7 @@ impl Preparing {
                     capabilities: self.capabilities,
                     host,
                 });
-                core.enter(State::Migrating);
+                core.out.enter(State::Migrating);
                 Ok(Phase::Receive(Receive::new(core)))
             }
             Input::Message(message) => Err(core.out_of_place(&message, "it was not accepted yet")),

@@ -113,3 +113,9 @@ pub enum Output {
         qemu_used: bool,
     },
 }
+
+impl From<Report> for Output {
+    fn from(report: Report) -> Output {
+        Output::Report(report)
+    }
+}

@@ -1,10 +1,10 @@
 //! The guest is whole: QEMU loads its devices, and then nothing happens without `Commit`.
 
-use super::abort::End;
 use super::commit::Committing;
 use super::core::Core;
 use super::interface::{Input, Output};
 use super::{Phase, Step};
+use crate::engine::end::End;
 use crate::wire::Message;
 
 /// QEMU loads the device state.
@@ -14,7 +14,7 @@ pub(super) struct Loading;
 impl Loading {
     pub(super) fn begin(core: &mut Core) -> Phase {
         core.qemu_used = true;
-        core.output(Output::LoadDeviceState);
+        core.out.push(Output::LoadDeviceState);
         Phase::Loading(Loading)
     }
 

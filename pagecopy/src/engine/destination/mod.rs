@@ -25,6 +25,7 @@ pub use interface::{Input, Output, Setup};
 
 use self::core::Core;
 use super::Time;
+use super::end::End;
 use super::event::State;
 
 /// Receives one guest. See [the engines' common shape](super).
@@ -35,7 +36,7 @@ pub struct Destination {
 }
 
 /// What an input makes of a phase: the next one, or the reason to give up.
-type Step = Result<Phase, abort::End>;
+type Step = Result<Phase, End>;
 
 /// Where a migration is.
 #[derive(Debug)]
@@ -71,7 +72,7 @@ impl Destination {
         let mut core = Core::new(setup, now);
         core.greeted = true;
         core.qemu_used = true;
-        core.enter(State::Completing);
+        core.out.enter(State::Completing);
         let phase = commit::Starting::begin(&mut core);
         Destination { core, phase }
     }
@@ -87,7 +88,7 @@ impl Destination {
 
     /// The next thing to do, in order. Poll until `None` after every `handle`.
     pub fn poll(&mut self) -> Option<Output> {
-        self.core.take_output()
+        self.core.out.take()
     }
 
     /// When to call `handle` with [`Input::Tick`] at the latest, if nothing else happens. `None`: nothing is waited for
@@ -107,7 +108,7 @@ impl Destination {
 
     /// The state as a person sees it.
     pub fn state(&self) -> State {
-        self.core.state()
+        self.core.out.state()
     }
 }
 

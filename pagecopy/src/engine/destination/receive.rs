@@ -1,13 +1,13 @@
 //! Receiving: pages land on the data channels by themselves; rounds, device state and digests are counted and checked
 //! here, until the guest is whole.
 
-use super::abort::End;
 use super::barriers::Barriers;
 use super::core::Core;
 use super::interface::{Input, Output};
 use super::load::Loading;
 use super::verify::Verify;
 use super::{Phase, Step};
+use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::limits::MAX_DEVICE_STATE;
 use crate::memory::{BlockSpec, Run};
@@ -98,7 +98,7 @@ impl Receive {
                         run.block.0
                     )));
                 }
-                core.output(Output::Allocate(runs));
+                core.out.push(Output::Allocate(runs));
             }
             (Message::Stopped { final_round }, None, _) => self.stopped(core, final_round)?,
             (Message::DeviceState(bytes), Some(_), _) if !self.device_state.whole => {
@@ -107,7 +107,7 @@ impl Receive {
                     return Err(End::protocol("the device state is larger than its limit"));
                 }
                 self.device_state.crc = crc32c::crc32c_append(self.device_state.crc, &bytes);
-                core.output(Output::KeepDeviceState(bytes));
+                core.out.push(Output::KeepDeviceState(bytes));
             }
             (Message::DeviceStateEnd { bytes, crc }, Some(_), _) if !self.device_state.whole => {
                 if (bytes, crc) != (self.device_state.bytes, self.device_state.crc) {
@@ -155,7 +155,7 @@ impl Receive {
                 "the last round is said to be {final_round}, under way is {round}"
             )));
         }
-        core.enter(State::Completing);
+        core.out.enter(State::Completing);
         self.final_round = Some(final_round);
         Ok(())
     }
@@ -173,7 +173,7 @@ impl Receive {
         if let Some(verify) = &self.verify {
             if !self.digest_ordered {
                 self.digest_ordered = true;
-                core.output(Output::Digest);
+                core.out.push(Output::Digest);
             }
             if !verify.agreed() {
                 return Ok(Phase::Receive(self));

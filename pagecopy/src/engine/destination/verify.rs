@@ -1,8 +1,8 @@
 //! `--verify`: both sides' digests are collected and compared, and the first page that differs is found.
 
-use super::abort::End;
 use super::core::Core;
 use super::interface::Output;
+use crate::engine::end::End;
 use crate::engine::{Failure, Fault};
 use crate::limits::DIGEST_CHUNK;
 use crate::memory::BlockSpec;
@@ -94,7 +94,7 @@ impl Verify {
         };
         let block = u16::try_from(block).unwrap_or(u16::MAX);
         core.send(Message::ChunkDiffers { block, chunk });
-        core.output(Output::PageDigests { block, chunk });
+        core.out.push(Output::PageDigests { block, chunk });
         self.search = Some(Search {
             block,
             chunk,

@@ -3,7 +3,7 @@
 use super::core::{Core, millis};
 use super::in_doubt::InDoubt;
 use super::interface::{Input, Output};
-use super::rollback::{End, Rollback};
+use super::rollback::{Rollback, by_peer};
 use super::{Phase, Step};
 use crate::engine::event::State;
 use crate::engine::journal::Record;
@@ -32,7 +32,7 @@ impl Commit {
             }
             // The destination could not record `Commit`, has recorded `Aborted` instead, and will not run the guest.
             Input::Message(Message::Abort { code, reason }) => {
-                return Ok(Rollback::begin(core, End::by_peer(code, &reason)));
+                return Ok(Rollback::begin(core, by_peer(code, &reason)));
             }
             Input::Message(Message::Ping { nonce }) => core.send(Message::Pong { nonce }),
             Input::LinkLost(failure) => {
@@ -41,9 +41,10 @@ impl Commit {
             }
             Input::Cancel => refuse_cancel(core),
             Input::Resolve(_) => core
+                .out
                 .notice("not in doubt yet: the destination has been told to run the guest, wait"),
             Input::QemuFailed(failure) => {
-                core.notice(format!(
+                core.out.notice(format!(
                     "this host's QEMU failed after the guest was handed over: {}",
                     failure.what
                 ));
@@ -71,7 +72,8 @@ impl Commit {
 
 /// Cancelling is over once `Commit` is sent.
 pub(super) fn refuse_cancel(core: &mut Core) {
-    core.notice("too late to cancel: the destination has been told to run the guest");
+    core.out
+        .notice("too late to cancel: the destination has been told to run the guest");
 }
 
 /// Downtime as this side saw it, and the part of it that did not depend on bytes.
@@ -105,7 +107,8 @@ impl Moved {
             }
             // Without the record nobody may be told that we will not ask again.
             Input::JournalFailed(Record::GuestMoved, failure) => {
-                core.notice(format!("the journal could not be closed: {}", failure.what));
+                core.out
+                    .notice(format!("the journal could not be closed: {}", failure.what));
             }
             Input::LinkLost(_) => {
                 core.link.lost();
@@ -116,14 +119,15 @@ impl Moved {
                 return Ok(Phase::Moved(self));
             }
             Input::Resolve(_) => {
-                core.notice("nothing to resolve: the guest runs at the destination");
+                core.out
+                    .notice("nothing to resolve: the guest runs at the destination");
                 return Ok(Phase::Moved(self));
             }
             _ => return Ok(Phase::Moved(self)),
         }
-        core.output(Output::Detach);
+        core.out.push(Output::Detach);
         if core.setup.options.quit_source {
-            core.output(Output::QuitGuest);
+            core.out.push(Output::QuitGuest);
         }
         core.finish(State::Completed, None);
         Ok(Phase::Ended)

@@ -1,17 +1,18 @@
 //! What every phase of the source shares: set-up, pages, channels, figures, the outputs not yet taken, and the rules that
 //! hold in every phase before `Commit`.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::convergence::Convergence;
 use super::heat::Pages;
 use super::interface::{Input, Output, Setup};
-use super::rollback::End;
+use super::rollback::by_peer;
 use super::sender::Sender;
+use crate::engine::end::End;
 use crate::engine::event::{Figures, Finished, Report, State};
 use crate::engine::journal::Record;
 use crate::engine::liveness::Liveness;
+use crate::engine::outbox::Outbox;
 use crate::engine::{Failure, Fault, Time};
 use crate::wire::{AbortCode, Message};
 
@@ -36,6 +37,7 @@ pub(super) enum Intent {
 pub(super) struct Core {
     pub(super) setup: Setup,
     pub(super) now: Time,
+    pub(super) out: Outbox<Output>,
     pub(super) started: Time,
     pub(super) pages: Pages,
     pub(super) sender: Sender,
@@ -47,9 +49,7 @@ pub(super) struct Core {
     pub(super) intent: Intent,
     /// Time in which pages were sent, for the goodput.
     pub(super) sending_time: Duration,
-    state: State,
     progress_at: Time,
-    outputs: VecDeque<Output>,
 }
 
 impl Core {
@@ -57,6 +57,7 @@ impl Core {
         let ram_bytes = setup.blocks.iter().map(|block| block.size).sum();
         Core {
             now,
+            out: Outbox::new(),
             started: now,
             pages: Pages::new(&setup.blocks),
             sender: Sender::new(setup.data_channels, setup.options.bandwidth_limit, now),
@@ -66,48 +67,18 @@ impl Core {
             stop_ordered: None,
             intent: Intent::None,
             sending_time: Duration::ZERO,
-            state: State::Pending,
             progress_at: Time(0),
-            outputs: VecDeque::new(),
             setup,
         }
     }
 
-    pub(super) fn output(&mut self, output: Output) {
-        self.outputs.push_back(output);
-    }
-
-    pub(super) fn outputs(&mut self, outputs: Vec<Output>) {
-        self.outputs.extend(outputs);
-    }
-
-    pub(super) fn take_output(&mut self) -> Option<Output> {
-        self.outputs.pop_front()
-    }
-
     pub(super) fn send(&mut self, message: Message) {
-        self.output(Output::Send(message));
-    }
-
-    pub(super) fn notice(&mut self, text: impl Into<String>) {
-        self.output(Output::Report(Report::Notice { text: text.into() }));
-    }
-
-    pub(super) fn state(&self) -> State {
-        self.state
-    }
-
-    /// Tells people about a new state.
-    pub(super) fn enter(&mut self, state: State) {
-        if self.state != state {
-            self.state = state;
-            self.output(Output::Report(Report::State { state }));
-        }
+        self.out.push(Output::Send(message));
     }
 
     /// The last output (unless in doubt).
     pub(super) fn finish(&mut self, state: State, failure: Option<Failure>) {
-        self.enter(state);
+        self.out.enter(state);
         self.figures.total_ms = millis(self.now.since(self.started));
         let sent = self.sender.total();
         self.figures.pages_sent = sent.raw_pages;
@@ -119,7 +90,7 @@ impl Core {
             0.0
         };
         let figures = self.figures.clone();
-        self.output(Output::Finished(Finished {
+        self.out.push(Output::Finished(Finished {
             state,
             failure,
             figures,
@@ -131,7 +102,7 @@ impl Core {
         let pushes = self
             .sender
             .fill(self.now, &mut self.pages, &self.setup.blocks);
-        self.outputs(pushes);
+        self.out.extend(pushes);
     }
 
     /// Whether every page of the round has left.
@@ -144,15 +115,17 @@ impl Core {
         let barriers = self
             .sender
             .channels()
-            .map(|c| Output::SendOn(c, Message::Barrier { round }))
-            .collect();
-        self.outputs(barriers);
+            .map(|c| Output::SendOn(c, Message::Barrier { round }));
+        self.out.extend(barriers);
     }
 
     /// The rules before `Commit` that are the same in every phase. Returns the input if it is for the phase itself.
     pub(super) fn before_commit(&mut self, input: Input) -> Result<Option<Input>, End> {
         match input {
-            Input::Cancel => Err(End::cancelled()),
+            Input::Cancel => Err(End::cancelled(
+                "the operator cancelled the migration",
+                "nothing: the guest runs on here",
+            )),
             Input::LinkLost(failure) => {
                 self.link.lost();
                 Err(End::new(AbortCode::Host, failure))
@@ -165,7 +138,8 @@ impl Core {
                 self.message_before_commit(message)
             }
             Input::Resolve(_) => {
-                self.notice("there is nothing to resolve: this migration is not in doubt");
+                self.out
+                    .notice("there is nothing to resolve: this migration is not in doubt");
                 Ok(None)
             }
             Input::Tick => Ok(None),
@@ -180,7 +154,7 @@ impl Core {
                 Ok(None)
             }
             Message::Pong { .. } => Ok(None),
-            Message::Abort { code, reason } => Err(End::by_peer(code, &reason)),
+            Message::Abort { code, reason } => Err(by_peer(code, &reason)),
             other => Ok(Some(Input::Message(other))),
         }
     }
@@ -217,7 +191,7 @@ impl Core {
 
     /// Orders a record.
     pub(super) fn journal(&mut self, record: Record) {
-        self.output(Output::Journal(record));
+        self.out.push(Output::Journal(record));
     }
 
     /// Reports where the round stands, not too often.
@@ -246,7 +220,7 @@ impl Core {
             predicted_downtime_ms: self.convergence.predicted().map(millis),
             eta_s: (done > 0 && seconds > 0.0).then(|| left as f64 * seconds / done as f64),
         };
-        self.output(Output::Report(progress));
+        self.out.push(Output::Report(progress));
     }
 
     /// A peer that sent what it may not.

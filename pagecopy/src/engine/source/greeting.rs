@@ -2,9 +2,9 @@
 
 use super::core::Core;
 use super::interface::{Input, Output};
-use super::rollback::End;
 use super::round::Round;
 use super::{Phase, Step};
+use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::{Failure, Fault, Time};
 use crate::memory::Run;
@@ -18,7 +18,7 @@ pub(super) struct Greeting {
 
 impl Greeting {
     pub(super) fn begin(core: &mut Core) -> Phase {
-        core.enter(State::Preparing);
+        core.out.enter(State::Preparing);
         let setup = &core.setup;
         let hello = Message::Hello {
             version_min: VERSION_MIN,
@@ -44,7 +44,7 @@ impl Greeting {
                 host: _,
             }) => {
                 check_accept(core, version, capabilities)?;
-                core.output(Output::Attach);
+                core.out.push(Output::Attach);
                 let deadline = core.now.after(core.setup.timeouts.stall);
                 Ok(Phase::Attaching(Attaching { deadline }))
             }
@@ -114,7 +114,7 @@ impl Attaching {
                 for runs in populated.chunks(crate::limits::MAX_RUNS) {
                     core.send(Message::Populate(runs.to_vec()));
                 }
-                core.enter(State::Migrating);
+                core.out.enter(State::Migrating);
                 Round::first(core)
             }
             Input::Message(message) => Err(core.out_of_place(&message, "nothing was sent yet")),

@@ -12,8 +12,9 @@ use std::time::Duration;
 use super::commit::{Moved, refuse_cancel};
 use super::core::{Core, Intent};
 use super::interface::{Input, Output, Resolution};
-use super::rollback::{End, Rollback};
+use super::rollback::{Rollback, by_peer};
 use super::{Phase, Step};
+use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
@@ -60,7 +61,7 @@ impl InDoubt {
 
     fn connect(core: &mut Core) -> Phase {
         core.link.lost();
-        core.output(Output::Connect);
+        core.out.push(Output::Connect);
         let backoff = core.setup.timeouts.reconnect_first;
         Phase::InDoubt(InDoubt {
             contact: Contact::Connecting,
@@ -77,7 +78,8 @@ impl InDoubt {
                 self.ask(core);
             }
             Input::ReconnectFailed(why) if self.contact == Contact::Connecting => {
-                core.notice(format!("the destination cannot be asked yet: {why}"));
+                core.out
+                    .notice(format!("the destination cannot be asked yet: {why}"));
                 self.wait(core);
             }
             Input::LinkLost(_) if core.link.is_up() => {
@@ -93,7 +95,7 @@ impl InDoubt {
             }
             Input::JournalFailed(Record::RolledBack, failure) if self.taking_back => {
                 self.taking_back = false;
-                core.notice(format!(
+                core.out.notice(format!(
                     "the decision could not be recorded, the guest is not resumed: {}",
                     failure.what
                 ));
@@ -109,7 +111,7 @@ impl InDoubt {
             // The first connection may come to life again with the answer to `Commit` itself.
             Message::Running => Standing::Running,
             Message::Abort { code, reason } => {
-                return Ok(Rollback::begin(core, End::by_peer(code, &reason)));
+                return Ok(Rollback::begin(core, by_peer(code, &reason)));
             }
             Message::Ping { nonce } => {
                 core.send(Message::Pong { nonce });
@@ -121,11 +123,11 @@ impl InDoubt {
         match standing {
             Standing::Running => Ok(Moved::begin(core)),
             Standing::Aborted => {
-                let end = End::by_peer(AbortCode::Aborted, "it has not committed and never will");
+                let end = by_peer(AbortCode::Aborted, "it has not committed and never will");
                 Ok(Rollback::begin(core, end))
             }
             Standing::Unknown | Standing::Committed => {
-                core.notice(match standing {
+                core.out.notice(match standing {
                     Standing::Committed => {
                         "the destination has committed but the guest does not run there yet"
                     }
@@ -144,13 +146,13 @@ impl InDoubt {
             Resolution::ResumeHere
                 if self.heard == Some(Standing::Committed) && core.link.is_up() =>
             {
-                core.notice(
+                core.out.notice(
                     "refused: the destination can be reached, has committed and may run the guest at any moment; \
                      end its QEMU and its pagecopyd first",
                 );
             }
             Resolution::ResumeHere if matches!(self.contact, Contact::Asking { .. }) => {
-                core.notice(
+                core.out.notice(
                     "refused: the destination is being asked at this moment, wait for its answer",
                 );
             }
@@ -187,7 +189,7 @@ impl InDoubt {
                     self.ask(core);
                 } else {
                     self.contact = Contact::Connecting;
-                    core.output(Output::Connect);
+                    core.out.push(Output::Connect);
                 }
             }
             Contact::Asking { deadline } if core.now >= deadline => {

@@ -203,3 +203,9 @@ pub enum Output {
     /// The last output, except in `InDoubt`, where a `Resolve` or the peer may still end it.
     Finished(Finished),
 }
+
+impl From<Report> for Output {
+    fn from(report: Report) -> Output {
+        Output::Report(report)
+    }
+}

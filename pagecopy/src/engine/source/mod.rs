@@ -30,8 +30,10 @@ pub use interface::{Batch, Input, Options, Output, Pushed, Resolution, Setup};
 
 use self::core::{Core, Intent};
 use super::Time;
+use super::end::End;
 use super::event::{Figures, State};
 use super::journal::Outcome;
+use crate::wire::AbortCode;
 
 /// Moves one guest away. See [the engines' common shape](super).
 #[derive(Debug)]
@@ -41,7 +43,7 @@ pub struct Source {
 }
 
 /// What an input makes of a phase: the next one, or the reason to go back.
-type Step = Result<Phase, rollback::End>;
+type Step = Result<Phase, End>;
 
 /// Where a migration is.
 #[derive(Debug)]
@@ -84,17 +86,8 @@ impl Source {
             }
             Outcome::NotHere => {
                 core.intent = Intent::Withdrawn;
-                let end = rollback::End {
-                    failure: rollback::restarted(),
-                    ..rollback::End::cancelled()
-                };
-                rollback::Rollback::begin(
-                    &mut core,
-                    rollback::End {
-                        state: State::Failed,
-                        ..end
-                    },
-                )
+                let end = End::new(AbortCode::Cancelled, rollback::restarted());
+                rollback::Rollback::begin(&mut core, end)
             }
             Outcome::Here => commit::Moved::begin(&mut core),
         };
@@ -112,7 +105,7 @@ impl Source {
 
     /// The next thing to do, in order. Poll until `None` after every `handle`.
     pub fn poll(&mut self) -> Option<Output> {
-        self.core.take_output()
+        self.core.out.take()
     }
 
     /// When to call `handle` with [`Input::Tick`] at the latest, if nothing else happens. `None`: nothing is waited for
@@ -134,7 +127,7 @@ impl Source {
 
     /// The state as a person sees it.
     pub fn state(&self) -> State {
-        self.core.state()
+        self.core.out.state()
     }
 
     /// The figures so far; complete when [`Output::Finished`] has come.

@@ -3,110 +3,55 @@
 use super::core::{Core, Intent};
 use super::interface::{Input, Output};
 use super::{Phase, Step};
+use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
 use crate::wire::{AbortCode, Message};
 
-/// Why a migration ends, and what the peer is told.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct End {
-    /// `Failed` or `Cancelled`.
-    pub(super) state: State,
-    pub(super) failure: Failure,
-    /// For the peer; none when it said so itself.
-    pub(super) code: Option<AbortCode>,
-}
-
-impl End {
-    pub(super) fn new(code: AbortCode, failure: Failure) -> End {
-        End {
-            state: State::Failed,
-            failure,
-            code: Some(code),
-        }
-    }
-
-    pub(super) fn cancelled() -> End {
-        let failure = Failure::new(
+/// The destination gave up, in its words.
+pub(super) fn by_peer(code: AbortCode, reason: &str) -> End {
+    let (fault, remedy) = match code {
+        AbortCode::Cancelled => (Fault::Operator, "nothing: the guest runs on here"),
+        AbortCode::UnknownVm => (
+            Fault::PeerHost,
+            "run `pagecopy receive` for this guest at the destination, with the same --vm, then migrate again",
+        ),
+        AbortCode::MemoryMismatch => (
             Fault::Operator,
-            "the operator cancelled the migration",
-            "nothing: the guest runs on here",
-        );
-        End {
-            state: State::Cancelled,
-            failure,
-            code: Some(AbortCode::Cancelled),
-        }
-    }
-
-    pub(super) fn protocol(what: String) -> End {
-        End::new(
-            AbortCode::Protocol,
-            Failure::new(
-                Fault::PeerHost,
-                what,
-                "run the same version of pagecopyd on both hosts; report this",
-            ),
-        )
-    }
-
-    /// The destination gave up, in its words.
-    pub(super) fn by_peer(code: AbortCode, reason: &str) -> End {
-        let (fault, remedy) = match code {
-            AbortCode::Cancelled => (Fault::Operator, "nothing: the guest runs on here"),
-            AbortCode::UnknownVm => (
-                Fault::PeerHost,
-                "run `pagecopy receive` for this guest at the destination, with the same --vm, then migrate again",
-            ),
-            AbortCode::MemoryMismatch => (
-                Fault::Operator,
-                "start the destination's QEMU with the same memory back ends: ids, sizes and page sizes",
-            ),
-            AbortCode::Busy => (
-                Fault::Operator,
-                "wait for the other migration of this guest, or cancel it",
-            ),
-            AbortCode::Qemu => (
-                Fault::Qemu,
-                "read the destination's QEMU log, start it anew, then migrate again",
-            ),
-            AbortCode::TimedOut => (
-                Fault::Network,
-                "check the network between the hosts, then migrate again",
-            ),
-            AbortCode::Incompatible => (
-                Fault::Operator,
-                "run versions of pagecopyd that fit on both hosts",
-            ),
-            AbortCode::NoMemory => (
-                Fault::PeerHost,
-                "free memory at the destination, then migrate again",
-            ),
-            AbortCode::VerifyFailed => (
-                Fault::PeerHost,
-                "keep the guest here and report this: its memory arrived changed",
-            ),
-            AbortCode::Protocol
-            | AbortCode::NotConverging
-            | AbortCode::Host
-            | AbortCode::Aborted => (
-                Fault::PeerHost,
-                "read the destination's log; the guest runs on here",
-            ),
-        };
-        let state = if code == AbortCode::Cancelled {
-            State::Cancelled
-        } else {
-            State::Failed
-        };
-        let what = format!("the destination gave up: {reason}");
-        End {
-            state,
-            failure: Failure::new(fault, what, remedy),
-            code: None,
-        }
-    }
+            "start the destination's QEMU with the same memory back ends: ids, sizes and page sizes",
+        ),
+        AbortCode::Busy => (
+            Fault::Operator,
+            "wait for the other migration of this guest, or cancel it",
+        ),
+        AbortCode::Qemu => (
+            Fault::Qemu,
+            "read the destination's QEMU log, start it anew, then migrate again",
+        ),
+        AbortCode::TimedOut => (
+            Fault::Network,
+            "check the network between the hosts, then migrate again",
+        ),
+        AbortCode::Incompatible => (
+            Fault::Operator,
+            "run versions of pagecopyd that fit on both hosts",
+        ),
+        AbortCode::NoMemory => (
+            Fault::PeerHost,
+            "free memory at the destination, then migrate again",
+        ),
+        AbortCode::VerifyFailed => (
+            Fault::PeerHost,
+            "keep the guest here and report this: its memory arrived changed",
+        ),
+        AbortCode::Protocol | AbortCode::NotConverging | AbortCode::Host | AbortCode::Aborted => (
+            Fault::PeerHost,
+            "read the destination's log; the guest runs on here",
+        ),
+    };
+    let what = format!("the destination gave up: {reason}");
+    End::by_peer(code, Failure::new(fault, what, remedy))
 }
 
 /// Going back: the guest is being resumed, if it was stopped, and the journal told, if it has to know.
@@ -124,7 +69,7 @@ impl Rollback {
         let resuming = core.stop_ordered.is_some();
         let recording = matches!(core.intent, Intent::Ordered | Intent::Written);
         if resuming {
-            core.output(Output::ResumeGuest);
+            core.out.push(Output::ResumeGuest);
         }
         if let Some(code) = end.code.filter(|_| core.link.is_up()) {
             let reason = format!("{}: {}", core.setup.host, end.failure.what);
@@ -133,7 +78,7 @@ impl Rollback {
         if recording {
             core.journal(Record::RolledBack);
         }
-        core.output(Output::Detach);
+        core.out.push(Output::Detach);
         let deadline = core.now.after(core.setup.timeouts.resume);
         Rollback {
             end,
@@ -153,11 +98,12 @@ impl Rollback {
             // that is started anew will ask the destination and hear the same.
             Input::JournalFailed(Record::RolledBack, failure) => {
                 self.recording = false;
-                core.notice(format!("the journal could not be closed: {}", failure.what));
+                core.out
+                    .notice(format!("the journal could not be closed: {}", failure.what));
             }
-            Input::Resolve(_) => {
-                core.notice("nothing to resolve: the guest is being taken back here")
-            }
+            Input::Resolve(_) => core
+                .out
+                .notice("nothing to resolve: the guest is being taken back here"),
             _ => {}
         }
         if self.resuming && core.now >= self.deadline {

@@ -20,10 +20,10 @@ use super::core::{Core, millis};
 use super::greeting::{outside, stalled};
 use super::heat::Scan;
 use super::interface::{Input, Output};
-use super::rollback::End;
 use super::switchover::Switchover;
 use super::{Phase, Step};
 use crate::engine::Time;
+use crate::engine::end::End;
 use crate::engine::event::Report;
 use crate::wire::{AbortCode, Message};
 
@@ -78,7 +78,7 @@ impl Round {
             moved: core.now,
         };
         if core.setup.direct_io {
-            core.output(Output::DrainIo);
+            core.out.push(Output::DrainIo);
         } else {
             round.start_sending(core);
         }
@@ -192,7 +192,7 @@ impl Round {
             predicted_downtime_ms: core.convergence.predicted().map_or(0.0, millis),
             decision,
         };
-        core.output(Output::Report(report));
+        core.out.push(Output::Report(report));
     }
 
     pub(super) fn next(&self, core: &Core) -> Time {
@@ -228,7 +228,7 @@ impl Round {
             Stage::Resting if core.now >= self.last_scan.after(SCAN_EVERY) => {
                 self.stage = Stage::Scanning;
                 self.moved = core.now;
-                core.output(Output::Scan { holes: false });
+                core.out.push(Output::Scan { holes: false });
             }
             Stage::Sending
                 if core

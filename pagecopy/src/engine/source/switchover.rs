@@ -9,8 +9,8 @@ use super::commit::Commit;
 use super::core::{Core, Intent, millis};
 use super::greeting::outside;
 use super::interface::{Input, Output};
-use super::rollback::End;
 use super::{Phase, Step};
+use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
@@ -58,10 +58,10 @@ struct DeviceState {
 
 impl Switchover {
     pub(super) fn begin(core: &mut Core, final_round: u32) -> Phase {
-        core.enter(State::Completing);
+        core.out.enter(State::Completing);
         core.stop_ordered = Some(core.now);
         core.figures.predicted_downtime_ms = core.convergence.predicted().map(millis);
-        core.output(Output::StopGuest);
+        core.out.push(Output::StopGuest);
         Phase::Switchover(Switchover {
             final_round,
             pages: Pages::Stopping,
@@ -83,7 +83,7 @@ impl Switchover {
         match input {
             Input::GuestStopped if self.pages == Pages::Stopping => {
                 self.pages = Pages::Scanning;
-                core.output(Output::Scan { holes: true });
+                core.out.push(Output::Scan { holes: true });
             }
             Input::Scanned {
                 dirty,
@@ -165,11 +165,11 @@ impl Switchover {
         });
         // Not earlier: digests are answered at once, and mean nothing to the destination before `Stopped`.
         if self.digests_owed {
-            core.output(Output::Digest);
+            core.out.push(Output::Digest);
         }
         core.sender.begin_round();
         self.send_on(core);
-        core.output(Output::SaveDeviceState);
+        core.out.push(Output::SaveDeviceState);
     }
 
     fn send_on(&mut self, core: &mut Core) {
@@ -251,7 +251,7 @@ impl Switchover {
                 "the destination asked for chunk {chunk} of RAMBlock {block}"
             )));
         }
-        core.output(Output::PageDigests { block, chunk });
+        core.out.push(Output::PageDigests { block, chunk });
         Ok(())
     }
 
