@@ -1,6 +1,7 @@
 //! What both sides of a run share: time, chance, the network, the checker, the trace, and what is still to go wrong.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::time::Duration;
 
 use pagecopy::engine::journal::Record;
@@ -192,6 +193,24 @@ impl Env {
     /// The time.
     pub(super) fn now(&self) -> Time {
         self.agenda.now()
+    }
+
+    /// A line of the trace, of now.
+    pub(super) fn note(&mut self, who: &str, what: fmt::Arguments<'_>) {
+        self.trace.line(self.agenda.now(), who, what);
+    }
+
+    /// When an engine that wants to be called at `at` will be, unless its call is `scheduled` before that already. A timer
+    /// may be late, never early.
+    pub(super) fn next_tick(&mut self, at: Time, scheduled: Option<Time>) -> Option<Time> {
+        let at = if self.rng.chance(100) {
+            at.after(self.rng.micros(1, 2_000))
+        } else {
+            at
+        };
+        scheduled
+            .is_none_or(|scheduled| at < scheduled || scheduled < self.now())
+            .then_some(at)
     }
 
     /// Whether the planted mistake is this one.

@@ -7,6 +7,8 @@ use bytes::Bytes;
 use transport::mem::MemChannel;
 use transport::{Channel, Error, Event, Op, SubmitError, Token};
 
+use super::rng::Rng;
+
 /// What a lane reports.
 #[derive(Debug)]
 pub(super) enum Report {
@@ -97,4 +99,21 @@ impl Lane {
         }
         Ok(())
     }
+}
+
+/// What the lanes of a connection report next and which one does, 0 for the control channel; a different one is asked
+/// first each time.
+pub(super) fn next_report<'a>(
+    rng: &mut Rng,
+    control: &'a mut Option<Lane>,
+    data: impl Iterator<Item = &'a mut Lane>,
+) -> Option<(usize, Result<Report, Error>)> {
+    let mut lanes: Vec<&mut Lane> = control.iter_mut().chain(data).collect();
+    let count = lanes.len().max(1);
+    let first = rng.index(count);
+    (0..lanes.len()).find_map(|step| {
+        let channel = (first + step) % count;
+        let report = lanes.get_mut(channel)?.poll().transpose()?;
+        Some((channel, report))
+    })
 }

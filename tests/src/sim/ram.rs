@@ -179,6 +179,19 @@ impl SimRam {
             .copy_from(&other.blocks[index].heap, offset, len);
     }
 
+    /// The digests of a block's chunks, as engines take them.
+    pub(super) fn chunk_digests(&self, block: BlockId) -> Vec<[u8; 16]> {
+        // Simulated RAM can always be read.
+        let digests = self.digests(block).unwrap_or_default();
+        digests.into_iter().map(|digest| digest.0).collect()
+    }
+
+    /// The digests of a chunk's pages, as an answer to an engine that asked for the chunk of `block`.
+    pub(super) fn digests_in_chunk(&self, block: BlockId, chunk: u64) -> Vec<[u8; 16]> {
+        let digests = self.page_digests(block, chunk);
+        digests.into_iter().map(|digest| digest.0).collect()
+    }
+
     /// A digest of the version words of all RAM: what the simulated device state remembers of the guest.
     pub(super) fn version_digest(&self, order: &[usize]) -> u64 {
         let mut digest = 0;

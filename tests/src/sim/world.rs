@@ -170,8 +170,7 @@ impl World {
             }
             Event::Fault(fault) => self.goes_wrong(fault),
             Event::Heal => {
-                env.trace
-                    .line(env.agenda.now(), "network", format_args!("is whole again"));
+                env.note("network", format_args!("is whole again"));
                 env.wires.heal(env.agenda.now());
             }
             Event::Restart(Side::Source) => self.source.restart(env),
@@ -182,8 +181,7 @@ impl World {
 
     fn goes_wrong(&mut self, fault: Fault) {
         let env = &mut self.env;
-        env.trace
-            .line(env.agenda.now(), "fault", format_args!("{fault:?}"));
+        env.note("fault", format_args!("{fault:?}"));
         match fault {
             Fault::Cut => env.wires.cut(),
             Fault::Stall(time) => env.wires.stall_until(env.agenda.now().after(time)),

@@ -7,8 +7,8 @@ use pagecopy::wire::Message;
 use transport::Error;
 use transport::mem::MemChannel;
 
-use super::super::env::{DestinationEvent, Env, Event, failure};
-use super::super::lane::{Lane, Report};
+use super::super::env::{DestinationEvent, Env, failure};
+use super::super::lane::{Lane, Report, next_report};
 use super::super::mistake::Mistake;
 use super::DestinationSide;
 
@@ -61,16 +61,8 @@ impl DestinationSide {
 
     fn next_report(&mut self, env: &mut Env) -> Option<(usize, Result<Report, Error>)> {
         let daemon = self.daemon.as_mut()?;
-        let channels = daemon.data.len() + 1;
-        let first = env.rng.index(channels);
-        (0..channels).find_map(|step| {
-            let channel = (first + step) % channels;
-            let lane = match channel.checked_sub(1) {
-                None => daemon.control.as_mut()?,
-                Some(index) => &mut daemon.data.get_mut(index)?.lane,
-            };
-            lane.poll().transpose().map(|report| (channel, report))
-        })
+        let data = daemon.data.iter_mut().map(|data| &mut data.lane);
+        next_report(&mut env.rng, &mut daemon.control, data)
     }
 
     fn channel_lost(&mut self, env: &mut Env, error: &Error) {
@@ -91,10 +83,7 @@ impl DestinationSide {
                 let bytes: u64 = runs.iter().map(|run| self.bytes(env, run)).sum();
                 if env.errs(Mistake::LateZero) {
                     let delay = env.delay(20_000);
-                    env.agenda.after(
-                        delay,
-                        Event::Destination(self.generation, DestinationEvent::LateZero(runs)),
-                    );
+                    self.event_after(env, delay, DestinationEvent::LateZero(runs));
                 } else {
                     self.place_zeroes(env, &runs);
                 }

@@ -178,11 +178,7 @@ impl DestinationSide {
         if self.daemon.take().is_none() {
             return;
         }
-        env.trace.line(
-            env.agenda.now(),
-            "destination",
-            format_args!("the daemon dies"),
-        );
+        env.note("destination", format_args!("the daemon dies"));
         self.generation += 1;
         self.regions.revoke_all();
         self.disk.crash();
@@ -203,11 +199,7 @@ impl DestinationSide {
             return;
         }
         self.disk.repair();
-        env.trace.line(
-            env.agenda.now(),
-            "destination",
-            format_args!("the daemon starts again"),
-        );
+        env.note("destination", format_args!("the daemon starts again"));
         env.destination_listens = true;
         self.daemon = Some(Daemon::default());
         self.ended = None;
@@ -238,11 +230,7 @@ impl DestinationSide {
         else {
             return;
         };
-        env.trace.line(
-            env.agenda.now(),
-            "destination",
-            format_args!("<- {input:?}"),
-        );
+        env.note("destination", format_args!("<- {input:?}"));
         engine.handle(env.now(), input);
         self.carry_out_all(env);
     }
@@ -250,11 +238,7 @@ impl DestinationSide {
     fn carry_out_all(&mut self, env: &mut Env) {
         while let Some(output) = self.engine().and_then(Destination::poll) {
             let name = names::of_destination(&output);
-            env.trace.line(
-                env.agenda.now(),
-                "destination",
-                format_args!("-> {output:?}"),
-            );
+            env.note("destination", format_args!("-> {output:?}"));
             if let Some(restart) = env.output_given(Side::Destination, &name) {
                 return self.die(env, restart);
             }
@@ -274,21 +258,25 @@ impl DestinationSide {
         let Some(daemon) = &mut self.daemon else {
             return;
         };
-        let at = if env.rng.chance(100) {
-            at.after(env.rng.micros(1, 2_000))
-        } else {
-            at
-        };
-        if daemon
-            .tick_at
-            .is_none_or(|scheduled| at < scheduled || scheduled < env.now())
-        {
+        if let Some(at) = env.next_tick(at, daemon.tick_at) {
             daemon.tick_at = Some(at);
-            env.agenda.at(
-                at,
-                Event::Destination(self.generation, DestinationEvent::Tick),
-            );
+            self.event_at(env, at, DestinationEvent::Tick);
         }
+    }
+
+    /// Puts an answer on the agenda.
+    fn answer_after(&self, env: &mut Env, delay: Duration, input: Input) {
+        self.event_after(env, delay, DestinationEvent::Answer(Box::new(input)));
+    }
+
+    fn event_after(&self, env: &mut Env, delay: Duration, event: DestinationEvent) {
+        env.agenda
+            .after(delay, Event::Destination(self.generation, event));
+    }
+
+    fn event_at(&self, env: &mut Env, at: Time, event: DestinationEvent) {
+        env.agenda
+            .at(at, Event::Destination(self.generation, event));
     }
 
     /// The process dies.
@@ -296,8 +284,7 @@ impl DestinationSide {
         if self.qemu.state == DestinationState::Gone {
             return;
         }
-        env.trace
-            .line(env.agenda.now(), "destination", format_args!("QEMU dies"));
+        env.note("destination", format_args!("QEMU dies"));
         self.qemu.enter(DestinationState::Gone);
         env.checker.stopped(Side::Destination);
         env.qemu_lost[Side::Destination as usize] = true;
@@ -312,11 +299,7 @@ impl DestinationSide {
         if command != self.qemu.command {
             return;
         }
-        env.trace.line(
-            env.agenda.now(),
-            "destination",
-            format_args!("QEMU: {step:?}"),
-        );
+        env.note("destination", format_args!("QEMU: {step:?}"));
         match step {
             DestinationStep::Loaded => {
                 env.checker.load_ended();

@@ -6,7 +6,7 @@ use pagecopy::engine::Fault as Blame;
 use pagecopy::engine::destination::{Input, Output};
 use pagecopy::engine::event::State;
 use pagecopy::engine::journal::{self, Record};
-use pagecopy::host::{Placer, Ram};
+use pagecopy::host::Placer;
 use pagecopy::memory::{BlockId, Run};
 use pagecopy::wire::Message;
 use transport::{Access, Op};
@@ -29,10 +29,7 @@ impl DestinationSide {
                     ));
                 }
                 let delay = self.operation(env);
-                env.agenda.after(
-                    delay,
-                    Event::Destination(self.generation, DestinationEvent::Prepare),
-                );
+                self.event_after(env, delay, DestinationEvent::Prepare);
             }
             Output::Allocate(_) => {
                 if self.operation_fails(env) {
@@ -61,13 +58,6 @@ impl DestinationSide {
 
     fn operation_fails(&self, env: &mut Env) -> bool {
         env.rng.chance(env.plan.destination.operation_fails)
-    }
-
-    fn answer_after(&self, env: &mut Env, delay: Duration, input: Input) {
-        env.agenda.after(
-            delay,
-            Event::Destination(self.generation, DestinationEvent::Answer(Box::new(input))),
-        );
     }
 
     fn send(&mut self, env: &mut Env, message: &Message) {
@@ -135,30 +125,16 @@ impl DestinationSide {
             let failed = failure(Blame::ThisHost, "the RAM cannot be read");
             return self.answer_after(env, delay, Input::HostFailed(failed));
         }
-        let digests = (0..env.plan.order.len())
-            .map(|block| {
-                self.ram
-                    .digests(self.block(env, u16::try_from(block).unwrap_or(u16::MAX)))
-            })
-            .map(|digests| {
-                digests
-                    .unwrap_or_default()
-                    .into_iter()
-                    .map(|digest| digest.0)
-                    .collect()
-            })
+        let digests = (0..)
+            .take(env.plan.order.len())
+            .map(|block| self.ram.chunk_digests(self.block(env, block)))
             .collect();
         self.answer_after(env, delay, Input::Digests(digests));
     }
 
     fn page_digests(&mut self, env: &mut Env, block: u16, chunk: u64) {
         let ours = self.block(env, block);
-        let digests = self
-            .ram
-            .page_digests(ours, chunk)
-            .into_iter()
-            .map(|digest| digest.0)
-            .collect();
+        let digests = self.ram.digests_in_chunk(ours, chunk);
         let delay = self.operation(env);
         self.answer_after(
             env,
@@ -180,15 +156,13 @@ impl DestinationSide {
         {
             Ok((end, at)) => {
                 let synced = DestinationEvent::Synced(end, record, for_engine);
-                env.agenda
-                    .at(at, Event::Destination(self.generation, synced));
+                self.event_at(env, at, synced);
             }
             Err(at) if for_engine => {
                 let failed = failure(Blame::ThisHost, "the journal's disk refuses");
                 let answer =
                     DestinationEvent::Answer(Box::new(Input::JournalFailed(record, failed)));
-                env.agenda
-                    .at(at, Event::Destination(self.generation, answer));
+                self.event_at(env, at, answer);
             }
             // The daemon's own records are logged as lost; whoever asks makes it try again.
             Err(_) => {}
@@ -204,8 +178,7 @@ impl DestinationSide {
                 first: 0,
                 pages: 1,
             }]);
-            env.agenda
-                .after(delay / 2, Event::Destination(self.generation, late));
+            self.event_after(env, delay / 2, late);
         }
         let Some(daemon) = &mut self.daemon else {
             return;
@@ -262,7 +235,6 @@ impl DestinationSide {
         let close = DestinationEvent::Close {
             session: self.session,
         };
-        env.agenda
-            .after(LINGER, Event::Destination(self.generation, close));
+        self.event_after(env, LINGER, close);
     }
 }

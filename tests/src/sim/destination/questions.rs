@@ -38,11 +38,7 @@ impl DestinationSide {
     }
 
     fn question(&mut self, env: &mut Env, lane: usize, message: &Message) {
-        env.trace.line(
-            env.agenda.now(),
-            "destination",
-            format_args!("is asked: {message:?}"),
-        );
+        env.note("destination", format_args!("is asked: {message:?}"));
         match message {
             Message::Query { id } => {
                 self.end_session(env);
@@ -97,11 +93,7 @@ impl DestinationSide {
     }
 
     fn answer_question(&mut self, env: &mut Env, lane: usize, answer: Message) {
-        env.trace.line(
-            env.agenda.now(),
-            "destination",
-            format_args!("answers: {answer:?}"),
-        );
+        env.note("destination", format_args!("answers: {answer:?}"));
         let Some(lane) = self
             .daemon
             .as_mut()
@@ -145,11 +137,7 @@ impl DestinationSide {
                     .violate(format!("the destination's journal cannot be read: {error}"));
             }
         };
-        env.trace.line(
-            env.agenda.now(),
-            "destination",
-            format_args!("takes up {records:?}"),
-        );
+        env.note("destination", format_args!("takes up {records:?}"));
         let running = self.qemu.state == DestinationState::Running;
         match journal::standing_for(Some(&records)) {
             Standing::Unknown => self.journal(env, Record::Aborted, false),

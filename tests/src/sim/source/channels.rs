@@ -7,7 +7,7 @@ use pagecopy::wire::Message;
 use transport::Error;
 
 use super::super::env::{Env, failure};
-use super::super::lane::Report;
+use super::super::lane::{Report, next_report};
 use super::{DataLane, SourceSide};
 
 impl SourceSide {
@@ -32,16 +32,8 @@ impl SourceSide {
 
     fn next_report(&mut self, env: &mut Env) -> Option<(usize, Result<Report, Error>)> {
         let daemon = self.daemon.as_mut()?;
-        let channels = daemon.data.len() + 1;
-        let first = env.rng.index(channels);
-        (0..channels).find_map(|step| {
-            let channel = (first + step) % channels;
-            let lane = match channel.checked_sub(1) {
-                None => daemon.control.as_mut()?,
-                Some(index) => &mut daemon.data.get_mut(index)?.lane,
-            };
-            lane.poll().transpose().map(|report| (channel, report))
-        })
+        let data = daemon.data.iter_mut().map(|data| &mut data.lane);
+        next_report(&mut env.rng, &mut daemon.control, data)
     }
 
     fn link_lost(&mut self, env: &mut Env, error: &Error) {

@@ -226,11 +226,7 @@ impl SourceSide {
 
     /// The operator decides.
     pub(super) fn resolve(&mut self, env: &mut Env, resolution: Resolution) {
-        env.trace.line(
-            env.agenda.now(),
-            "operator",
-            format_args!("resolves: {resolution:?}"),
-        );
+        env.note("operator", format_args!("resolves: {resolution:?}"));
         self.input(env, Input::Resolve(resolution));
     }
 
@@ -239,8 +235,7 @@ impl SourceSide {
         if self.daemon.take().is_none() {
             return;
         }
-        env.trace
-            .line(env.agenda.now(), "source", format_args!("the daemon dies"));
+        env.note("source", format_args!("the daemon dies"));
         self.generation += 1;
         self.tracker.disarm();
         self.disk.crash();
@@ -266,8 +261,7 @@ impl SourceSide {
                     .violate(format!("the source's journal cannot be read: {error}"));
             }
         };
-        env.trace.line(
-            env.agenda.now(),
+        env.note(
             "source",
             format_args!("the daemon starts again: {records:?}"),
         );
@@ -302,8 +296,7 @@ impl SourceSide {
         let Some(daemon) = &mut self.daemon else {
             return;
         };
-        env.trace
-            .line(env.agenda.now(), "source", format_args!("<- {input:?}"));
+        env.note("source", format_args!("<- {input:?}"));
         if self.qemu.state == SourceState::Gone {
             env.checker.rollback_excused();
         } else if is_failure(&input) && !self.commit_sent && !self.resume_failed {
@@ -323,8 +316,7 @@ impl SourceSide {
     fn carry_out_all(&mut self, env: &mut Env) {
         while let Some(output) = self.daemon.as_mut().and_then(|daemon| daemon.engine.poll()) {
             let name = names::of_source(&output);
-            env.trace
-                .line(env.agenda.now(), "source", format_args!("-> {output:?}"));
+            env.note("source", format_args!("-> {output:?}"));
             if let Some(restart) = env.output_given(Side::Source, &name) {
                 return self.die(env, restart);
             }
@@ -340,33 +332,24 @@ impl SourceSide {
         let Some(at) = daemon.engine.poll_timeout() else {
             return;
         };
-        // A timer may be late, never early.
-        let at = if env.rng.chance(100) {
-            at.after(env.rng.micros(1, 2_000))
-        } else {
-            at
-        };
-        if daemon
-            .tick_at
-            .is_none_or(|scheduled| at < scheduled || scheduled < env.now())
-        {
+        if let Some(at) = env.next_tick(at, daemon.tick_at) {
             daemon.tick_at = Some(at);
-            env.agenda
-                .at(at, Event::Source(self.generation, SourceEvent::Tick));
+            self.event_at(env, at, SourceEvent::Tick);
         }
     }
 
     /// Puts an answer on the agenda.
     fn answer_after(&self, env: &mut Env, delay: Duration, input: Input) {
-        env.agenda.after(
-            delay,
-            Event::Source(self.generation, SourceEvent::Answer(Box::new(input))),
-        );
+        self.event_after(env, delay, SourceEvent::Answer(Box::new(input)));
     }
 
     fn event_after(&self, env: &mut Env, delay: Duration, event: SourceEvent) {
         env.agenda
             .after(delay, Event::Source(self.generation, event));
+    }
+
+    fn event_at(&self, env: &mut Env, at: Time, event: SourceEvent) {
+        env.agenda.at(at, Event::Source(self.generation, event));
     }
 }
 

@@ -36,12 +36,7 @@ impl SourceSide {
             Output::SaveDeviceState => self.save_device_state(env),
             Output::Digest => self.digest(env),
             Output::PageDigests { block, chunk } => {
-                let digests = self
-                    .ram
-                    .page_digests(BlockId(block), chunk)
-                    .into_iter()
-                    .map(|d| d.0)
-                    .collect();
+                let digests = self.ram.digests_in_chunk(BlockId(block), chunk);
                 let delay = self.operation(env);
                 self.answer_after(
                     env,
@@ -151,10 +146,7 @@ impl SourceSide {
         } else {
             Input::IoDrained
         };
-        env.agenda.at(
-            drained,
-            Event::Source(self.generation, SourceEvent::Answer(Box::new(answer))),
-        );
+        self.event_at(env, drained, SourceEvent::Answer(Box::new(answer)));
     }
 
     fn digest(&mut self, env: &mut Env) {
@@ -162,18 +154,9 @@ impl SourceSide {
         if self.operation_fails(env) {
             return self.answer_after(env, delay, Input::HostFailed(host_failure()));
         }
-        let digests = (0..env.plan.blocks.len())
-            .map(|block| {
-                self.ram
-                    .digests(BlockId(u16::try_from(block).unwrap_or(u16::MAX)))
-            })
-            .map(|digests| {
-                digests
-                    .unwrap_or_default()
-                    .into_iter()
-                    .map(|digest| digest.0)
-                    .collect()
-            })
+        let digests = (0..)
+            .take(env.plan.blocks.len())
+            .map(|block| self.ram.chunk_digests(BlockId(block)))
             .collect();
         self.answer_after(env, delay, Input::Digests(digests));
     }
@@ -186,17 +169,11 @@ impl SourceSide {
             .append(if skipped { &[] } else { &line }, env.agenda.now())
         {
             Ok((end, at)) => {
-                env.agenda.at(
-                    at,
-                    Event::Source(self.generation, SourceEvent::Synced(end, record)),
-                );
+                self.event_at(env, at, SourceEvent::Synced(end, record));
             }
             Err(at) => {
                 let answer = Box::new(Input::JournalFailed(record, host_failure()));
-                env.agenda.at(
-                    at,
-                    Event::Source(self.generation, SourceEvent::Answer(answer)),
-                );
+                self.event_at(env, at, SourceEvent::Answer(answer));
             }
         }
     }

@@ -121,8 +121,7 @@ impl SourceSide {
         if self.qemu.state == SourceState::Gone {
             return;
         }
-        env.trace
-            .line(env.agenda.now(), "source", format_args!("QEMU dies"));
+        env.note("source", format_args!("QEMU dies"));
         self.qemu.enter(SourceState::Gone);
         env.checker.stopped(Side::Source);
         env.checker.rollback_excused();
@@ -135,8 +134,7 @@ impl SourceSide {
         if command != self.qemu.command {
             return;
         }
-        env.trace
-            .line(env.agenda.now(), "source", format_args!("QEMU: {step:?}"));
+        env.note("source", format_args!("QEMU: {step:?}"));
         match step {
             SourceStep::AtPreSwitchover => {
                 self.qemu.stops += 1;
