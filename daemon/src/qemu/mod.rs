@@ -8,6 +8,7 @@
 pub mod discover;
 pub mod incoming;
 pub mod maps;
+mod memdev;
 pub mod outgoing;
 pub mod settings;
 mod status;
