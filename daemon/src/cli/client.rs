@@ -71,12 +71,7 @@ impl Client {
 
     async fn json(&self, method: Method, path: &str, body: Bytes) -> Result<Value, CliError> {
         let answer = self.request(method, path, body).await?;
-        let bytes = answer
-            .into_body()
-            .collect()
-            .await
-            .map_err(|error| broken(&error))?
-            .to_bytes();
+        let bytes = read_body(answer).await?;
         if bytes.is_empty() {
             return Ok(Value::Null);
         }
@@ -113,12 +108,7 @@ impl Client {
             return Ok(answer);
         }
         let status = answer.status();
-        let bytes = answer
-            .into_body()
-            .collect()
-            .await
-            .map_err(|error| broken(&error))?
-            .to_bytes();
+        let bytes = read_body(answer).await?;
         Err(match serde_json::from_slice::<ErrorBody>(&bytes) {
             Ok(body) => CliError {
                 what: body.error,
@@ -139,6 +129,12 @@ impl Client {
             remedy: remedy.to_owned(),
         }
     }
+}
+
+/// All of an answer.
+async fn read_body(answer: Response<Incoming>) -> Result<Bytes, CliError> {
+    let collected = answer.into_body().collect().await;
+    Ok(collected.map_err(|error| broken(&error))?.to_bytes())
 }
 
 fn broken(error: &dyn fmt::Display) -> CliError {

@@ -14,7 +14,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use super::outgoing::socket_pair;
-use super::status::{failure_words, is_final, query_status, wait_for};
+use super::status::{failure_words, is_final, query_status, run_guest, wait_for};
 use crate::failure::{Failure, qemu};
 use crate::qmp::{Qmp, Version};
 
@@ -91,18 +91,12 @@ impl Incoming {
         if query_status(&self.qmp).await?.running {
             return Ok(());
         }
-        self.qmp.execute("cont", json!({})).await?;
-        let state = query_status(&self.qmp).await?;
-        if state.running {
-            return Ok(());
-        }
-        Err(qemu(
-            format!(
-                "QEMU does not run the guest: its state is \"{}\"",
-                state.status
-            ),
+        run_guest(
+            &self.qmp,
+            "QEMU does not run the guest",
             "see QEMU's log; the guest is whole here, and \"cont\" on QEMU's monitor starts it",
-        ))
+        )
+        .await
     }
 }
 

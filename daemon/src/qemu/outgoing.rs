@@ -20,7 +20,7 @@ use tokio::net::UnixStream;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::{Mutex, mpsc};
 
-use super::status::{failure_words, is_final, query_migrate, query_status, wait_for};
+use super::status::{failure_words, is_final, migration_status, query_status, run_guest, wait_for};
 use crate::failure::{Failure, host, qemu};
 use crate::qmp::{Qmp, QmpEvent};
 
@@ -144,10 +144,7 @@ impl Outgoing {
         self.taken_back.store(true, Ordering::SeqCst);
         let _orders = self.orders.lock().await;
         let mut events = self.qmp.subscribe();
-        let status = query_migrate(&self.qmp)
-            .await?
-            .status
-            .unwrap_or_else(|| "none".to_owned());
+        let status = migration_status(&self.qmp).await?;
         if !is_final(&status) {
             self.qmp.execute("migrate_cancel", json!({})).await?;
             // QEMU starts the guest itself, before it reports the end.
@@ -166,18 +163,12 @@ impl Outgoing {
                 "see what happened to QEMU; it was not touched",
             ));
         }
-        self.qmp.execute("cont", json!({})).await?;
-        let state = query_status(&self.qmp).await?;
-        if state.running {
-            return Ok(());
-        }
-        Err(qemu(
-            format!(
-                "QEMU took the guest back but does not run it: its state is \"{}\"",
-                state.status
-            ),
+        run_guest(
+            &self.qmp,
+            "QEMU took the guest back but does not run it",
             "see QEMU's log; \"cont\" on its monitor starts the guest",
-        ))
+        )
+        .await
     }
 
     /// Ends QEMU, whose guest runs elsewhere now.

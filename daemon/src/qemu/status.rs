@@ -41,6 +41,29 @@ pub(crate) async fn query_status(qmp: &Qmp) -> Result<RunState, QmpError> {
     qmp.query("query-status", json!({})).await
 }
 
+/// The status of QEMU's own migration; `none` when there never was one.
+pub(crate) async fn migration_status(qmp: &Qmp) -> Result<String, QmpError> {
+    let status = query_migrate(qmp).await?.status;
+    Ok(status.unwrap_or_else(|| "none".to_owned()))
+}
+
+/// Has QEMU run its guest, and checks that it does.
+///
+/// # Errors
+/// QEMU refused or left, in its words; or `refused` with the state that it is in, and `remedy`.
+pub(crate) async fn run_guest(qmp: &Qmp, refused: &str, remedy: &str) -> Result<(), Failure> {
+    qmp.execute("cont", json!({})).await?;
+    let state = query_status(qmp).await?;
+    if state.running {
+        return Ok(());
+    }
+    let status = state.status;
+    Err(qemu(
+        format!("{refused}: its state is \"{status}\""),
+        remedy,
+    ))
+}
+
 /// Whether QEMU's migration has ended in this status.
 pub(crate) fn is_final(status: &str) -> bool {
     matches!(status, "completed" | "failed" | "cancelled" | "none")
@@ -72,20 +95,14 @@ pub(crate) async fn wait_for(
             }
             // Events were dropped because we were slow: ask once, then go on listening.
             Ok(Err(RecvError::Lagged(_))) => {
-                let status = query_migrate(qmp)
-                    .await?
-                    .status
-                    .unwrap_or_else(|| "none".to_owned());
+                let status = migration_status(qmp).await?;
                 if wanted(&status) {
                     return Ok(status);
                 }
             }
             Ok(Err(RecvError::Closed)) => return Err(QmpError::Gone.into()),
             Err(_) => {
-                let status = query_migrate(qmp)
-                    .await?
-                    .status
-                    .unwrap_or_else(|| "none".to_owned());
+                let status = migration_status(qmp).await?;
                 return Err(qemu(
                     format!(
                         "QEMU's migration is still \"{status}\" after {} s",

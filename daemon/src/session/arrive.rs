@@ -15,9 +15,8 @@ use tokio::time::timeout;
 use transport::{Channel, Peer, Regions};
 use uuid::Uuid;
 
-use super::Clock;
 use super::destination::{Parts, Session};
-use super::source::journal_failure;
+use super::{Clock, journal_failure};
 use crate::failure::{Shown, host};
 use crate::lane::control::Control;
 use crate::lane::{Lane, LaneEvent};

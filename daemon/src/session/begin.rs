@@ -16,8 +16,8 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use transport::{Access, Channel, RegionId, Regions};
 
 use super::arrive::Over;
-use super::source::{Memory, Parts, Session, journal_failure};
-use super::{CANCELLED, Clock};
+use super::source::{Memory, Parts, Session};
+use super::{CANCELLED, Clock, journal_failure};
 use crate::api::types::MigrationRequest;
 use crate::dial::{Target, dial};
 use crate::failure::{host, operator};

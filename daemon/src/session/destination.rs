@@ -3,7 +3,6 @@
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use bytes::Bytes;
 use pagecopy::engine::destination::{Destination, Input, Output};
@@ -17,8 +16,10 @@ use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Access, Channel, RegionId, Regions};
 
-use super::source::journal_failure;
-use super::{Clock, Teller, Worker, digests, link_failure, lock, page_digests, sleep_until, tell};
+use super::{
+    Broken, Clock, RESTORE_LIMIT, Teller, Worker, blocking, digests, journal_failure, link_failure,
+    lock, page_digests, tell,
+};
 use crate::failure::host;
 use crate::lane::destination::{Command, DestinationData};
 use crate::lane::{Lane, LaneEvent};
@@ -31,11 +32,6 @@ use crate::qmp::{Qmp, QmpError};
 use crate::service::Service;
 use crate::store::JournalFile;
 use crate::sys;
-
-/// When a data channel breaks, the peer's reason may still be on its way on the control channel: this long it may take.
-const REASON_GRACE: Duration = Duration::from_millis(30);
-/// How long QEMU may take to have its settings put back.
-const RESTORE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Bytes that are allocated between two looks at whether it is still wanted.
 const ALLOCATE_AT_ONCE: u64 = 32 << 20;
@@ -81,7 +77,7 @@ pub(crate) struct Session {
     teller: Teller,
     sender: UnboundedSender<Input>,
     inputs: UnboundedReceiver<Input>,
-    broken: Option<(tokio::time::Instant, Failure)>,
+    broken: Broken,
     /// QEMU is loading the device state.
     loading: bool,
     lanes: UnboundedReceiver<LaneEvent>,
@@ -126,7 +122,7 @@ impl Session {
             teller,
             sender,
             inputs,
-            broken: None,
+            broken: Broken::default(),
             loading: false,
             lanes,
             lane_events,
@@ -145,7 +141,7 @@ impl Session {
         let mut link_there = true;
         while end.is_none() {
             let qmp = Arc::clone(&self.qmp);
-            let broken = self.broken.as_ref().map(|(at, _)| *at);
+            let broken = self.broken.overdue();
             let input = tokio::select! {
                 biased;
                 event = control.recv(), if link_there => {
@@ -168,7 +164,7 @@ impl Session {
                     qmp_there = false;
                     Some(Input::QemuFailed(QmpError::Gone.into()))
                 },
-                () = sleep_until(broken) => self.broken.take().map(|(_, failure)| Input::LinkLost(failure)),
+                () = broken => self.broken.take().map(Input::LinkLost),
                 () = self.clock.sleep_until(engine.poll_timeout()) => Some(Input::Tick),
             };
             if let Some(input) = input {
@@ -202,8 +198,7 @@ impl Session {
             }
             LaneEvent::Lost(ChannelId(0), error) => Some(Input::LinkLost(link_failure(&error))),
             LaneEvent::Lost(_, error) => {
-                let at = tokio::time::Instant::now() + REASON_GRACE;
-                self.broken.get_or_insert((at, link_failure(&error)));
+                self.broken.set(&error);
                 None
             }
             LaneEvent::Pushed { .. } => None,
@@ -253,10 +248,9 @@ impl Session {
             if let Some(failure) = lanes {
                 return Input::HostFailed(failure);
             }
-            match tokio::task::spawn_blocking(move || clear_and_register(&memory, &regions)).await {
-                Ok(Ok(())) => Input::Prepared,
-                Ok(Err(failure)) => Input::HostFailed(failure),
-                Err(error) => Input::HostFailed(host(error.to_string(), "report this")),
+            match blocking(move || clear_and_register(&memory, &regions)).await {
+                Ok(()) => Input::Prepared,
+                Err(failure) => Input::HostFailed(failure),
             }
         });
     }
@@ -327,11 +321,8 @@ impl Session {
         };
         let blocks = memory.specs.len();
         self.order(async move {
-            match tokio::task::spawn_blocking(move || digests(&memory.ram, blocks)).await {
-                Ok(Ok(digests)) => Input::Digests(digests),
-                Ok(Err(failure)) => Input::HostFailed(failure),
-                Err(error) => Input::HostFailed(host(error.to_string(), "report this")),
-            }
+            let digests = blocking(move || digests(&memory.ram, blocks)).await;
+            digests.map_or_else(Input::HostFailed, Input::Digests)
         });
     }
 
@@ -340,14 +331,13 @@ impl Session {
             return;
         };
         self.order(async move {
-            match tokio::task::spawn_blocking(move || page_digests(&memory.ram, block, chunk)).await
-            {
+            match blocking(move || Ok(page_digests(&memory.ram, block, chunk))).await {
                 Ok(digests) => Input::PageDigests {
                     block,
                     chunk,
                     digests,
                 },
-                Err(error) => Input::HostFailed(host(error.to_string(), "report this")),
+                Err(failure) => Input::HostFailed(failure),
             }
         });
     }

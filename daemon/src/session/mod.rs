@@ -6,6 +6,7 @@
 pub(crate) mod arrive;
 pub(crate) mod begin;
 mod destination;
+mod link;
 pub(crate) mod recover;
 mod source;
 mod teller;
@@ -17,12 +18,15 @@ use std::time::{Duration, Instant};
 use pagecopy::engine::Time;
 use pagecopy::host::Ram;
 use pagecopy::memory::BlockId;
-use transport::Error;
 
-use crate::failure::{Failure, Fault, host};
+use crate::failure::{Failure, host};
 
+pub(crate) use link::{Broken, link_failure};
 pub(crate) use teller::{CANCELLED, Teller, end_early, tell};
 pub(crate) use worker::Worker;
+
+/// How long QEMU may take to have its settings put back.
+const RESTORE_LIMIT: Duration = Duration::from_secs(5);
 
 /// The engines' clock.
 #[derive(Clone, Copy, Debug)]
@@ -52,46 +56,6 @@ impl Clock {
     }
 }
 
-/// Why a connection could not be made or broke, as a failure.
-pub(crate) fn link_failure(error: &Error) -> Failure {
-    let (fault, remedy) = match error {
-        Error::Closed => (
-            Fault::PeerHost,
-            "see the other host's pagecopyd: it ended, or gave up (its log says why)",
-        ),
-        Error::Io { .. } => (
-            Fault::Network,
-            "check the network and that pagecopyd runs on the other host",
-        ),
-        Error::NoMemory(_) => (
-            Fault::ThisHost,
-            "free memory on this host (the file system of the RAM files is full?)",
-        ),
-        Error::PeerMisbehaved(_) => (
-            Fault::PeerHost,
-            "run the same version of pagecopyd on both hosts",
-        ),
-        Error::PeerIncompatible(_) => (
-            Fault::Operator,
-            "use TLS on both hosts or on neither, and versions of pagecopyd that fit",
-        ),
-        Error::Refused(_) => (
-            Fault::PeerHost,
-            "see the other host's configuration (its [tls] allow list) and log",
-        ),
-        Error::Denied(_) => (
-            Fault::PeerHost,
-            "see what the peer asked for; it was told the same",
-        ),
-        Error::Untrusted(_) => (
-            Fault::Operator,
-            "check [tls] of both hosts: certificates signed by the other's ca, in date, with a DNS name on its allow list",
-        ),
-        Error::Misuse(_) => (Fault::ThisHost, "report this"),
-    };
-    Failure::new(fault, error.to_string(), remedy)
-}
-
 /// Digests of all RAM, by block.
 pub(crate) fn digests(ram: &Arc<dyn Ram>, blocks: usize) -> Result<Vec<Vec<[u8; 16]>>, Failure> {
     let of_block = |block: usize| {
@@ -115,11 +79,21 @@ pub(crate) fn page_digests(ram: &Arc<dyn Ram>, block: u16, chunk: u64) -> Vec<[u
         .collect()
 }
 
-async fn sleep_until(at: Option<tokio::time::Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
-    }
+/// Does work that blocks, in the background. A panic in it is a failure of this host.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(host(error.to_string(), "report this")))
+}
+
+/// The disk refused a record.
+pub(crate) fn journal_failure(error: &std::io::Error) -> Failure {
+    host(
+        format!("the journal could not be written: {error}"),
+        "see to the disk under state-dir",
+    )
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -17,9 +17,8 @@ use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Channel, Regions};
 
-use super::{Clock, Teller, Worker, link_failure, lock, sleep_until, tell};
+use super::{Broken, Clock, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::dial::{Target, dial_control};
-use crate::failure::host;
 use crate::lane::control::Control;
 use crate::lane::source::{Command, SourceData};
 use crate::lane::{Lane, LaneEvent};
@@ -29,11 +28,6 @@ use crate::qemu::settings::Settings;
 use crate::qmp::{Qmp, QmpError};
 use crate::service::Service;
 use crate::store::JournalFile;
-
-/// When a data channel breaks, the peer's reason may still be on its way on the control channel: this long it may take.
-const REASON_GRACE: Duration = Duration::from_millis(30);
-/// How long QEMU may take to have its settings put back.
-const RESTORE_LIMIT: Duration = Duration::from_secs(5);
 
 /// What the session waits for.
 enum Incoming {
@@ -95,8 +89,7 @@ pub(crate) struct Session {
     journal_worker: Worker,
     sender: UnboundedSender<Incoming>,
     incoming: UnboundedReceiver<Incoming>,
-    /// A data channel broke: what to say if no better reason comes.
-    broken: Option<(tokio::time::Instant, Failure)>,
+    broken: Broken,
     quit: bool,
     /// The guest could not be taken back: the next daemon tries again.
     resume_failed: bool,
@@ -127,7 +120,7 @@ impl Session {
             journal_worker: Worker::start("journal")?,
             sender,
             incoming,
-            broken: None,
+            broken: Broken::default(),
             quit: false,
             resume_failed: false,
         };
@@ -183,7 +176,7 @@ impl Session {
         let mut end = self.carry_out(&mut engine).await;
         let mut watched = self.qmp.clone();
         while end.is_none() {
-            let broken = self.broken.as_ref().map(|(at, _)| *at);
+            let broken = self.broken.overdue();
             let input = tokio::select! {
                 biased;
                 incoming = self.incoming.recv() => match incoming {
@@ -201,7 +194,7 @@ impl Session {
                     watched = None;
                     Some(Input::QemuFailed(QmpError::Gone.into()))
                 },
-                () = sleep_until(broken) => self.broken.take().map(|(_, failure)| Input::LinkLost(failure)),
+                () = broken => self.broken.take().map(Input::LinkLost),
                 () = self.clock.sleep_until(engine.poll_timeout()) => Some(Input::Tick),
             };
             if let Some(input) = input {
@@ -247,8 +240,7 @@ impl Session {
             }),
             LaneEvent::Lost(ChannelId(0), error) => Some(Input::LinkLost(link_failure(&error))),
             LaneEvent::Lost(_, error) => {
-                let at = tokio::time::Instant::now() + REASON_GRACE;
-                self.broken.get_or_insert((at, link_failure(&error)));
+                self.broken.set(&error);
                 None
             }
             LaneEvent::Misbehaved(what) => Some(Input::LinkLost(misbehaved(what))),
@@ -307,7 +299,7 @@ impl Session {
     fn detach(&mut self) {
         let lanes = std::mem::take(&mut self.data);
         self.regions.revoke_all();
-        self.broken = None;
+        self.broken = Broken::default();
         let tracker = self.tracker.clone();
         self.memory_worker.run(move || {
             if let Some(tracker) = tracker {
@@ -391,14 +383,6 @@ async fn gone(qmp: Option<&Qmp>) {
         Some(qmp) => qmp.gone().await,
         None => std::future::pending().await,
     }
-}
-
-/// The disk refused a record.
-pub(crate) fn journal_failure(error: &std::io::Error) -> Failure {
-    host(
-        format!("the journal could not be written: {error}"),
-        "see to the disk under state-dir",
-    )
 }
 
 fn misbehaved(what: String) -> Failure {

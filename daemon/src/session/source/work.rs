@@ -12,12 +12,12 @@ use pagecopy::host::track::UffdTracker;
 use pagecopy::host::{Ram, Tracker};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::{Incoming, Session, journal_failure};
+use super::{Incoming, Session};
 use crate::failure::host;
 use crate::qemu::discover::track_failure;
 use crate::qemu::outgoing::Outgoing;
 use crate::qmp::Qmp;
-use crate::session::{digests, lock, page_digests};
+use crate::session::{blocking, digests, journal_failure, lock, page_digests};
 
 impl Session {
     pub(super) fn attach(&self) {
@@ -111,11 +111,8 @@ impl Session {
             return;
         };
         self.order(async move {
-            match tokio::task::spawn_blocking(move || digests(&ram, blocks)).await {
-                Ok(Ok(digests)) => Input::Digests(digests),
-                Ok(Err(failure)) => Input::HostFailed(failure),
-                Err(error) => Input::HostFailed(host(error.to_string(), "report this")),
-            }
+            let digests = blocking(move || digests(&ram, blocks)).await;
+            digests.map_or_else(Input::HostFailed, Input::Digests)
         });
     }
 
@@ -124,13 +121,13 @@ impl Session {
             return;
         };
         self.order(async move {
-            match tokio::task::spawn_blocking(move || page_digests(&ram, block, chunk)).await {
+            match blocking(move || Ok(page_digests(&ram, block, chunk))).await {
                 Ok(digests) => Input::PageDigests {
                     block,
                     chunk,
                     digests,
                 },
-                Err(error) => Input::HostFailed(host(error.to_string(), "report this")),
+                Err(failure) => Input::HostFailed(failure),
             }
         });
     }
