@@ -1,40 +1,32 @@
 //! The destination's session.
 
-use std::future::Future;
-use std::sync::atomic::{AtomicBool, Ordering};
+mod work;
+
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use pagecopy::engine::destination::{Destination, Input, Output};
 use pagecopy::engine::event::{Figures, Finished as EngineEnd, State};
-use pagecopy::engine::journal::{Record, outcome};
+use pagecopy::engine::journal::outcome;
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::{Placer, Ram};
-use pagecopy::memory::{BlockId, BlockSpec, Run};
+use pagecopy::memory::BlockSpec;
 use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use transport::{Access, Channel, RegionId, Regions};
+use transport::{Channel, Regions};
 
-use super::{
-    Broken, Clock, RESTORE_LIMIT, Teller, Worker, blocking, digests, journal_failure, link_failure,
-    lock, page_digests, tell,
-};
-use crate::failure::host;
-use crate::lane::destination::{Command, DestinationData};
+use super::{Broken, Clock, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
+use crate::lane::destination::Command;
 use crate::lane::{Lane, LaneEvent};
 use crate::migrations::{Migration, Request};
 use crate::qemu::Block;
-use crate::qemu::discover::map_ram;
 use crate::qemu::incoming::Incoming as Qemu;
 use crate::qemu::settings::Settings;
 use crate::qmp::{Qmp, QmpError};
 use crate::service::Service;
 use crate::store::JournalFile;
-use crate::sys;
-
-/// Bytes that are allocated between two looks at whether it is still wanted.
-const ALLOCATE_AT_ONCE: u64 = 32 << 20;
 
 /// All that a session starts from, besides its engine.
 pub(crate) struct Parts {
@@ -235,173 +227,6 @@ impl Session {
         None
     }
 
-    /// Clears the RAM, registers its regions in the source's order, and starts to take pages.
-    fn prepare(&mut self, order: &[usize]) {
-        let memory = match self.map(order) {
-            Ok(memory) => memory,
-            Err(failure) => return self.answer(Input::HostFailed(failure)),
-        };
-        self.memory = Some(memory.clone());
-        let lanes = self.start_lanes(&memory).err();
-        let regions = self.regions.clone();
-        self.order(async move {
-            if let Some(failure) = lanes {
-                return Input::HostFailed(failure);
-            }
-            match blocking(move || clear_and_register(&memory, &regions)).await {
-                Ok(()) => Input::Prepared,
-                Err(failure) => Input::HostFailed(failure),
-            }
-        });
-    }
-
-    fn map(&self, order: &[usize]) -> Result<Memory, Failure> {
-        let blocks: Option<Vec<Block>> = order
-            .iter()
-            .map(|index| self.blocks.get(*index).cloned())
-            .collect();
-        let blocks = blocks.ok_or_else(|| {
-            host(
-                "a RAMBlock that does not exist was asked for",
-                "report this",
-            )
-        })?;
-        let mapped = map_ram(&blocks, true)?;
-        let specs: Arc<[BlockSpec]> = blocks.into_iter().map(|block| block.spec).collect();
-        let ram: Arc<dyn Ram> = Arc::new(mapped.clone());
-        let placer: Arc<dyn Placer> = Arc::new(mapped.clone());
-        Ok(Memory {
-            ram,
-            placer,
-            specs,
-            mapped,
-        })
-    }
-
-    /// Before the regions are registered no page can land: an early one is refused by the transport.
-    fn start_lanes(&mut self, memory: &Memory) -> Result<(), Failure> {
-        for (channel, number) in std::mem::take(&mut self.idle).into_iter().zip(1..) {
-            let id = ChannelId(number);
-            let handler =
-                DestinationData::new(id, Arc::clone(&memory.specs), Arc::clone(&memory.placer));
-            let sender = self.lane_events.clone();
-            let events = Box::new(move |event| {
-                // A session that has ended needs no events.
-                let _ = sender.send(event);
-            });
-            let lane = Lane::start("data", id, channel, handler, events)?;
-            self.teller.add(&lane);
-            self.data.push(lane);
-        }
-        Ok(())
-    }
-
-    fn allocate(&self, runs: Vec<Run>) {
-        let Some(memory) = self.memory.clone() else {
-            return;
-        };
-        let (sender, stop) = (self.sender.clone(), Arc::clone(&self.stop_allocating));
-        self.allocator.run(move || {
-            for piece in runs.iter().flat_map(|run| pieces(*run, &memory.specs)) {
-                if stop.load(Ordering::Relaxed) {
-                    return;
-                }
-                if let Err(error) = memory.placer.allocate(piece) {
-                    // A session that has ended needs no answer.
-                    let _ = sender.send(Input::HostFailed(allocation_failure(&error)));
-                    return;
-                }
-            }
-        });
-    }
-
-    fn digest(&self) {
-        let Some(memory) = self.memory.clone() else {
-            return;
-        };
-        let blocks = memory.specs.len();
-        self.order(async move {
-            let digests = blocking(move || digests(&memory.ram, blocks)).await;
-            digests.map_or_else(Input::HostFailed, Input::Digests)
-        });
-    }
-
-    fn page_digests(&self, block: u16, chunk: u64) {
-        let Some(memory) = self.memory.clone() else {
-            return;
-        };
-        self.order(async move {
-            match blocking(move || Ok(page_digests(&memory.ram, block, chunk))).await {
-                Ok(digests) => Input::PageDigests {
-                    block,
-                    chunk,
-                    digests,
-                },
-                Err(failure) => Input::HostFailed(failure),
-            }
-        });
-    }
-
-    /// The channels stay open but are no longer read, and nothing of the peer's lands any more.
-    fn load(&mut self) {
-        self.close_memory();
-        self.loading = true;
-        let lanes = std::mem::take(&mut self.data);
-        let (qemu, state) = (
-            Arc::clone(&self.qemu),
-            std::mem::take(&mut self.device_state),
-        );
-        let parked =
-            tokio::task::block_in_place(|| lanes.into_iter().filter_map(Lane::park).collect());
-        self.idle = parked;
-        self.order(async move {
-            match qemu.load(&state).await {
-                Ok(()) => Input::DeviceStateLoaded,
-                Err(failure) => Input::QemuFailed(failure),
-            }
-        });
-    }
-
-    fn close_memory(&self) {
-        self.regions.revoke_all();
-        self.stop_allocating.store(true, Ordering::Relaxed);
-    }
-
-    fn run_guest(&self) {
-        let qemu = Arc::clone(&self.qemu);
-        self.order(async move {
-            match qemu.run().await {
-                Ok(()) => Input::GuestRunning,
-                Err(failure) => Input::QemuFailed(failure),
-            }
-        });
-    }
-
-    fn journal(&self, record: Record) {
-        let (journal, sender) = (Arc::clone(&self.journal), self.sender.clone());
-        self.journal_worker.run(move || {
-            let input = match lock(&journal).append(&record) {
-                Ok(()) => Input::Journaled(record),
-                Err(error) => Input::JournalFailed(record, journal_failure(&error)),
-            };
-            // A session that has ended needs no answer.
-            let _ = sender.send(input);
-        });
-    }
-
-    fn order(&self, work: impl Future<Output = Input> + Send + 'static) {
-        let sender = self.sender.clone();
-        tokio::spawn(async move {
-            // A session that has ended needs no answer.
-            let _ = sender.send(work.await);
-        });
-    }
-
-    fn answer(&self, input: Input) {
-        // The receiver lives as long as this session.
-        let _ = self.sender.send(input);
-    }
-
     /// Leaves nothing behind, then tells the end.
     async fn finish(self, end: EngineEnd) {
         self.close_memory();
@@ -424,85 +249,10 @@ impl Session {
     }
 }
 
-fn clear_and_register(memory: &Memory, regions: &Regions) -> Result<(), Failure> {
-    memory.placer.clear().map_err(|error| {
-        host(
-            format!("the waiting guest's RAM could not be cleared: {error}"),
-            "put the RAM files on tmpfs or hugetlbfs",
-        )
-    })?;
-    for number in (0..).take(memory.specs.len()) {
-        let region = sys::region(&memory.mapped, BlockId(number))
-            .ok_or_else(|| host(format!("RAMBlock {number} is not mapped"), "report this"))?;
-        regions.register(
-            RegionId(number.into()),
-            region,
-            Access {
-                peer_writes: true,
-                peer_reads: false,
-            },
-        );
-    }
-    Ok(())
-}
-
-/// A run in pieces of at most [`ALLOCATE_AT_ONCE`], so that allocating can be broken off.
-fn pieces(run: Run, specs: &[BlockSpec]) -> impl Iterator<Item = Run> {
-    let page_size = specs
-        .get(usize::from(run.block.0))
-        .map_or(1, |spec| spec.page_size);
-    let most = (ALLOCATE_AT_ONCE / page_size).max(1);
-    (run.first..run.end())
-        .step_by(usize::try_from(most).unwrap_or(usize::MAX))
-        .map(move |first| Run {
-            first,
-            pages: most.min(run.end() - first),
-            ..run
-        })
-}
-
-fn allocation_failure(error: &std::io::Error) -> Failure {
-    host(
-        format!("there is not enough memory for the guest: {error}"),
-        "free memory on this host, or make the file system of the RAM files larger (its size= or the huge pages)",
-    )
-}
-
 fn superseded() -> Failure {
     Failure::new(
         Fault::Network,
         "the source has lost this connection and asks on a new one",
         "",
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pieces_cover_a_run_exactly() {
-        let spec = BlockSpec {
-            name: "ram".to_owned(),
-            size: 1 << 30,
-            page_size: 4096,
-        };
-        let run = Run {
-            block: BlockId(0),
-            first: 5,
-            pages: 20_000,
-        };
-        let pieces: Vec<Run> = pieces(run, &[spec]).collect();
-        assert_eq!(
-            pieces.iter().map(|piece| piece.pages).collect::<Vec<_>>(),
-            [8192, 8192, 3616]
-        );
-        assert_eq!(pieces.first().map(|piece| piece.first), Some(5));
-        assert!(
-            pieces
-                .windows(2)
-                .all(|pair| matches!(pair, [a, b] if a.end() == b.first))
-        );
-        assert_eq!(pieces.last().map(Run::end), Some(run.end()));
-    }
 }
