@@ -18,10 +18,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use pagecopy::host::track::{TrackedBlock, UffdTracker};
 use pagecopy::memory::{BlockId, BlockSpec, Run};
 
+use self::sys::disk_read::DiskRead;
 use self::sys::{Child, Map};
 
 pub const PAGE: u64 = 4096;
 pub const HUGE: u64 = 2 << 20;
+/// What a disk read brings.
+pub const FROM_DISK: u8 = 0xD1;
 
 /// Ends the test when it lacks what it needs, and says so.
 #[macro_export]
@@ -208,6 +211,12 @@ pub enum Command {
     BecomeNobody,
     /// Unmap a block.
     Unmap { block: u64 },
+    /// Start a disk read by direct I/O into the first bytes of a page: it is pinned from now on.
+    StartDiskRead { block: u64, page: u64 },
+    /// Have the data of the disk read land.
+    FinishDiskRead,
+    /// Discard a page as a balloon does (`MADV_REMOVE`: a hole in the file).
+    Discard { block: u64, page: u64 },
 }
 
 impl Target {
@@ -273,7 +282,8 @@ impl Target {
     }
 }
 
-fn pipe() -> (File, File) {
+/// A pipe: its end to read from, its end to write to.
+pub fn pipe() -> (File, File) {
     let (read, write) = std::io::pipe().unwrap();
     (OwnedFd::from(read).into(), OwnedFd::from(write).into())
 }
@@ -296,6 +306,9 @@ fn encode(command: Command) -> [u8; 40] {
         Command::Drop { block, page } => [3, block, page, 0, 0],
         Command::BecomeNobody => [4, 0, 0, 0, 0],
         Command::Unmap { block } => [5, block, 0, 0, 0],
+        Command::StartDiskRead { block, page } => [6, block, page, 0, 0],
+        Command::FinishDiskRead => [7, 0, 0, 0, 0],
+        Command::Discard { block, page } => [8, block, page, 0, 0],
     };
     let mut bytes = [0; 40];
     for (place, word) in bytes.chunks_mut(8).zip(words) {
@@ -307,6 +320,7 @@ fn encode(command: Command) -> [u8; 40] {
 /// The target's side of `tell`.
 fn obey(maps: &[Map], page_sizes: &[u64], mut commands: File, mut answers: File) {
     let (pipe_out, mut pipe_in) = pipe();
+    let mut disk_read = None;
     let mut bytes = [0; 40];
     while commands.read_exact(&mut bytes).is_ok() {
         let mut words = bytes
@@ -327,7 +341,11 @@ fn obey(maps: &[Map], page_sizes: &[u64], mut commands: File, mut answers: File)
             }
             3 => map.drop_pages(first * page, page),
             4 => sys::become_nobody(),
-            _ => map.unmap(),
+            5 => map.unmap(),
+            6 => disk_read = Some(DiskRead::start(map, first * page, PAGE as usize)),
+            7 => disk_read.take().unwrap().finish(FROM_DISK),
+            8 => map.remove_pages(first * page, page),
+            other => panic!("no command {other}"),
         }
         if answers.write_all(&[1]).is_err() {
             break;

@@ -6,6 +6,8 @@
     clippy::cast_possible_truncation
 )]
 
+pub mod disk_read;
+
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -83,6 +85,12 @@ impl Map {
         unsafe { ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
     }
 
+    pub fn copy_in(&self, offset: u64, from: &[u8]) {
+        let into = self.at(offset..offset + from.len() as u64);
+        // SAFETY: checked to be inside the mapping; the bytes come from elsewhere.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) }
+    }
+
     /// Has the kernel write `len` bytes at `offset`, read from a descriptor.
     pub fn read_into(&self, from: BorrowedFd<'_>, offset: u64, len: usize) {
         let at = self.at(offset..offset + len as u64);
@@ -95,6 +103,14 @@ impl Map {
         let at = self.at(offset..offset + len);
         // SAFETY: checked to be inside the mapping; a shared file keeps its contents.
         let result = unsafe { libc::madvise(at.cast(), len as usize, libc::MADV_DONTNEED) };
+        assert_eq!(result, 0);
+    }
+
+    /// Punches the pages out of the file.
+    pub fn remove_pages(&self, offset: u64, len: u64) {
+        let at = self.at(offset..offset + len);
+        // SAFETY: checked to be inside the mapping; what reads there later reads zeroes.
+        let result = unsafe { libc::madvise(at.cast(), len as usize, libc::MADV_REMOVE) };
         assert_eq!(result, 0);
     }
 
