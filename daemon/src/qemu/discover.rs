@@ -160,11 +160,13 @@ async fn look_at(qmp: &Qmp) -> Result<Guest, Failure> {
     })?
 }
 
+/// Whether a disk read may write guest memory past every page table. A host's device may do so whatever its cache setting
+/// is: QEMU's `scsi-block` passes the guest's reads on by `SG_IO` with `SG_FLAG_DIRECT_IO` (`hw/scsi/scsi-disk.c`).
 fn uses_direct_io(nodes: &Value) -> bool {
     let is_direct = |node: &Value| {
-        node.pointer("/cache/direct")
-            .and_then(Value::as_bool)
-            .unwrap_or(false)
+        node["cache"]["direct"] == true
+            || node["drv"] == "host_device"
+            || node["drv"] == "host_cdrom"
     };
     nodes
         .as_array()
@@ -337,5 +339,12 @@ mod tests {
             &json!([{ "cache": { "direct": false } }, { "cache": { "direct": true } }])
         ));
         assert!(!uses_direct_io(&json!([])));
+        // What a disk on a host's device is told as: the device below, the format above.
+        let buffered = |drv| json!({ "drv": drv, "cache": { "direct": false } });
+        assert!(uses_direct_io(&json!([
+            buffered("raw"),
+            buffered("host_device")
+        ])));
+        assert!(!uses_direct_io(&json!([buffered("raw"), buffered("file")])));
     }
 }
