@@ -39,6 +39,8 @@ impl Session {
     }
 
     /// `transaction` drains all disks before its actions, of which there are none here.
+    /// `tests/tests/unseen.rs` holds each QEMU to it. QEMU keeps its big lock meanwhile, so a guest that touches a device
+    /// waits as long as the slowest request that is in flight.
     pub(super) fn drain_io(&self) {
         let Some(qmp) = self.qmp.clone() else { return };
         self.order(async move {
