@@ -166,7 +166,7 @@ fn heavy_guest_that_cannot_converge() {
     // Both figures of the verdict, and what to do.
     outcome.failed_with(&[
         "the guest dirties",
-        "MB/s arrive",
+        "goodput",
         "4 rounds",
         "--downtime-limit",
     ]);

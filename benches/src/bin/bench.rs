@@ -9,8 +9,8 @@
 //!   it, for all alike);
 //! - bytes: what both ends of the link have sent, headers included.
 //!
-//! QEMU is set as well as we know how: `max-bandwidth` out of the way, `multifd` with two channels (ours has two as
-//! well), the same downtime limit, and a destination without `-S` that resumes by itself.
+//! QEMU is set as well as we know how: `max-bandwidth` out of the way, one stream or `multifd` with two channels (ours
+//! has two as well), the same downtime limit, and a destination without `-S` that resumes by itself.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -29,24 +29,34 @@ const PORT: u16 = 4444;
 enum Contender {
     OursPlain,
     QemuPlain,
+    QemuPlainMultifd,
     OursTls,
     QemuTls,
+    QemuTlsMultifd,
 }
 
 impl Contender {
-    const ALL: [Contender; 4] = [
+    const ALL: [Contender; 6] = [
         Contender::OursPlain,
         Contender::QemuPlain,
+        Contender::QemuPlainMultifd,
         Contender::OursTls,
         Contender::QemuTls,
+        Contender::QemuTlsMultifd,
     ];
+
+    fn is_ours(self) -> bool {
+        matches!(self, Contender::OursPlain | Contender::OursTls)
+    }
 
     fn name(self) -> &'static str {
         match self {
             Contender::OursPlain => "pagecopy, tcp x2",
-            Contender::QemuPlain => "QEMU, multifd x2",
+            Contender::QemuPlain => "QEMU, tcp",
+            Contender::QemuPlainMultifd => "QEMU, multifd x2",
             Contender::OursTls => "pagecopy, tls x2",
-            Contender::QemuTls => "QEMU, multifd x2 + tls",
+            Contender::QemuTls => "QEMU, tls",
+            Contender::QemuTlsMultifd => "QEMU, multifd x2 + tls",
         }
     }
 }
@@ -139,14 +149,17 @@ fn run(contender: Contender, machine: &Machine, limit_ms: u32) -> Sample {
             world.net.command(side, machine.version.binary()),
         )
     };
-    let tls = contender == Contender::QemuTls;
+    let tls = matches!(contender, Contender::QemuTls | Contender::QemuTlsMultifd);
+    let multifd = matches!(
+        contender,
+        Contender::QemuPlainMultifd | Contender::QemuTlsMultifd
+    );
     let (theirs, ours) = if tls {
         qemu_credentials(world.scratch.files())
     } else {
         Default::default()
     };
-    let ours_moves = matches!(contender, Contender::OursPlain | Contender::OursTls);
-    let role = if ours_moves {
+    let role = if contender.is_ours() {
         Role::Destination
     } else {
         Role::EagerDestination
@@ -164,16 +177,16 @@ fn run(contender: Contender, machine: &Machine, limit_ms: u32) -> Sample {
     ];
     let cpu = || pids.iter().map(|pid| cpu_seconds(*pid)).sum::<f64>();
     let bytes = || world.net.bytes_sent(Side::A) + world.net.bytes_sent(Side::B);
-    if ours_moves {
+    if contender.is_ours() {
         world
             .cli(Side::B)
             .receive("vm", destination.socket())
             .expect("the destination takes the guest");
     } else {
-        prepare_qemu(&mut source, &mut destination, tls, limit_ms);
+        prepare_qemu(&mut source, &mut destination, multifd, tls, limit_ms);
     }
     let (cpu_before, bytes_before, begun) = (cpu(), bytes(), Instant::now());
-    if ours_moves {
+    if contender.is_ours() {
         let limit = format!("{limit_ms}ms");
         let options = ["--channels", CHANNELS, "--downtime-limit", &limit];
         world
@@ -210,7 +223,13 @@ fn run(contender: Contender, machine: &Machine, limit_ms: u32) -> Sample {
 }
 
 /// QEMU's own migration, as fast as its settings allow.
-fn prepare_qemu(source: &mut Qemu, destination: &mut Qemu, tls: bool, limit_ms: u32) {
+fn prepare_qemu(
+    source: &mut Qemu,
+    destination: &mut Qemu,
+    multifd: bool,
+    tls: bool,
+    limit_ms: u32,
+) {
     let mut parameters = json!({
         "multifd-channels": 2,
         "max-bandwidth": 1_u64 << 40,
@@ -221,7 +240,11 @@ fn prepare_qemu(source: &mut Qemu, destination: &mut Qemu, tls: bool, limit_ms: 
         parameters["tls-hostname"] = json!("b");
     }
     for qemu in [&mut *source, &mut *destination] {
-        qemu.qmp.capabilities(&["multifd", "events"]);
+        qemu.qmp.capabilities(if multifd {
+            &["multifd", "events"]
+        } else {
+            &["events"]
+        });
         qemu.qmp
             .execute("migrate-set-parameters", parameters.clone())
             .expect("QEMU takes these parameters");
@@ -267,8 +290,14 @@ fn print_table(samples: &[Vec<Sample>]) {
         }
         println!();
     }
-    for (name, ours, theirs) in [("plain", 0, 1), ("tls", 2, 3)] {
-        print!("{:<24}", format!("ratio ours/QEMU, {name}"));
+    let pairs = [
+        ("ours / QEMU, tcp", 0, 1),
+        ("ours / multifd", 0, 2),
+        ("ours / QEMU, tls", 3, 4),
+        ("ours / multifd + tls", 3, 5),
+    ];
+    for (name, ours, theirs) in pairs {
+        print!("{name:<24}");
         for (at, width) in [10, 12, 8, 10].into_iter().enumerate() {
             print!(" {:>width$.2}", ratio(&samples[ours], &samples[theirs], at));
         }

@@ -45,12 +45,16 @@ async fn follow(
     arguments: MigrateArguments,
     seen: &mut Seen,
 ) -> Result<Finished, CliError> {
-    let (json, vm) = (arguments.json, arguments.vm.clone());
+    let (as_json, vm) = (arguments.json, arguments.vm.clone());
     let begun = client.post("/v1/migrations", &arguments.request()).await?;
     let Begun { id } = serde_json::from_value(begun).map_err(|error| misunderstood(&error))?;
     let id = seen.id.insert(id.to_string()).clone();
     let mut events = client.events(&id).await?;
-    let mut progress = Progress::new(json, &vm, &id);
+    if as_json {
+        // The id at once, for tools that may want to cancel or ask.
+        println!("{}", json!({ "event": "begun", "id": id, "vm": vm }));
+    }
+    let mut progress = Progress::new(as_json, &vm, &id);
     let mut interrupted = false;
     loop {
         let event = tokio::select! {
@@ -75,7 +79,7 @@ async fn follow(
             let finished: Finished =
                 serde_json::from_value(event).map_err(|error| misunderstood(&error))?;
             progress.end();
-            if !json {
+            if !as_json {
                 tell(&vm, &finished);
             }
             return Ok(finished);

@@ -12,6 +12,7 @@ mod source;
 mod teller;
 mod worker;
 
+use std::fmt::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -98,4 +99,25 @@ pub(crate) fn journal_failure(error: &std::io::Error) -> Failure {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The name of an input or output, without what is in it: for the log.
+struct NameOf<'a, T>(&'a T);
+
+impl<T: fmt::Debug> fmt::Display for NameOf<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Ends with an error where the name does; that is how the rest, which may be long, is never put into words.
+        let _ = write!(UpToName(f), "{:?}", self.0);
+        Ok(())
+    }
+}
+
+struct UpToName<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl fmt::Write for UpToName<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let end = text.find(|c: char| !c.is_alphanumeric());
+        self.0.write_str(&text[..end.unwrap_or(text.len())])?;
+        end.map_or(Ok(()), |_| Err(fmt::Error))
+    }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::files::{read_json, write_json};
 
 /// Before anything was measured.
-const FIRST_GUESS: Duration = Duration::from_millis(30);
+const FIRST_GUESS: Duration = Duration::from_millis(15);
 /// Stopping, saving, loading and starting never take less; a measurement below it says that the bytes were counted for
 /// more time than they took.
 const LEAST: Duration = Duration::from_millis(5);

@@ -17,7 +17,7 @@ use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Channel, Regions};
 
-use super::{Broken, Clock, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
+use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::lane::destination::Command;
 use crate::lane::{Lane, LaneEvent};
 use crate::migrations::{Migration, Request};
@@ -160,6 +160,7 @@ impl Session {
                 () = self.clock.sleep_until(engine.poll_timeout()) => Some(Input::Tick),
             };
             if let Some(input) = input {
+                tracing::trace!(input = %NameOf(&input));
                 engine.handle(self.clock.now(), input);
                 end = self.carry_out(&mut engine).await;
             }
@@ -199,6 +200,7 @@ impl Session {
 
     async fn carry_out(&mut self, engine: &mut Destination) -> Option<EngineEnd> {
         while let Some(output) = engine.poll() {
+            tracing::trace!(output = %NameOf(&output));
             match output {
                 Output::Finished {
                     state,

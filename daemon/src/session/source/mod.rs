@@ -17,7 +17,7 @@ use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Channel, Regions};
 
-use super::{Broken, Clock, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
+use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::dial::{Target, dial_control};
 use crate::lane::control::Control;
 use crate::lane::source::{Command, SourceData};
@@ -198,6 +198,7 @@ impl Session {
                 () = self.clock.sleep_until(engine.poll_timeout()) => Some(Input::Tick),
             };
             if let Some(input) = input {
+                tracing::trace!(input = %NameOf(&input));
                 engine.handle(self.clock.now(), input);
                 end = self.carry_out(&mut engine).await;
             }
@@ -251,6 +252,7 @@ impl Session {
     /// Does what the engine decided; returns the end when it is reached.
     async fn carry_out(&mut self, engine: &mut Source) -> Option<EngineEnd> {
         while let Some(output) = engine.poll() {
+            tracing::trace!(output = %NameOf(&output));
             match output {
                 Output::Finished(end) if end.state == State::InDoubt => self.teller.publish(&end),
                 Output::Finished(end) => return Some(end),

@@ -1,7 +1,7 @@
 //! Giving up at the destination: before `Commit` freely; after it only with `Aborted` on disk.
 
 use super::core::Core;
-use super::interface::{Input, Output};
+use super::interface::{Input};
 use super::{Phase, Step};
 use crate::engine::end::End;
 use crate::engine::event::State;
@@ -115,10 +115,6 @@ fn undecided(core: &mut Core, end: End, journal: Failure) -> Phase {
         "the guest stands stopped on both hosts: end this host's QEMU, then run `pagecopy resolve ID --resume-here` at the \
          source; repair this host's disk before pagecopyd is started again",
     );
-    core.out
-        .push(Output::Report(crate::engine::event::Report::State {
-            state: State::Failed,
-        }));
     core.finish(State::Failed, Some(failure));
     Phase::Ended
 }

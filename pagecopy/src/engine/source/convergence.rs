@@ -256,7 +256,7 @@ impl Convergence {
             format!(", and about {} more to verify", ms(self.verify))
         };
         format!(
-            "{:.1} MB remain, the guest dirties {} and {} arrive, predicted downtime {} (of it {} whatever remains){verify}, limit {}",
+            "{:.1} MB remain, the guest dirties {}, goodput {}, predicted downtime {} (of it {} whatever remains){verify}, limit {}",
             end.remaining as f64 / 1e6,
             mb_s(self.dirty_rate),
             mb_s(self.goodput()),
@@ -274,7 +274,7 @@ impl Convergence {
         Failure::new(
             Fault::Guest,
             format!(
-                "the guest dirties {} and {} arrive; {why}; {prediction}, limit {}",
+                "the guest dirties {}, goodput {}; {why}; {prediction}, limit {}",
                 mb_s(self.dirty_rate),
                 mb_s(self.goodput()),
                 ms(self.limit)
@@ -352,7 +352,7 @@ mod tests {
         assert_eq!(decision, Decision::SwitchOver);
         assert_eq!(
             words,
-            "switch over: 20.0 MB remain, the guest dirties 200.0 MB/s and 1000.0 MB/s arrive, \
+            "switch over: 20.0 MB remain, the guest dirties 200.0 MB/s, goodput 1000.0 MB/s, \
              predicted downtime 40.0 ms (of it 20.0 ms whatever remains), limit 40.0 ms"
         );
     }
@@ -392,7 +392,7 @@ mod tests {
         };
         assert_eq!(
             failure.what,
-            "the guest dirties 900.0 MB/s and 1000.0 MB/s arrive; 3 rounds were sent, as many as are \
+            "the guest dirties 900.0 MB/s, goodput 1000.0 MB/s; 3 rounds were sent, as many as are \
              allowed; predicted downtime 110.0 ms, limit 50.0 ms"
         );
         let mut time = convergence(|options| options.timeout = Some(200 * MS));
