@@ -1,7 +1,7 @@
 //! Giving up at the destination: before `Commit` freely; after it only with `Aborted` on disk.
 
 use super::core::Core;
-use super::interface::{Input};
+use super::interface::Input;
 use super::{Phase, Step};
 use crate::engine::end::End;
 use crate::engine::event::State;
