@@ -5,57 +5,43 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
-use std::ptr::{self, NonNull};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
 
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use super::zero;
 
 /// A whole file mapped `MAP_SHARED`; unmapped on drop.
 #[derive(Debug)]
 pub(crate) struct SharedMap {
-    base: NonNull<u8>,
-    len: usize,
+    map: MmapRaw,
     writable: bool,
 }
-
-// SAFETY: the mapping belongs to no thread, and all access is by copies that assume concurrent writers.
-unsafe impl Send for SharedMap {}
-// SAFETY: as above; no method gives out a reference into the memory.
-unsafe impl Sync for SharedMap {}
 
 impl SharedMap {
     /// Maps the first `len` bytes of `file`, left out of core dumps. Reserves nothing: on hugetlbfs QEMU's own mapping did.
     pub(crate) fn new(file: BorrowedFd<'_>, len: usize, writable: bool) -> io::Result<SharedMap> {
-        let access = if writable {
-            ProtFlags::READ | ProtFlags::WRITE
+        let mut options = MmapOptions::new();
+        options.len(len).no_reserve_swap();
+        let map = if writable {
+            options.map_raw(file.as_raw_fd())?
         } else {
-            ProtFlags::READ
-        };
-        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-        // SAFETY: no address is asked for, so the kernel picks one that nothing else uses.
-        let base = unsafe { rustix::mm::mmap(ptr::null_mut(), len, access, flags, file, 0)? };
-        let base =
-            NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
-        let map = SharedMap {
-            base,
-            len,
-            writable,
+            options.map_raw_read_only(file.as_raw_fd())?
         };
         // Only a courtesy to whoever collects core dumps; old kernels may refuse it.
-        let _ = map.advise(0..len, Advice::LinuxDontDump);
-        Ok(map)
+        let _ = map.advise(Advice::DontDump);
+        Ok(SharedMap { map, writable })
     }
 
     /// First address.
     pub(crate) fn base(&self) -> *mut u8 {
-        self.base.as_ptr()
+        self.map.as_mut_ptr()
     }
 
     /// Bytes.
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.map.len()
     }
 
     /// Copies the bytes from `offset` on into `into`.
@@ -96,29 +82,16 @@ impl SharedMap {
 
     /// Allocates and maps the pages of `range` as a write to each would (`MADV_POPULATE_WRITE`); contents stay.
     pub(crate) fn populate_write(&self, range: Range<usize>) -> io::Result<()> {
-        self.advise(range, Advice::LinuxPopulateWrite)
-    }
-
-    fn advise(&self, range: Range<usize>, advice: Advice) -> io::Result<()> {
-        let at = self.at(&range);
-        // SAFETY: the range is inside our mapping, and the two pieces of advice used here change no contents.
-        unsafe { Ok(rustix::mm::madvise(at.cast(), range.len(), advice)?) }
+        self.map
+            .advise_range(Advice::PopulateWrite, range.start, range.len())
     }
 
     /// Address of a range that is inside the mapping.
     fn at(&self, range: &Range<usize>) -> *mut u8 {
         assert!(
-            range.start <= range.end && range.end <= self.len,
+            range.start <= range.end && range.end <= self.len(),
             "outside the mapping"
         );
-        self.base.as_ptr().wrapping_add(range.start)
-    }
-}
-
-impl Drop for SharedMap {
-    fn drop(&mut self) {
-        // SAFETY: made by `new` with this address and length, and nothing refers to it any more. An error would only
-        // mean that the mapping stays.
-        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+        self.base().wrapping_add(range.start)
     }
 }
