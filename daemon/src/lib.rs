@@ -11,6 +11,7 @@ pub mod failure;
 pub mod lane;
 mod listener;
 pub mod migrations;
+mod nic;
 pub mod qemu;
 pub mod qmp;
 pub mod service;

@@ -96,7 +96,7 @@ pub struct MigrateArguments {
     /// How the pages move
     #[arg(long, value_enum, default_value = "precopy")]
     pub mode: ModeArgument,
-    /// Data channels [default: one a core, at most 4]
+    /// Data channels [default: as many as the link needs, at most one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub channels: Option<u16>,
     /// Longest downtime, such as 50ms [default: 300ms]

@@ -19,9 +19,10 @@ use super::arrive::Over;
 use super::source::{Memory, Parts, Session};
 use super::{CANCELLED, Clock, journal_failure};
 use crate::api::types::MigrationRequest;
-use crate::dial::{Target, dial};
+use crate::dial::{Target, dial, resolve};
 use crate::failure::{host, operator};
 use crate::migrations::{Migration, Request};
+use crate::nic::default_channels;
 use crate::qemu::discover::{self, map_ram, track_failure};
 use crate::qemu::settings::{Role, Settings};
 use crate::qemu::{Block, Guest};
@@ -34,8 +35,6 @@ use crate::sys;
 pub(crate) const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
 /// Rounds without convergence, unless the operator says otherwise.
 pub(crate) const MAX_ROUNDS: u32 = 30;
-/// Data channels, at most, unless the operator says otherwise: enough to fill a link of 100 Gbit/s.
-const DEFAULT_CHANNELS: usize = 4;
 
 /// Checks what can be checked without doing anything.
 ///
@@ -170,7 +169,10 @@ async fn look(service: &Service, request: &MigrationRequest) -> Result<Looked, F
         to: request.to.clone(),
         security: service.security.clone(),
     };
-    let data_channels = request.channels.unwrap_or_else(default_channels);
+    let data_channels = match request.channels {
+        Some(channels) => channels,
+        None => default_channels(resolve(&target.to).await?.first()),
+    };
     let (channels, peer) = dial(&target, data_channels + 1, &memory.regions).await?;
     tracing::info!(
         vm = request.vm, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),
@@ -304,10 +306,4 @@ fn options(request: &MigrationRequest) -> Options {
         verify: request.verify,
         quit_source: request.quit_source,
     }
-}
-
-/// A channel is a thread that copies: more of them than cores gain nothing.
-fn default_channels() -> u16 {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    u16::try_from(cores.clamp(1, DEFAULT_CHANNELS)).unwrap_or(1)
 }
