@@ -98,7 +98,7 @@ fn a_guest_that_is_too_busy_stays_with_a_verdict() {
             "{failure:?}"
         );
         assert!(
-            failure.what.contains("MB/s and") && failure.what.contains("limit 15.0 ms"),
+            failure.what.contains("MB/s, goodput") && failure.what.contains("limit 15.0 ms"),
             "{}",
             failure.what
         );

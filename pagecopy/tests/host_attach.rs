@@ -1,4 +1,5 @@
 //! Attaching to live processes: what they were doing goes on as if nothing had happened.
+#![cfg(feature = "host")]
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,

@@ -1,4 +1,5 @@
 //! Kills in the middle of an attach, by the hundred: the process that is attached to must never notice.
+#![cfg(feature = "host")]
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,

@@ -1,4 +1,5 @@
 //! What is found out about a process before its guest is moved.
+#![cfg(feature = "host")]
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,

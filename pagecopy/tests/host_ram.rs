@@ -1,4 +1,5 @@
 //! RAM files: what they hold, whether it is zero, digests, clearing, allocating, zeroing.
+#![cfg(feature = "host")]
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,

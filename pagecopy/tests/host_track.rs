@@ -1,4 +1,5 @@
 //! Dirty tracking of a live process: exactly what it writes is reported, and nothing is left when tracking ends.
+#![cfg(feature = "host")]
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,

@@ -3,6 +3,7 @@
 //! Writes into pages that were pinned before they were protected (direct I/O in flight), holes (a balloon) and writes by
 //! other processes (vhost-user). For each one: the gap is shown, then the rule that closes it, and that without the rule the
 //! copy is wrong whenever the scan says nothing.
+#![cfg(feature = "host")]
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,

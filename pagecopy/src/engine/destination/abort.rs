@@ -9,19 +9,6 @@ use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault};
 use crate::wire::{AbortCode, Message};
 
-/// The source gave up, in its words.
-pub(super) fn by_peer(code: AbortCode, reason: &str) -> End {
-    let fault = match code {
-        AbortCode::Cancelled => Fault::Operator,
-        AbortCode::NotConverging => Fault::Guest,
-        AbortCode::Qemu => Fault::Qemu,
-        _ => Fault::PeerHost,
-    };
-    let remedy = "nothing here: the guest runs on at the source, which says more";
-    let what = format!("the source gave up: {reason}");
-    End::by_peer(code, Failure::new(fault, what, remedy))
-}
-
 /// What the source is told: the remedy, too, where this host or its QEMU has to be seen to.
 fn message(end: &End, core: &Core) -> Option<Message> {
     let code = end.code?;

@@ -1,7 +1,7 @@
 //! What every phase of the destination shares, and the rules that hold in every phase before `Commit`.
 
-use super::abort::by_peer;
 use super::interface::{Input, Output, Setup};
+use super::reasons::by_peer;
 use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;

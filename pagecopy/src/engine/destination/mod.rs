@@ -16,6 +16,7 @@ mod core;
 mod greeting;
 mod interface;
 mod load;
+mod reasons;
 mod receive;
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,8 @@
 use super::core::{Core, millis};
 use super::in_doubt::InDoubt;
 use super::interface::{Input, Output};
-use super::rollback::{Rollback, by_peer};
+use super::reasons::by_peer;
+use super::rollback::Rollback;
 use super::{Phase, Step};
 use crate::engine::event::State;
 use crate::engine::journal::Record;

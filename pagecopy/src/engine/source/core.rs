@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::convergence::Convergence;
 use super::heat::Pages;
 use super::interface::{Input, Output, Setup};
-use super::rollback::by_peer;
+use super::reasons::by_peer;
 use super::sender::Sender;
 use crate::engine::end::End;
 use crate::engine::event::{Figures, Finished, Report, State};

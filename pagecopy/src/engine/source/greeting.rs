@@ -2,12 +2,12 @@
 
 use super::core::Core;
 use super::interface::{Input, Output};
+use super::reasons::{outside, stalled};
 use super::round::Round;
 use super::{Phase, Step};
 use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::{Failure, Fault, Time};
-use crate::memory::Run;
 use crate::wire::{self, AbortCode, Message, VERSION_MAX, VERSION_MIN};
 
 /// `Hello` was sent. The destination clears its RAM, which may take long; it answers pings meanwhile.
@@ -132,36 +132,4 @@ impl Attaching {
         }
         Err(stalled("attaching to QEMU did not end"))
     }
-}
-
-/// The host named pages that the guest does not have.
-pub(super) fn outside(outside: crate::engine::bitmap::Outside) -> End {
-    let Run {
-        block,
-        first,
-        pages,
-    } = outside.0;
-    End::new(
-        AbortCode::Host,
-        Failure::new(
-            Fault::ThisHost,
-            format!(
-                "the kernel reported {pages} pages from page {first} of RAMBlock {}, which has fewer",
-                block.0
-            ),
-            "report this; the guest runs on here",
-        ),
-    )
-}
-
-/// Something of ours did not end in time.
-pub(super) fn stalled(what: &str) -> End {
-    End::new(
-        AbortCode::TimedOut,
-        Failure::new(
-            Fault::ThisHost,
-            format!("{what} in time"),
-            "see what keeps this host or the network busy, then migrate again",
-        ),
-    )
 }

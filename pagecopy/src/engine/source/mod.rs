@@ -18,6 +18,7 @@ mod heat;
 mod in_doubt;
 mod interface;
 mod pacing;
+mod reasons;
 mod rollback;
 mod round;
 mod sender;
@@ -82,11 +83,11 @@ impl Source {
         let phase = match outcome {
             Outcome::Open => {
                 core.intent = Intent::Written;
-                in_doubt::InDoubt::begin(&mut core, rollback::restarted())
+                in_doubt::InDoubt::begin(&mut core, reasons::restarted())
             }
             Outcome::NotHere => {
                 core.intent = Intent::Withdrawn;
-                let end = End::new(AbortCode::Cancelled, rollback::restarted());
+                let end = End::new(AbortCode::Cancelled, reasons::restarted());
                 rollback::Rollback::begin(&mut core, end)
             }
             Outcome::Here => commit::Moved::begin(&mut core),

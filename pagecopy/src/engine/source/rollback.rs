@@ -7,52 +7,7 @@ use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
-use crate::wire::{AbortCode, Message};
-
-/// The destination gave up, in its words.
-pub(super) fn by_peer(code: AbortCode, reason: &str) -> End {
-    let (fault, remedy) = match code {
-        AbortCode::Cancelled => (Fault::Operator, "nothing: the guest runs on here"),
-        AbortCode::UnknownVm => (
-            Fault::PeerHost,
-            "run `pagecopy receive` for this guest at the destination, with the same --vm, then migrate again",
-        ),
-        AbortCode::MemoryMismatch => (
-            Fault::Operator,
-            "start the destination's QEMU with the same memory back ends: ids, sizes and page sizes",
-        ),
-        AbortCode::Busy => (
-            Fault::Operator,
-            "wait for the other migration of this guest, or cancel it",
-        ),
-        AbortCode::Qemu => (
-            Fault::Qemu,
-            "read the destination's QEMU log, start it anew, then migrate again",
-        ),
-        AbortCode::TimedOut => (
-            Fault::Network,
-            "check the network between the hosts, then migrate again",
-        ),
-        AbortCode::Incompatible => (
-            Fault::Operator,
-            "run versions of pagecopyd that fit on both hosts",
-        ),
-        AbortCode::NoMemory => (
-            Fault::PeerHost,
-            "free memory at the destination, then migrate again",
-        ),
-        AbortCode::VerifyFailed => (
-            Fault::PeerHost,
-            "keep the guest here and report this: its memory arrived changed",
-        ),
-        AbortCode::Protocol | AbortCode::NotConverging | AbortCode::Host | AbortCode::Aborted => (
-            Fault::PeerHost,
-            "read the destination's log; the guest runs on here",
-        ),
-    };
-    let what = format!("the destination gave up: {reason}");
-    End::by_peer(code, Failure::new(fault, what, remedy))
-}
+use crate::wire::Message;
 
 /// Going back: the guest is being resumed, if it was stopped, and the journal told, if it has to know.
 #[derive(Debug)]
@@ -135,13 +90,4 @@ impl Rollback {
         core.finish(self.end.state, Some(self.end.failure));
         Phase::Ended
     }
-}
-
-/// Why a migration that a daemon finds in its journal ended.
-pub(super) fn restarted() -> Failure {
-    Failure::new(
-        Fault::ThisHost,
-        "pagecopyd was started anew in the middle of the migration",
-        "migrate again",
-    )
 }

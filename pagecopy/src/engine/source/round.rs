@@ -17,9 +17,9 @@ use std::time::Duration;
 
 use super::convergence::{Decision, RoundEnd};
 use super::core::{Core, millis};
-use super::greeting::{outside, stalled};
 use super::heat::Scan;
 use super::interface::{Input, Output};
+use super::reasons::{outside, stalled};
 use super::switchover::Switchover;
 use super::{Phase, Step};
 use crate::engine::Time;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use super::commit::Commit;
 use super::core::{Core, Intent, millis};
-use super::greeting::outside;
 use super::interface::{Input, Output};
+use super::reasons::outside;
 use super::{Phase, Step};
 use crate::engine::end::End;
 use crate::engine::event::State;
