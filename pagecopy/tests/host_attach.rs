@@ -251,8 +251,9 @@ fn the_descriptor_can_be_left_open_in_the_process() {
     let options = AttachOptions {
         kernel_faults: true,
         leave_open: true,
+        device: None,
     };
-    let (uffd, _) = attach_with(child.pid, options).unwrap();
+    let uffd = attach_with(child.pid, options).unwrap().uffd;
     drop(uffd);
     assert_eq!(process::userfaultfds(child.pid).unwrap(), 1);
 }

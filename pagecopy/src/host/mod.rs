@@ -1,16 +1,20 @@
 //! The machine's side: what the engines decide about, done to real memory.
 //!
-//! Three traits, each with one real implementation here and one simulated one in the workspace's tests. All of them
+//! Four traits, each with one real implementation here and one simulated one in the workspace's tests. All of them
 //! speak in runs of pages of numbered RAMBlocks; the numbers are the engine's.
 //!
 //! - [`process`]: what `/proc` tells of a QEMU before anything is touched.
 //! - [`attach`]: gets a userfaultfd that acts on QEMU's memory.
 //! - [`track`]: implements [`Tracker`] with it.
 //! - [`ram`]: implements [`Ram`] and [`Placer`] over mappings of the same files.
+//! - [`pager`]: implements [`Pager`], which lets a guest run on RAM that has not all arrived, and [`received`] remembers
+//!   what has.
 
 pub mod attach;
+pub mod pager;
 pub mod process;
 pub mod ram;
+pub mod received;
 pub mod track;
 
 mod seek;
@@ -81,6 +85,78 @@ pub trait Placer: Send + Sync {
     /// # Errors
     /// The run is not inside its block: the peer's fault.
     fn zero(&self, run: Run) -> Result<(), OutOfBounds>;
+}
+
+/// Lets a guest run on RAM that has not all arrived: whoever touches a page that is not mapped waits. The destination's
+/// side of post-copy.
+pub trait Pager: Send + Sync {
+    /// Appends faults that wait and were not told before; waits up to `limit` for the first.
+    ///
+    /// # Errors
+    /// `Gone`, and what else keeps faults from being read.
+    fn faults(&self, faults: &mut Vec<DemandFault>, limit: Duration) -> Result<(), PagerError>;
+
+    /// Maps pages whose bytes are in the file, and lets those go on who wait for them. Pages that are mapped already are
+    /// passed over, and so is what is not this pager's.
+    ///
+    /// # Errors
+    /// `NotInFile` when the file lacks a page of the run: those before it are mapped.
+    fn map(&self, run: Run) -> Result<(), PagerError>;
+
+    /// The honest end for pages that can never be fetched: a touch is a memory error, never zeroes. Pages that are mapped
+    /// stay as they are.
+    ///
+    /// # Errors
+    /// `Gone`.
+    fn poison(&self, run: Run) -> Result<(), PagerError>;
+}
+
+/// A page that somebody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DemandFault {
+    /// The RAMBlock.
+    pub block: BlockId,
+    /// Index of the page.
+    pub page: u64,
+    /// The thread that waits, by its id; 0 when it is in another pid namespace.
+    pub thread: u32,
+    /// The file has the page already: it only has to be mapped.
+    pub present: bool,
+}
+
+/// Why a guest's page faults cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum PagerError {
+    /// QEMU cannot be attached to.
+    #[error(transparent)]
+    Attach(#[from] TrackError),
+    /// The kernel lacks something.
+    #[error("this kernel cannot serve the guest's page faults: {0}")]
+    Kernel(String),
+    /// QEMU went away.
+    #[error("QEMU (process {0}) is gone")]
+    Gone(i32),
+    /// The descriptor that a pager left inside QEMU is not there.
+    #[error(
+        "QEMU (process {pid}) has no userfaultfd of the number {descriptor}; its memory is served by nobody"
+    )]
+    NotThere {
+        /// The process.
+        pid: i32,
+        /// The number.
+        descriptor: i32,
+    },
+    /// A page that was to be mapped is not in the file.
+    #[error("the RAM file lacks a page of pages {} to {} of block {}", .0.first, .0.end(), .0.block.0)]
+    NotInFile(Run),
+    /// Anything else the system said.
+    #[error("{what}: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// The system's words.
+        source: io::Error,
+    },
 }
 
 /// A digest of memory, to compare two guests' RAM that both stand still.

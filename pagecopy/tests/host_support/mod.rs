@@ -178,9 +178,34 @@ impl Drop for HugePages {
 pub struct Target {
     pub child: Child,
     pub blocks: Vec<TrackedBlock>,
+    pub orders: Orders,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// The way to a target's ear.
+pub struct Orders {
     commands: File,
     answers: File,
-    _turn: MutexGuard<'static, ()>,
+}
+
+impl Orders {
+    /// Has a command carried out; its answer, or an error when the target dies of it.
+    pub fn answer(&mut self, command: Command) -> std::io::Result<u8> {
+        self.commands.write_all(&encode(command))?;
+        let mut answer = [0];
+        self.answers.read_exact(&mut answer)?;
+        Ok(answer[0])
+    }
+
+    /// Has a command carried out and waits until it is.
+    pub fn tell(&mut self, command: Command) {
+        self.answer(command).unwrap();
+    }
+
+    /// The first byte of a page, as the target reads it.
+    pub fn get(&mut self, block: u64, page: u64) -> u8 {
+        self.answer(Command::Get { block, page }).unwrap()
+    }
 }
 
 /// What another thread of a target does.
@@ -217,6 +242,10 @@ pub enum Command {
     FinishDiskRead,
     /// Discard a page as a balloon does (`MADV_REMOVE`: a hole in the file).
     Discard { block: u64, page: u64 },
+    /// Read a byte; the answer is that byte.
+    Get { block: u64, page: u64 },
+    /// Close a descriptor.
+    Close { descriptor: u64 },
 }
 
 impl Target {
@@ -252,8 +281,7 @@ impl Target {
         Target {
             child,
             blocks,
-            commands,
-            answers,
+            orders: Orders { commands, answers },
             _turn: turn,
         }
     }
@@ -264,8 +292,7 @@ impl Target {
 
     /// Has a command carried out and waits until it is.
     pub fn tell(&mut self, command: Command) {
-        self.commands.write_all(&encode(command)).unwrap();
-        self.answers.read_exact(&mut [0]).unwrap();
+        self.orders.tell(command);
     }
 
     pub fn write(&mut self, block: u64, first: u64, count: u64) {
@@ -309,6 +336,8 @@ fn encode(command: Command) -> [u8; 40] {
         Command::StartDiskRead { block, page } => [6, block, page, 0, 0],
         Command::FinishDiskRead => [7, 0, 0, 0, 0],
         Command::Discard { block, page } => [8, block, page, 0, 0],
+        Command::Get { block, page } => [9, block, page, 0, 0],
+        Command::Close { descriptor } => [10, 0, descriptor, 0, 0],
     };
     let mut bytes = [0; 40];
     for (place, word) in bytes.chunks_mut(8).zip(words) {
@@ -330,6 +359,7 @@ fn obey(maps: &[Map], page_sizes: &[u64], mut commands: File, mut answers: File)
         let (what, block, first, count, stride) = (word(), word() as usize, word(), word(), word());
         let (map, page) = (&maps[block], page_sizes[block]);
         let pages = (0..count).map(|index| (first + index * stride) * page);
+        let mut answer = 1;
         match what {
             0 => pages.for_each(|offset| map.write_byte(offset, 0x5A)),
             1 => pages.for_each(|offset| {
@@ -345,9 +375,11 @@ fn obey(maps: &[Map], page_sizes: &[u64], mut commands: File, mut answers: File)
             6 => disk_read = Some(DiskRead::start(map, first * page, PAGE as usize)),
             7 => disk_read.take().unwrap().finish(FROM_DISK),
             8 => map.remove_pages(first * page, page),
+            9 => answer = map.read_byte(first * page),
+            10 => sys::close(first as i32),
             other => panic!("no command {other}"),
         }
-        if answers.write_all(&[1]).is_err() {
+        if answers.write_all(&[answer]).is_err() {
             break;
         }
     }

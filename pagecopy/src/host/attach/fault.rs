@@ -109,7 +109,8 @@ fn not_permitted(pid: i32) -> String {
 fn refused(number: i32, options: AttachOptions) -> TrackError {
     match number {
         libc::EPERM if options.kernel_faults => TrackError::Permission(
-            "QEMU may not make a userfaultfd that sees faults in the kernel; set the sysctl vm.unprivileged_userfaultfd to 1"
+            "QEMU may not make a userfaultfd that sees faults in the kernel; let pagecopyd open /dev/userfaultfd, or set the \
+             sysctl vm.unprivileged_userfaultfd to 1"
                 .into(),
         ),
         libc::EPERM | libc::EACCES => TrackError::Permission(

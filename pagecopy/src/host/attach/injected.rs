@@ -95,8 +95,9 @@ impl<'a> StoppedThread<'a> {
         Err(Fault::Signals)
     }
 
-    /// Has the stopped thread execute system call `call` with one argument, and gives the answer.
-    pub(super) fn call(&mut self, call: i64, argument: u64) -> Result<i64, Fault> {
+    /// Has the stopped thread execute system call `call` with three arguments, and gives the answer.
+    pub(super) fn call(&mut self, call: i64, arguments: [u64; 3]) -> Result<i64, Fault> {
+        let [rdi, rsi, rdx] = arguments;
         for _ in 0..MAX_RETRIES {
             if self.place != Place::Stopped(0) {
                 self.stop()?;
@@ -109,7 +110,9 @@ impl<'a> StoppedThread<'a> {
                 rip,
                 rsp,
                 rax: call.cast_unsigned(),
-                rdi: argument,
+                rdi,
+                rsi,
+                rdx,
                 orig_rax: NO_SYSCALL,
                 ..own
             };

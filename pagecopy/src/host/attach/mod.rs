@@ -8,6 +8,9 @@
 //! *A system call that the stop interrupted* restarts: the kernel decides that from the saved registers when the thread
 //! returns to user mode for good. The injected calls run with `orig_rax = -1`, so that nothing is restarted on top of them.
 //!
+//! The same way has QEMU do what the kernel lets nobody else do to its memory: drop page tables (`madvise`), close what was
+//! left open.
+//!
 //! *A signal* that comes in between is delivered with the thread's own registers in place, and the injection is tried again.
 //!
 //! # When a process is killed in between
@@ -38,6 +41,7 @@ mod net;
 #[cfg(target_arch = "x86_64")]
 mod run;
 
+use std::ops::Range;
 use std::time::Duration;
 
 pub use super::sys::uffd::Uffd;
@@ -52,10 +56,24 @@ const STOP_LIMIT: Duration = Duration::from_secs(5);
 pub struct AttachOptions {
     /// Faults in the kernel on the guest's behalf (vhost, KVM, QEMU's system calls) are delivered, too. Post-copy needs
     /// that; asynchronous write-protection does not. Where `vm.unprivileged_userfaultfd` is 0, QEMU itself must then have
-    /// CAP_SYS_PTRACE, which a QEMU started by libvirt does not.
+    /// CAP_SYS_PTRACE, which a QEMU started by libvirt does not, or be given a `device`.
     pub kernel_faults: bool,
     /// Leaves the descriptor open inside QEMU, where a restarted daemon finds it again (post-copy).
     pub leave_open: bool,
+    /// The number that an open `/dev/userfaultfd` has inside QEMU (passed to it with QMP's `getfd`, for example). The
+    /// userfaultfd is then made from it, and sees faults in the kernel whatever QEMU itself is allowed. Since Linux 6.1.
+    pub device: Option<i32>,
+}
+
+/// A userfaultfd that acts on another process's memory.
+#[derive(Debug)]
+pub struct Attached {
+    /// The descriptor.
+    pub uffd: Uffd,
+    /// How the stop went.
+    pub figures: AttachFigures,
+    /// The number that it has inside the process; with `leave_open` only.
+    pub inside: Option<i32>,
 }
 
 /// Makes a userfaultfd for dirty tracking in process `pid` and takes it over; nothing is left behind there.
@@ -63,21 +81,48 @@ pub struct AttachOptions {
 /// # Errors
 /// What is in the way, and what to do about it.
 pub fn attach(pid: i32) -> Result<(Uffd, AttachFigures), TrackError> {
-    attach_with(pid, AttachOptions::default())
+    let attached = attach_with(pid, AttachOptions::default())?;
+    Ok((attached.uffd, attached.figures))
 }
 
 /// Makes a userfaultfd in process `pid` and takes it over.
 ///
 /// # Errors
 /// What is in the way, and what to do about it.
-pub fn attach_with(pid: i32, options: AttachOptions) -> Result<(Uffd, AttachFigures), TrackError> {
+pub fn attach_with(pid: i32, options: AttachOptions) -> Result<Attached, TrackError> {
     #[cfg(target_arch = "x86_64")]
-    return run::run(pid, options);
+    return run::attach(pid, options);
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = (pid, options);
-        Err(TrackError::Kernel(
-            "attaching to QEMU is written for x86-64 only".into(),
-        ))
+        Err(only_x86_64())
     }
+}
+
+/// Has process `pid` give advice (`MADV_…`) about its own memory, which the kernel takes from nobody else. Its main thread
+/// stands still meanwhile.
+pub(crate) fn advise(pid: i32, range: &Range<u64>, advice: i32) -> Result<(), TrackError> {
+    #[cfg(target_arch = "x86_64")]
+    return run::advise(pid, range, advice);
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = (pid, range, advice);
+        Err(only_x86_64())
+    }
+}
+
+/// Has process `pid` close a descriptor of its own.
+pub(crate) fn close_inside(pid: i32, descriptor: i32) -> Result<(), TrackError> {
+    #[cfg(target_arch = "x86_64")]
+    return run::close(pid, descriptor);
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = (pid, descriptor);
+        Err(only_x86_64())
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn only_x86_64() -> TrackError {
+    TrackError::Kernel("attaching to QEMU is written for x86-64 only".into())
 }

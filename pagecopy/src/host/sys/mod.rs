@@ -10,6 +10,7 @@ pub(crate) mod ptrace;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod survivor;
 pub(crate) mod uffd;
+pub(crate) mod words;
 pub(crate) mod zero;
 
 /// The number of an ioctl, as the kernel's `_IOC` macro makes it: direction (1 write, 2 read, 3 both), type, number and

@@ -1,4 +1,4 @@
-//! A userfaultfd and its ioctls (`linux/userfaultfd.h`).
+//! A userfaultfd, its ioctls and its events (`linux/userfaultfd.h`).
 
 use std::io;
 use std::ops::Range;
@@ -11,15 +11,27 @@ pub(crate) const USER_MODE_ONLY: u64 = 1;
 
 const API: u64 = 0xAA;
 
+/// `UFFD_FEATURE_MISSING_HUGETLBFS`.
+pub(crate) const FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
+/// `UFFD_FEATURE_MISSING_SHMEM`.
+pub(crate) const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+/// `UFFD_FEATURE_THREAD_ID`: a fault says which thread waits.
+pub(crate) const FEATURE_THREAD_ID: u64 = 1 << 8;
 /// `UFFD_FEATURE_MINOR_HUGETLBFS`.
 pub(crate) const FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
+/// `UFFD_FEATURE_MINOR_SHMEM`. Since Linux 5.14.
+pub(crate) const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 /// `UFFD_FEATURE_WP_HUGETLBFS_SHMEM`: write-protection of shared memory. Since Linux 5.19.
 pub(crate) const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 /// `UFFD_FEATURE_WP_UNPOPULATED`: pages that are not there can be protected. Since Linux 6.4.
 pub(crate) const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+/// `UFFD_FEATURE_POISON`: `UFFDIO_POISON`. Since Linux 6.6.
+pub(crate) const FEATURE_POISON: u64 = 1 << 14;
 /// `UFFD_FEATURE_WP_ASYNC`: the kernel itself lets a write through and remembers it. Since Linux 6.7.
 pub(crate) const FEATURE_WP_ASYNC: u64 = 1 << 15;
 
+/// `UFFDIO_REGISTER_MODE_MISSING`: faults on pages that the file lacks.
+pub(crate) const MODE_MISSING: u64 = 1;
 /// `UFFDIO_REGISTER_MODE_WP`: write-protection.
 pub(crate) const MODE_WP: u64 = 1 << 1;
 /// `UFFDIO_REGISTER_MODE_MINOR`: faults on pages that the file has and the page table lacks.
@@ -53,15 +65,48 @@ struct ContinueArgs {
     mapped: i64,
 }
 
+#[repr(C)]
+struct PoisonArgs {
+    range: RangeArgs,
+    mode: u64,
+    updated: i64,
+}
+
+/// `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`: `_IO(0xAA, 0)`.
+pub(crate) const NEW_FROM_DEVICE: u64 = 0xAA00;
+
 const UFFDIO_API: libc::c_ulong = ioc(3, 0xAA, 0x3F, size_of::<ApiArgs>());
 const UFFDIO_REGISTER: libc::c_ulong = ioc(3, 0xAA, 0x00, size_of::<RegisterArgs>());
 const UFFDIO_UNREGISTER: libc::c_ulong = ioc(2, 0xAA, 0x01, size_of::<RangeArgs>());
+const UFFDIO_WAKE: libc::c_ulong = ioc(2, 0xAA, 0x02, size_of::<RangeArgs>());
 const UFFDIO_CONTINUE: libc::c_ulong = ioc(3, 0xAA, 0x07, size_of::<ContinueArgs>());
+const UFFDIO_POISON: libc::c_ulong = ioc(3, 0xAA, 0x08, size_of::<PoisonArgs>());
 
 const _: () = assert!(UFFDIO_API == 0xC018_AA3F);
 const _: () = assert!(UFFDIO_REGISTER == 0xC020_AA00);
 const _: () = assert!(UFFDIO_UNREGISTER == 0x8010_AA01);
+const _: () = assert!(UFFDIO_WAKE == 0x8010_AA02);
 const _: () = assert!(UFFDIO_CONTINUE == 0xC020_AA07);
+const _: () = assert!(UFFDIO_POISON == 0xC020_AA08);
+
+/// Bytes of `struct uffd_msg`.
+const EVENT: usize = 32;
+/// Events that one `read` takes at most.
+const EVENTS: usize = 64;
+/// `UFFD_EVENT_PAGEFAULT`, and the bit of its flags that says that the page is in the file (`UFFD_PAGEFAULT_FLAG_MINOR`).
+const EVENT_FAULT: u8 = 0x12;
+const FLAG_MINOR: u64 = 1 << 2;
+
+/// A page fault that waits, as the kernel tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FaultEvent {
+    /// The address, in the faulting process.
+    pub(crate) address: u64,
+    /// The thread that waits, as this process names it; 0 when it belongs to another pid namespace.
+    pub(crate) thread: u32,
+    /// The file has the page; only the mapping is missing.
+    pub(crate) minor: bool,
+}
 
 /// A userfaultfd. Its ioctls act on the address space that created it, whoever calls them. When the last descriptor
 /// closes, the kernel unregisters every range.
@@ -136,6 +181,88 @@ impl Uffd {
         }
     }
 
+    /// `UFFDIO_CONTINUE`: maps the pages of `range` that the file has, and lets those go on who wait for them. Pages that are
+    /// mapped already are passed over.
+    ///
+    /// # Errors
+    /// `EFAULT`: the file lacks a page. `ENOENT`: the mapping is gone. `ESRCH`: the process is.
+    pub(crate) fn map_range(&self, range: &Range<u64>, page: u64) -> io::Result<()> {
+        let step = |at: u64| {
+            let mut args = ContinueArgs {
+                range: (&(at..range.end)).into(),
+                mode: 0,
+                mapped: 0,
+            };
+            let result = self.ioctl(UFFDIO_CONTINUE, &mut args);
+            (args.mapped, result)
+        };
+        self.in_steps(range, page, step)
+    }
+
+    /// `UFFDIO_POISON`: a touch of a page of `range` that is not mapped is a memory error from now on (SIGBUS).
+    ///
+    /// # Errors
+    /// `ENOENT`: the mapping is gone. `ESRCH`: the process is.
+    pub(crate) fn poison_range(&self, range: &Range<u64>, page: u64) -> io::Result<()> {
+        let step = |at: u64| {
+            let mut args = PoisonArgs {
+                range: (&(at..range.end)).into(),
+                mode: 0,
+                updated: 0,
+            };
+            let result = self.ioctl(UFFDIO_POISON, &mut args);
+            (args.updated, result)
+        };
+        self.in_steps(range, page, step)
+    }
+
+    /// Calls `step` with where to begin until all of `range` is done. A step tells how many bytes it did, also when it
+    /// failed after some.
+    fn in_steps(
+        &self,
+        range: &Range<u64>,
+        page: u64,
+        step: impl Fn(u64) -> (i64, io::Result<()>),
+    ) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let (done, result) = step(at);
+            match result {
+                Ok(()) => return Ok(()),
+                Err(error) => match (u64::try_from(done), error.raw_os_error()) {
+                    (Ok(done @ 1..), _) => at += done,
+                    // Mapped already. Whoever waits for it all the same may look again.
+                    (_, Some(libc::EEXIST)) => {
+                        self.wake(&(at..at + page))?;
+                        at += page;
+                    }
+                    // The address space was busy; nothing was done.
+                    (_, Some(libc::EAGAIN)) => {}
+                    _ => return Err(error),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// `UFFDIO_WAKE`: whoever waits for a page of `range` looks again, and faults again if it is still not mapped.
+    pub(crate) fn wake(&self, range: &Range<u64>) -> io::Result<()> {
+        self.ioctl(UFFDIO_WAKE, &mut RangeArgs::from(range))
+    }
+
+    /// Appends page faults that nobody has read yet, some at a time; whether there were any. Never waits (the descriptor
+    /// was made with `O_NONBLOCK`).
+    pub(crate) fn read_faults(&self, faults: &mut Vec<FaultEvent>) -> io::Result<bool> {
+        let mut bytes = [0; EVENT * EVENTS];
+        let len = match rustix::io::read(&self.0, &mut bytes) {
+            Ok(len) => len,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
+        faults.extend(bytes[..len].chunks_exact(EVENT).filter_map(fault_event));
+        Ok(len > 0)
+    }
+
     /// One of the ioctls above with the structure that belongs to it.
     fn ioctl<T>(&self, request: libc::c_ulong, args: &mut T) -> io::Result<()> {
         // SAFETY: every caller above pairs the request with its `#[repr(C)]` structure, whose size is part of the
@@ -149,6 +276,17 @@ impl Uffd {
             Ok(())
         }
     }
+}
+
+/// A page fault out of `struct uffd_msg`; `None` for another event, of which none was asked for.
+fn fault_event(event: &[u8]) -> Option<FaultEvent> {
+    let word = |at: usize| Some(u64::from_le_bytes(event.get(at..at + 8)?.try_into().ok()?));
+    let thread = u32::from_le_bytes(event.get(24..28)?.try_into().ok()?);
+    (event.first() == Some(&EVENT_FAULT)).then_some(FaultEvent {
+        address: word(16)?,
+        thread,
+        minor: word(8)? & FLAG_MINOR != 0,
+    })
 }
 
 impl From<&Range<u64>> for RangeArgs {

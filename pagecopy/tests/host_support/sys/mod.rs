@@ -318,6 +318,12 @@ pub fn stream(socket: RawFd) -> UnixStream {
     unsafe { UnixStream::from_raw_fd(socket) }
 }
 
+/// Closes a descriptor that nothing in this program owns.
+pub fn close(descriptor: RawFd) {
+    // SAFETY: what another process has opened here; no object of this one has it.
+    assert_eq!(unsafe { libc::close(descriptor) }, 0);
+}
+
 /// Stops this process until somebody lets it go on.
 pub fn stop_oneself() {
     // SAFETY: a plain signal to oneself.

@@ -1,0 +1,335 @@
+//! Which pages of a guest have arrived: a bitmap in a file, which outlives the process that writes it.
+//!
+//! In post-copy this bitmap is the only truth. A page is placed in the RAM file, then marked here, and only then mapped
+//! for the guest; so a page that the guest may have written since is always marked, and a successor of a killed daemon never
+//! fetches it again. (A page that was placed and not marked is fetched once more: the guest has not seen it.)
+//!
+//! The file lies in memory (on tmpfs) next to the RAM: it must outlive the process, not the host.
+//!
+//! ```text
+//!  0        8        12       16               32                        4096
+//!  +--------+--------+--------+----------------+-------------------+-----+----------------------- - -
+//!  |"PGCPRCVD"| 1    | blocks | id             | blocks × 16 bytes | 0   | words of block 0, 1, …
+//!  +--------+--------+--------+----------------+-------------------+-----+----------------------- - -
+//!    8        u32      u32      16 bytes         size, page size           bit 0 of word 0 is page 0
+//! ```
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::OutOfBounds;
+use super::sys::words::SharedWords;
+use crate::engine::MigrationId;
+use crate::limits::MAX_BLOCKS;
+use crate::memory::{BlockId, BlockSpec, Run};
+
+const MAGIC: &[u8; 8] = b"PGCPRCVD";
+const VERSION: u32 = 1;
+const HEADER: usize = 4096;
+/// Bytes before the blocks' sizes.
+const FIXED: usize = 32;
+/// Bytes of a block in the header.
+const BLOCK: usize = 16;
+/// Pages in a word.
+const WORD: u64 = 64;
+
+const _: () = assert!(FIXED + MAX_BLOCKS * BLOCK <= HEADER);
+
+/// The bitmap. All methods may be called from several threads at once.
+#[derive(Debug)]
+pub struct Received {
+    words: SharedWords,
+    blocks: Vec<Bits>,
+    /// Pages that are set.
+    count: AtomicU64,
+}
+
+/// Where a block's bits are.
+#[derive(Clone, Copy, Debug)]
+struct Bits {
+    /// Index of the first word.
+    first: usize,
+    pages: u64,
+}
+
+impl Received {
+    /// Makes the file, with nothing received. It must not exist.
+    ///
+    /// # Errors
+    /// The file cannot be made, or there is no room for it.
+    pub fn create(path: &Path, id: MigrationId, specs: &[BlockSpec]) -> io::Result<Received> {
+        let (blocks, words) = layout(specs)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
+        file.write_all_at(&header(id, specs)?, 0)?;
+        let len = HEADER as u64 + words as u64 * 8;
+        // All of it now: a store into a full file system would be a signal.
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, len)?;
+        Received::map(&file, blocks, words)
+    }
+
+    /// Opens the file of a migration that was under way.
+    ///
+    /// # Errors
+    /// `InvalidData`: it is not the file of this migration of this guest.
+    pub fn open(path: &Path, id: MigrationId, specs: &[BlockSpec]) -> io::Result<Received> {
+        let (blocks, words) = layout(specs)?;
+        let mut file = OpenOptions::new().read(true).write(true).open(path)?;
+        let mut found = [0; HEADER];
+        file.read_exact(&mut found)?;
+        let len = HEADER as u64 + words as u64 * 8;
+        if found != header(id, specs)? || file.metadata()?.len() != len {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!(
+                    "{} is not about this migration of this guest",
+                    path.display()
+                ),
+            ));
+        }
+        Received::map(&file, blocks, words)
+    }
+
+    fn map(file: &File, blocks: Vec<Bits>, words: usize) -> io::Result<Received> {
+        let words = SharedWords::new(file, HEADER as u64, words)?;
+        let set = (0..words.len()).map(|index| u64::from(words.get(index).count_ones()));
+        let count = AtomicU64::new(set.sum());
+        Ok(Received {
+            words,
+            blocks,
+            count,
+        })
+    }
+
+    /// Marks the pages of `run`, which are placed: from now on they are the guest's.
+    ///
+    /// # Errors
+    /// The run is not inside its block; nothing is marked.
+    pub fn insert(&self, run: Run) -> Result<(), OutOfBounds> {
+        let bits = self.locate(run)?;
+        let (mut page, end) = (run.first, run.first + run.pages);
+        while page < end {
+            let index = bits.first + usize::try_from(page / WORD).unwrap_or(usize::MAX);
+            let (low, len) = (page % WORD, (end - page).min(WORD - page % WORD));
+            let mask = u64::MAX >> (WORD - len) << low;
+            let before = self.words.set(index, mask);
+            let new = u64::from((mask & !before).count_ones());
+            self.count.fetch_add(new, Ordering::Relaxed);
+            page += len;
+        }
+        Ok(())
+    }
+
+    /// Whether a page has arrived; one that does not exist has not.
+    pub fn contains(&self, block: BlockId, page: u64) -> bool {
+        let run = Run {
+            block,
+            first: page,
+            pages: 1,
+        };
+        self.locate(run).is_ok_and(|bits| {
+            let index = bits.first + usize::try_from(page / WORD).unwrap_or(usize::MAX);
+            self.words.get(index) >> (page % WORD) & 1 == 1
+        })
+    }
+
+    /// How many pages have arrived.
+    pub fn pages(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Appends the runs that have not arrived, in order.
+    pub fn missing(&self, runs: &mut Vec<Run>) {
+        for (number, bits) in (0..).zip(&self.blocks) {
+            let mut run: Option<Run> = None;
+            let mut page = 0;
+            while page < bits.pages {
+                let index = bits.first + usize::try_from(page / WORD).unwrap_or(usize::MAX);
+                let rest = !self.words.get(index) >> (page % WORD);
+                let left = (WORD - page % WORD).min(bits.pages - page);
+                // Pages alike from here on in this word.
+                let is_missing = rest & 1 == 1;
+                let alike = if is_missing {
+                    rest.trailing_ones()
+                } else {
+                    rest.trailing_zeros()
+                };
+                let alike = u64::from(alike).min(left);
+                match (&mut run, is_missing) {
+                    (Some(run), true) => run.pages += alike,
+                    (None, true) => {
+                        run = Some(Run {
+                            block: BlockId(number),
+                            first: page,
+                            pages: alike,
+                        });
+                    }
+                    (_, false) => runs.extend(run.take()),
+                }
+                page += alike;
+            }
+            runs.extend(run);
+        }
+    }
+
+    fn locate(&self, run: Run) -> Result<Bits, OutOfBounds> {
+        let bits = self.blocks.get(usize::from(run.block.0));
+        let inside = |bits: &&Bits| {
+            run.pages != 0
+                && run
+                    .first
+                    .checked_add(run.pages)
+                    .is_some_and(|end| end <= bits.pages)
+        };
+        bits.filter(inside).copied().ok_or(OutOfBounds(run))
+    }
+}
+
+/// Where each block's bits are, and how many words there are in all.
+fn layout(specs: &[BlockSpec]) -> io::Result<(Vec<Bits>, usize)> {
+    if specs.is_empty() || specs.len() > MAX_BLOCKS {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut words = 0;
+    let blocks = specs.iter().map(|spec| {
+        let bits = Bits {
+            first: words,
+            pages: spec.pages(),
+        };
+        words += usize::try_from(bits.pages.div_ceil(WORD)).unwrap_or(usize::MAX);
+        bits
+    });
+    Ok((blocks.collect(), words))
+}
+
+/// The file's first bytes.
+fn header(id: MigrationId, specs: &[BlockSpec]) -> io::Result<[u8; HEADER]> {
+    let count = u32::try_from(specs.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut header = [0; HEADER];
+    let sizes = specs
+        .iter()
+        .flat_map(|spec| [spec.size.to_le_bytes(), spec.page_size.to_le_bytes()])
+        .flatten();
+    let bytes = MAGIC
+        .iter()
+        .copied()
+        .chain(VERSION.to_le_bytes())
+        .chain(count.to_le_bytes())
+        .chain(id.0)
+        .chain(sizes);
+    for (place, byte) in header.iter_mut().zip(bytes) {
+        *place = byte;
+    }
+    Ok(header)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeSet;
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ID: MigrationId = MigrationId([7; 16]);
+
+    /// A file that is removed on drop.
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Scratch {
+            let name = format!("pagecopy-received-{}-{name}", std::process::id());
+            Scratch(std::env::temp_dir().join(name))
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    fn specs(pages: &[u64]) -> Vec<BlockSpec> {
+        let spec = |(number, pages): (usize, &u64)| BlockSpec {
+            name: format!("ram{number}"),
+            size: pages * 4096,
+            page_size: 4096,
+        };
+        pages.iter().enumerate().map(spec).collect()
+    }
+
+    fn run(block: u16, first: u64, pages: u64) -> Run {
+        Run {
+            block: BlockId(block),
+            first,
+            pages,
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Against a set of pages, and again after the file was opened anew.
+        #[test]
+        fn like_a_set_of_pages(runs in prop::collection::vec((0..3_u16, 0..200_u64, 1..130_u64), 0..20)) {
+            let specs = specs(&[200, 64, 65]);
+            let scratch = Scratch::new("set");
+            let received = Received::create(&scratch.0, ID, &specs).unwrap();
+            let mut set = BTreeSet::new();
+            for (block, first, pages) in runs {
+                let inside = first + pages <= specs[usize::from(block)].pages();
+                prop_assert_eq!(received.insert(run(block, first, pages)).is_ok(), inside);
+                if inside {
+                    set.extend((first..first + pages).map(|page| (block, page)));
+                }
+            }
+            drop(received);
+            let received = Received::open(&scratch.0, ID, &specs).unwrap();
+            prop_assert_eq!(received.pages(), set.len() as u64);
+            let mut missing = Vec::new();
+            received.missing(&mut missing);
+            let mut lacking = BTreeSet::new();
+            for run in &missing {
+                lacking.extend((run.first..run.end()).map(|page| (run.block.0, page)));
+            }
+            for (block, spec) in (0..).zip(&specs) {
+                for page in 0..spec.pages() {
+                    let here = set.contains(&(block, page));
+                    prop_assert_eq!(received.contains(BlockId(block), page), here);
+                    prop_assert_eq!(lacking.contains(&(block, page)), !here);
+                }
+                prop_assert!(!received.contains(BlockId(block), spec.pages()));
+            }
+            // As few runs as there can be: no two of them touch.
+            prop_assert!(missing.windows(2).all(|two| two[0].block != two[1].block || two[0].end() < two[1].first));
+            std::fs::remove_file(&scratch.0).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_of_something_else_is_refused() {
+        let scratch = Scratch::new("other");
+        let guest = specs(&[100, 50]);
+        drop(Received::create(&scratch.0, ID, &guest).unwrap());
+        let refused = |id, specs: &[BlockSpec]| {
+            let error = Received::open(&scratch.0, id, specs).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+        };
+        refused(MigrationId([8; 16]), &guest);
+        refused(ID, &specs(&[100, 51]));
+        refused(ID, &specs(&[100]));
+        let again = Received::create(&scratch.0, ID, &guest).unwrap_err();
+        assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+        let file = OpenOptions::new().write(true).open(&scratch.0).unwrap();
+        file.set_len(HEADER as u64 + 8).unwrap();
+        refused(ID, &guest);
+    }
+}
