@@ -139,6 +139,24 @@ impl Bitmap {
         }
     }
 
+    /// Takes those pages out that `run` has, and appends them as runs. What of `run` is not inside the guest counts as
+    /// clear.
+    pub fn take_within(&mut self, run: Run, runs: &mut Vec<Run>) {
+        let Some(bits) = self.blocks.get_mut(usize::from(run.block.0)) else {
+            return;
+        };
+        let end = run.first.saturating_add(run.pages).min(bits.pages);
+        let mut from = run.first;
+        while let Some((first, pages)) = bits.take_between(from, end) {
+            runs.push(Run {
+                block: run.block,
+                first,
+                pages,
+            });
+            from = first + pages;
+        }
+    }
+
     /// Combines word by word: for each word of `self` and those of `others` at the same place, `combine` may change all.
     /// It must leave words that are all zero as they are: groups without a bit are not looked at. The bitmaps are of the
     /// same guest.
@@ -232,6 +250,23 @@ impl Bits {
         }
         self.count -= end - first;
         Some((first, end - first))
+    }
+
+    /// Takes the first run between `first` and `end`, a page that exists or the one behind the last.
+    fn take_between(&mut self, first: u64, end: u64) -> Option<(u64, u64)> {
+        if first >= end {
+            return None;
+        }
+        let set = (word_of(first)..=word_of(end - 1)).find_map(|word| {
+            let bits = self.words[word] & mask(word, first, end);
+            (bits != 0).then(|| word as u64 * WORD + u64::from(bits.trailing_zeros()))
+        })?;
+        let after = self.end_of_run(set, end - set);
+        for word in word_of(set)..=word_of(after - 1) {
+            self.words[word] &= !mask(word, set, after);
+        }
+        self.count -= after - set;
+        Some((set, after - set))
     }
 
     /// The first word with a bit set. Groups that turn out to be empty are struck off.

@@ -19,6 +19,7 @@ pub mod event;
 pub mod journal;
 mod liveness;
 mod outbox;
+pub mod pull;
 pub mod source;
 pub mod split;
 mod timeouts;

@@ -27,6 +27,8 @@ fn specs() -> Vec<BlockSpec> {
 enum Step {
     Insert(u16, u64, u64),
     Take(usize, u64),
+    /// Takes what is there of a run.
+    TakeWithin(u16, u64, u64),
     /// Adds the pages of a run that are in a bitmap with every page of the second run.
     Common((u64, u64), (u64, u64)),
     /// Keeps every page that is in the other bitmap, which gets all.
@@ -41,6 +43,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => ((0u64..8500, 0u64..300), (0u64..8500, 0u64..300)).prop_map(|(a, b)| Step::Common(a, b)),
         2 => (0u64..8500, 0u64..400).prop_map(|(first, pages)| Step::Zip(first, pages)),
         4 => (1usize..5, 1u64..3000).prop_map(|(runs, pages)| Step::Take(runs, pages)),
+        3 => (0u16..3, 0u64..8500, 0u64..500).prop_map(|(b, f, n)| Step::TakeWithin(b, f, n)),
         1 => Just(Step::Clear),
     ];
     proptest::collection::vec(step, 1..60)
@@ -89,6 +92,18 @@ proptest! {
                     let mut runs = Vec::new();
                     bitmap.take(max_runs, max_pages * 4096, &mut runs);
                     prop_assert_eq!(runs, naive_take(&mut model, max_runs, max_pages));
+                }
+                Step::TakeWithin(block, first, pages) => {
+                    let mut runs = Vec::new();
+                    bitmap.take_within(Run { block: BlockId(block), first, pages }, &mut runs);
+                    let within = model.range((block, first)..(block, first + pages)).copied();
+                    let expected: Vec<_> = within.collect();
+                    let taken = runs.iter().flat_map(|run| (run.first..run.end()).map(|page| (run.block.0, page)));
+                    prop_assert_eq!(taken.collect::<Vec<_>>(), &expected[..]);
+                    prop_assert!(runs.windows(2).all(|two| two[0].end() < two[1].first));
+                    for page in expected {
+                        model.remove(&page);
+                    }
                 }
                 Step::Common((first, pages), (other_first, other_pages)) => {
                     let mut other = Bitmap::new(&specs());
