@@ -298,7 +298,9 @@ fn a_sandboxed_qemu_is_attached_to_and_tracked() {
     let mut commands = qemu.stdin.take().unwrap();
     let mut ask = |command: &str| {
         use std::io::BufRead;
-        writeln!(commands, "{command}").unwrap();
+        if let Err(error) = writeln!(commands, "{command}") {
+            panic!("QEMU has ended: {error}; {:?}", qemu.wait());
+        }
         let mut line = String::new();
         while !line.contains("\"return\"") {
             line.clear();

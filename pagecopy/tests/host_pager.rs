@@ -21,10 +21,12 @@ use std::time::{Duration, Instant};
 
 use pagecopy::host::pager::{UffdPager, share_out};
 use pagecopy::host::{DemandFault, Pager, PagerError, process};
-use pagecopy::memory::{BlockId, Run};
+use pagecopy::memory::Run;
 
 use host_support::sys::{self, Child};
-use host_support::{Command, HUGE, HugePages, PAGE, RamFile, Target, is_registered, is_root, pipe};
+use host_support::{
+    Command, HUGE, HugePages, PAGE, RamFile, Target, is_registered, is_root, pipe, run,
+};
 
 /// How long anything here may take.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -32,15 +34,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 const A_WHILE: Duration = Duration::from_millis(200);
 
 fn page(number: u64) -> Run {
-    pages(number, 1)
-}
-
-fn pages(first: u64, pages: u64) -> Run {
-    Run {
-        block: BlockId(0),
-        first,
-        pages,
-    }
+    run(0, number, 1)
 }
 
 fn arm(target: &Target) -> UffdPager {
@@ -117,7 +111,7 @@ fn who_touches_what_has_not_arrived_waits_and_reads_what_arrives() {
     );
     // Mapped by now: nobody waits, and what the guest writes stays.
     target.write(0, 7, 1);
-    pager.map(pages(5, 3)).unwrap();
+    pager.map(run(0, 5, 3)).unwrap();
     assert_eq!(target.orders.get(0, 7), 0x5A);
     pager.release().unwrap();
     assert!(!is_registered(target.pid()));
@@ -156,11 +150,11 @@ fn what_the_file_lacks_cannot_be_mapped() {
     for number in [10, 11, 13] {
         place(&file, number, 1);
     }
-    let refused = pager.map(pages(10, 4)).unwrap_err();
+    let refused = pager.map(run(0, 10, 4)).unwrap_err();
     assert!(matches!(refused, PagerError::NotInFile(_)), "{refused}");
     assert_eq!(target.orders.get(0, 11), 1, "those before it are mapped");
     place(&file, 12, 1);
-    pager.map(pages(10, 4)).unwrap();
+    pager.map(run(0, 10, 4)).unwrap();
     assert_eq!((target.orders.get(0, 12), target.orders.get(0, 13)), (1, 1));
     pager.release().unwrap();
 }
@@ -173,7 +167,7 @@ fn a_poisoned_page_is_a_memory_error() {
     let pager = arm(&target);
     place(&file, 1, 0x11);
     pager.map(page(1)).unwrap();
-    pager.poison(pages(0, 16)).unwrap();
+    pager.poison(run(0, 0, 16)).unwrap();
     assert_eq!(target.orders.get(0, 1), 0x11, "what was there stays");
     assert!(
         target
@@ -299,7 +293,6 @@ fn several_pagers_share_a_guest() {
 fn huge_pages() {
     skip_unless!(is_root(), "needs root");
     let Some(reserved) = HugePages::reserve(4) else {
-        println!("SKIPPED: no huge pages can be reserved");
         return;
     };
     let file = RamFile::at(&reserved.mount.0, 4 * HUGE, HUGE);

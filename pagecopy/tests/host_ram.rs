@@ -16,33 +16,13 @@ use std::time::Instant;
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::{OutOfBounds, Placer, Ram};
 use pagecopy::limits::DIGEST_CHUNK;
-use pagecopy::memory::{BlockId, BlockSpec, Run};
+use pagecopy::memory::{BlockId, BlockSpec};
 
-use host_support::{HUGE, HugePages, Mounted, PAGE, RamFile, is_root, pages};
+use host_support::{
+    HUGE, HugePages, Mounted, PAGE, RamFile, is_root, open_ram, pages, populated, run,
+};
 
 const BLOCK: BlockId = BlockId(0);
-
-fn open(files: &[&RamFile]) -> MappedRam {
-    let blocks: Vec<_> = files
-        .iter()
-        .map(|file| (file.spec("ram"), file.path.clone()))
-        .collect();
-    MappedRam::open(&blocks, true).unwrap()
-}
-
-fn run(block: u16, first: u64, pages: u64) -> Run {
-    Run {
-        block: BlockId(block),
-        first,
-        pages,
-    }
-}
-
-fn populated(ram: &MappedRam) -> Vec<Run> {
-    let mut runs = Vec::new();
-    ram.populated(&mut runs).unwrap();
-    runs
-}
 
 /// Bytes that the file really takes.
 fn taken(file: &RamFile) -> u64 {
@@ -52,7 +32,7 @@ fn taken(file: &RamFile) -> u64 {
 #[test]
 fn what_a_file_holds_is_listed_block_by_block() {
     let (one, two) = (RamFile::tmpfs(8 << 20), RamFile::tmpfs(4 << 20));
-    let ram = open(&[&one, &two]);
+    let ram = open_ram(&[&one, &two]);
     assert_eq!(populated(&ram), []);
     one.file.write_at(b"x", 5 * PAGE + 100).unwrap();
     one.file
@@ -69,11 +49,10 @@ fn what_a_file_holds_is_listed_block_by_block() {
 fn huge_pages_that_a_file_holds_are_listed_without_allocating_others() {
     skip_unless!(is_root(), "needs root");
     let Some(huge) = HugePages::reserve(8) else {
-        println!("SKIPPED: no 8 huge pages of 2 MiB can be reserved");
         return;
     };
     let file = RamFile::at(&huge.mount.0, 8 * HUGE, HUGE);
-    let ram = open(&[&file]);
+    let ram = open_ram(&[&file]);
     assert_eq!(populated(&ram), []);
     let map = file.map();
     map.write_byte(HUGE, 1);
@@ -104,7 +83,7 @@ fn zero_is_told_from_not_zero() {
     let file = RamFile::tmpfs(1 << 20);
     file.file.write_at(&[0; 8 * PAGE as usize], 0).unwrap();
     file.file.write_at(b"\x01", 6 * PAGE - 1).unwrap();
-    let ram = open(&[&file]);
+    let ram = open_ram(&[&file]);
     assert!(ram.is_zero(BLOCK, 0, 5 * PAGE));
     assert!(!ram.is_zero(BLOCK, 0, 6 * PAGE));
     assert!(!ram.is_zero(BLOCK, 5 * PAGE, PAGE));
@@ -126,7 +105,7 @@ fn digests_depend_on_contents_and_not_on_holes() {
         file.file.write_at(b"same", DIGEST_CHUNK - 2).unwrap();
         file.file.write_at(b"same", SIZE - 4).unwrap();
     }
-    let ram = open(&[&sparse, &full]);
+    let ram = open_ram(&[&sparse, &full]);
     let before = taken(&sparse);
     let digests = ram.digests(BLOCK).unwrap();
     assert_eq!(digests.len(), 4);
@@ -157,7 +136,7 @@ fn digests_depend_on_contents_and_not_on_holes() {
 fn allocating_keeps_contents_and_zeroing_keeps_holes() {
     let file = RamFile::tmpfs(1 << 20);
     file.file.write_at(b"kept", 10 * PAGE).unwrap();
-    let ram = open(&[&file]);
+    let ram = open_ram(&[&file]);
     ram.allocate(run(0, 8, 4)).unwrap();
     assert_eq!(taken(&file), 4 * PAGE);
     let mut bytes = [0; 4];
@@ -182,7 +161,7 @@ fn allocating_keeps_contents_and_zeroing_keeps_holes() {
 #[test]
 fn runs_outside_are_refused() {
     let file = RamFile::tmpfs(1 << 20);
-    let ram = open(&[&file]);
+    let ram = open_ram(&[&file]);
     for outside in [
         run(0, 256, 1),
         run(0, 255, 2),
@@ -206,7 +185,7 @@ fn a_full_file_system_is_a_clean_error() {
         return;
     };
     let file = RamFile::at(&small.0, 16 << 20, PAGE);
-    let ram = open(&[&file]);
+    let ram = open_ram(&[&file]);
     ram.allocate(run(0, 0, 512)).unwrap();
     let error = ram.allocate(run(0, 512, 3584)).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::StorageFull);
@@ -261,7 +240,7 @@ fn files_that_do_not_fit_their_block_are_refused() {
 fn the_mapping_lives_as_long_as_its_keeper() {
     let file = RamFile::tmpfs(1 << 20);
     file.file.write_at(b"z", PAGE).unwrap();
-    let ram = open(&[&file]);
+    let ram = open_ram(&[&file]);
     let (base, len, keeper) = ram.mapping(BLOCK).unwrap();
     assert_eq!(len, 1 << 20);
     assert!(ram.mapping(BlockId(1)).is_none());
@@ -283,7 +262,7 @@ fn the_mapping_lives_as_long_as_its_keeper() {
 fn a_large_file_is_handled_at_speed() {
     const SIZE: u64 = 256 << 20;
     let file = RamFile::tmpfs(8 << 30);
-    let ram = open(&[&file]);
+    let ram = open_ram(&[&file]);
     let started = Instant::now();
     ram.allocate(run(0, 0, SIZE / PAGE)).unwrap();
     println!("allocated 256 MiB in {:?}", started.elapsed());

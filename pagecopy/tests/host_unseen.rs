@@ -14,14 +14,16 @@
 mod host_support;
 
 use pagecopy::host::ram::MappedRam;
-use pagecopy::host::track::UffdTracker;
 use pagecopy::host::{Placer, Ram, Tracker, process};
 use pagecopy::limits::DIGEST_CHUNK;
 use pagecopy::memory::{BlockId, Run};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use host_support::sys::{self, Map};
-use host_support::{Command, FROM_DISK, HUGE, HugePages, PAGE, RamFile, Target, is_root, pages};
+use host_support::{
+    Command, FROM_DISK, HUGE, HugePages, PAGE, RamFile, Target, is_root, pages, populated, run,
+    scan,
+};
 
 /// A page that the guest never writes itself.
 const VICTIM: u64 = 9;
@@ -49,12 +51,6 @@ impl Transfer {
         }
     }
 
-    fn populated(&self) -> Vec<Run> {
-        let mut runs = Vec::new();
-        self.source.populated(&mut runs).unwrap();
-        runs
-    }
-
     fn send(&self, runs: &[Run]) {
         let mut bytes = vec![0; self.page as usize];
         for (_, page) in pages(runs) {
@@ -65,15 +61,10 @@ impl Transfer {
 
     /// The last step with the guest stopped: what is a hole now becomes zero.
     fn send_holes(&self) {
-        let populated = pages(&self.populated());
+        let populated = pages(&populated(&self.source));
         for first in 0..self.from.len() / self.page {
             if !populated.contains(&(0, first)) {
-                let hole = Run {
-                    block: BlockId(0),
-                    first,
-                    pages: 1,
-                };
-                self.destination.zero(hole).unwrap();
+                self.destination.zero(run(0, first, 1)).unwrap();
             }
         }
     }
@@ -93,13 +84,6 @@ impl Transfer {
             .filter_map(|(page, (ours, theirs))| (ours != theirs).then_some(page))
             .collect()
     }
-}
-
-/// What was written since the last scan.
-fn scan(tracker: &mut UffdTracker) -> Vec<Run> {
-    let mut dirty = Vec::new();
-    tracker.scan(&mut dirty).unwrap();
-    dirty
 }
 
 /// When a disk read starts.
@@ -130,7 +114,7 @@ fn copy_with_a_disk_read(
     }
     let mut tracker = target.tracker();
     tracker.arm().unwrap();
-    let mut to_send = copy.populated();
+    let mut to_send = populated(&copy.source);
     if starts == Starts::InRoundZero {
         copy.send(&to_send);
         target.tell(start);
@@ -178,7 +162,6 @@ fn a_disk_read_in_flight_is_waited_for_before_its_page_is_read() {
 fn a_disk_read_in_flight_into_huge_pages_is_waited_for() {
     skip_unless!(is_root(), "needs root");
     let Some(huge) = HugePages::reserve(64) else {
-        println!("SKIPPED: no 64 huge pages of 2 MiB can be reserved");
         return;
     };
     disk_reads(|| RamFile::at(&huge.mount.0, 16 * HUGE, HUGE));
@@ -200,7 +183,7 @@ fn punched(file: &RamFile, other: &RamFile, punch: Punch) {
     let copy = Transfer::new(file, other);
     let mut tracker = target.tracker();
     tracker.arm().unwrap();
-    copy.send(&copy.populated());
+    copy.send(&populated(&copy.source));
     assert_eq!(scan(&mut tracker), []);
     match punch {
         Punch::Remove => target.tell(Command::Discard {
@@ -215,7 +198,7 @@ fn punched(file: &RamFile, other: &RamFile, punch: Punch) {
     let last = scan(&mut tracker);
     let reported = pages(&last).contains(&(0, VICTIM));
     assert!(
-        !pages(&copy.populated()).contains(&(0, VICTIM)),
+        !pages(&populated(&copy.source)).contains(&(0, VICTIM)),
         "the file is asked and has a hole"
     );
     // Nothing is sent of it, not even if it was reported: to read a hole would fill it.
@@ -239,7 +222,6 @@ fn a_hole_punched_after_the_page_was_sent_is_found_by_comparing_holes() {
 fn a_hole_punched_into_huge_pages_is_found_by_comparing_holes() {
     skip_unless!(is_root(), "needs root");
     let Some(huge) = HugePages::reserve(48) else {
-        println!("SKIPPED: no 48 huge pages of 2 MiB can be reserved");
         return;
     };
     let new = || RamFile::at(&huge.mount.0, 16 * HUGE, HUGE);

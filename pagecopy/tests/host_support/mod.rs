@@ -15,7 +15,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use pagecopy::host::ram::MappedRam;
 use pagecopy::host::track::{TrackedBlock, UffdTracker};
+use pagecopy::host::{Ram, Tracker};
 use pagecopy::memory::{BlockId, BlockSpec, Run};
 
 use self::sys::disk_read::DiskRead;
@@ -139,8 +141,16 @@ pub struct HugePages {
 const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
 
 impl HugePages {
-    /// Reserves `count` pages of 2 MiB beyond those there are.
+    /// Reserves `count` pages of 2 MiB beyond those there are; says so where that cannot be.
     pub fn reserve(count: u64) -> Option<HugePages> {
+        let reserved = HugePages::try_reserve(count);
+        if reserved.is_none() {
+            println!("SKIPPED: no {count} huge pages of 2 MiB can be reserved");
+        }
+        reserved
+    }
+
+    fn try_reserve(count: u64) -> Option<HugePages> {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let read = || {
@@ -383,6 +393,38 @@ fn obey(maps: &[Map], page_sizes: &[u64], mut commands: File, mut answers: File)
             break;
         }
     }
+}
+
+/// Pages of a block.
+pub fn run(block: u16, first: u64, pages: u64) -> Run {
+    Run {
+        block: BlockId(block),
+        first,
+        pages,
+    }
+}
+
+/// RAM files as a destination maps them.
+pub fn open_ram(files: &[&RamFile]) -> MappedRam {
+    let blocks: Vec<_> = files
+        .iter()
+        .map(|file| (file.spec("ram"), file.path.clone()))
+        .collect();
+    MappedRam::open(&blocks, true).unwrap()
+}
+
+/// What RAM files hold.
+pub fn populated(ram: &MappedRam) -> Vec<Run> {
+    let mut runs = Vec::new();
+    ram.populated(&mut runs).unwrap();
+    runs
+}
+
+/// What was written since the last scan.
+pub fn scan(tracker: &mut UffdTracker) -> Vec<Run> {
+    let mut dirty = Vec::new();
+    tracker.scan(&mut dirty).unwrap();
+    dirty
 }
 
 /// Pages of runs, as `(block, page)`.
