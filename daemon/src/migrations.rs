@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pagecopy::engine::MigrationId;
+use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::{Figures, Report, State};
 use pagecopy::engine::journal::Side;
-use pagecopy::engine::source::Resolution;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::{broadcast, mpsc, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use uuid::Uuid;
 
 use crate::failure::{self, Failure, Fault};
@@ -20,13 +20,16 @@ const KEPT: usize = 200;
 /// Live events kept for a reader that is behind.
 const EVENT_BACKLOG: usize = 1024;
 
+/// What becomes of an operator's decision: what is done, or why it is refused.
+pub type Decided = Result<String, Failure>;
+
 /// What the operator asks of a running migration.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub enum Request {
     /// End it; the guest stays at the source.
     Cancel,
     /// Decide one that is in doubt.
-    Resolve(Resolution),
+    Resolve(Resolution, oneshot::Sender<Decided>),
     /// The daemon ends: cancel, unless the guest is already on its way.
     Shutdown,
     /// At the destination: the source has lost the connection and asks on another.

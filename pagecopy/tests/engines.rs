@@ -248,7 +248,7 @@ fn in_doubt_nothing_is_resumed_and_the_peer_is_asked_until_it_answers() {
 #[test]
 fn an_operator_decides_when_the_peer_is_gone() {
     for (resolution, state) in [
-        (Resolution::ResumeHere, State::Failed),
+        (Resolution::ResumeHere { peer_fenced: true }, State::Failed),
         (Resolution::Abandon, State::Completed),
     ] {
         let mut pair = in_doubt();
@@ -261,7 +261,7 @@ fn an_operator_decides_when_the_peer_is_gone() {
         pair.run(STEPS);
         assert_eq!(
             (pair.result().state, pair.source_runs),
-            (state, resolution == Resolution::ResumeHere)
+            (state, resolution != Resolution::Abandon)
         );
     }
 }
@@ -269,15 +269,12 @@ fn an_operator_decides_when_the_peer_is_gone() {
 #[test]
 fn there_is_nothing_to_resolve_without_doubt() {
     let mut pair = small(false);
-    pair.tell_source(source::Input::Resolve(Resolution::ResumeHere));
+    pair.tell_source(source::Input::Resolve(Resolution::ResumeHere {
+        peer_fenced: true,
+    }));
     pair.run(STEPS);
-    assert!(
-        pair.notices
-            .iter()
-            .any(|text| text.contains("nothing to resolve")),
-        "{:?}",
-        pair.notices
-    );
+    let refusal = pair.decided[0].clone().unwrap_err();
+    assert!(refusal.what.contains("not in doubt"), "{refusal:?}");
     assert_eq!(pair.result().state, State::Completed);
 }
 

@@ -8,16 +8,17 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Json};
+use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::State as MigrationState;
-use pagecopy::engine::source::Resolution;
+use pagecopy::engine::journal::Side;
 use serde_json::Value;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use uuid::Uuid;
 
 use super::ApiError;
-use super::types::{Begun, MigrationRequest, ResolveRequest};
-use crate::failure::operator;
+use super::types::{Begun, MigrationRequest, ResolveRequest, Resolved};
+use crate::failure::{Failure, operator};
 use crate::migrations::{Migration, Request, Shown};
 use crate::service::Service;
 
@@ -74,28 +75,65 @@ pub(super) async fn resolve(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
     request: Result<Json<ResolveRequest>, JsonRejection>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<Json<Resolved>, ApiError> {
     let Json(request) = request.map_err(bad_json)?;
-    let resolution = match (request.resume_here, request.abandon) {
-        (true, false) => Resolution::ResumeHere,
-        (false, true) => Resolution::Abandon,
+    let ResolveRequest {
+        resume_here,
+        run_here,
+        abandon,
+        peer_fenced,
+    } = request;
+    let resolution = match (resume_here, run_here, abandon, peer_fenced) {
+        (true, false, false, peer_fenced) => Resolution::ResumeHere { peer_fenced },
+        (false, true, false, peer_fenced) => Resolution::RunHere { peer_fenced },
+        (false, false, true, false) => Resolution::Abandon,
         _ => {
             return Err(operator(
-                "say either resume_here or abandon",
+                "say one of resume_here, run_here and abandon, the first two with peer_fenced if that is so",
                 "see `pagecopy resolve --help`",
             )
             .into());
         }
     };
-    let migration = find(&service, &id)?;
-    let in_doubt = migration.shown().state == MigrationState::InDoubt;
-    if !in_doubt || !migration.request(Request::Resolve(resolution)) {
-        return Err(ApiError::conflict(&operator(
-            format!("migration {id} is not in doubt"),
-            "only a migration whose state is in-doubt needs a decision",
-        )));
+    let migration = in_doubt(&service, &id)?;
+    let (reply, decided) = oneshot::channel();
+    migration.request(Request::Resolve(resolution, reply));
+    match decided.await {
+        Ok(Ok(done)) => Ok(Json(Resolved { done })),
+        Ok(Err(refusal)) => Err(ApiError::conflict(&refusal)),
+        // The session has ended meanwhile.
+        Err(_) => Err(ApiError::conflict(&not_in_doubt(&migration.shown()))),
     }
-    Ok(StatusCode::ACCEPTED)
+}
+
+/// The migration of that id, at the side where it is in doubt.
+fn in_doubt(service: &Service, id: &str) -> Result<Arc<Migration>, ApiError> {
+    let known = find(service, id)?;
+    let uuid = known.shown().id;
+    [Side::Source, Side::Destination]
+        .into_iter()
+        .filter_map(|side| service.migrations.side(uuid, side))
+        .find(|migration| migration.shown().state == MigrationState::InDoubt)
+        .ok_or_else(|| ApiError::conflict(&not_in_doubt(&known.shown())))
+}
+
+/// Why there is nothing to decide, and what was.
+fn not_in_doubt(shown: &Shown) -> Failure {
+    let end = shown.finished.as_ref().map(|finished| {
+        let why = finished.error.as_ref();
+        why.map_or_else(String::new, |why| format!(": {why}"))
+    });
+    let (id, state) = (shown.id, shown.state.word());
+    match end {
+        Some(why) => operator(
+            format!("refused: migration {id} is not in doubt, it is {state}{why}"),
+            "only a migration whose state is in-doubt needs a decision, and takes one only",
+        ),
+        None => operator(
+            format!("refused: migration {id} is not in doubt, it is {state}"),
+            "wait for it",
+        ),
+    }
 }
 
 pub(super) async fn events(

@@ -6,7 +6,8 @@
 //! GET    /v1/migrations/ID             one
 //! GET    /v1/migrations/ID/events      server-sent events, the history first, up to "finished"
 //! POST   /v1/migrations/ID/cancel
-//! POST   /v1/migrations/ID/resolve     {"resume_here": true} or {"abandon": true}
+//! POST   /v1/migrations/ID/resolve     {"resume_here" | "run_here" | "abandon": true, "peer_fenced": …} → {"done": …};
+//!                                      answered when the other host has been asked; 409 with the reason when refused
 //! POST   /v1/receivers                 {"vm", "qmp"}: this QEMU waits for that guest
 //! GET    /v1/receivers
 //! DELETE /v1/receivers/VM

@@ -64,14 +64,25 @@ pub struct ReceiverRequest {
     pub qmp: PathBuf,
 }
 
-/// `POST /v1/migrations/ID/resolve`: one of the two is true.
+/// `POST /v1/migrations/ID/resolve`: one of the first three is true.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ResolveRequest {
-    /// The guest does not run at the destination and never will: take it back.
+    /// At the source: take the guest back.
     pub resume_here: bool,
-    /// The guest runs at the destination: let go of it here.
+    /// At the destination: run the guest that was committed to it.
+    pub run_here: bool,
+    /// Let go of the guest here.
     pub abandon: bool,
+    /// The word that the other host's QEMU and pagecopyd cannot run any more.
+    pub peer_fenced: bool,
+}
+
+/// The answer to `POST /v1/migrations/ID/resolve`. A refusal is an error.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resolved {
+    /// What is done.
+    pub done: String,
 }
 
 /// Every error.

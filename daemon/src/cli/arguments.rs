@@ -15,6 +15,14 @@ const EXIT_STATUS: &str = "Exit status of migrate:\n  \
     3  cancelled; the guest runs on at the source\n  \
     4  in doubt: the destination may run the guest; see `pagecopy resolve`";
 
+const RESOLVE: &str = "At the source the destination is asked first, and its answer decides where there is one. Without an answer \
+    --resume-here is taken only with --peer-fenced, and the destination is told when it comes back. --abandon needs no such \
+    word: QEMU is kept, stopped, with the guest's memory.\n\n\
+    At the destination a guest that was committed to it runs by itself as soon as the source asks. --run-here is taken only \
+    with --peer-fenced, since the source's operator may have taken the guest back; --abandon only while the guest has not run \
+    here, and the source takes it back when it asks.\n\n\
+    Whatever is refused says why, with exit status 1.";
+
 /// Moves running QEMU guests between hosts.
 #[derive(Debug, Parser)]
 #[command(name = "pagecopy", version, after_help = EXIT_STATUS)]
@@ -62,16 +70,33 @@ pub enum Command {
         id: String,
     },
     /// Decide a migration that is in doubt, when the other host cannot be asked
+    #[command(after_help = RESOLVE)]
     Resolve {
         /// The migration's id
         id: String,
-        /// The guest does not run at the destination and never will: take it back
-        #[arg(long, conflicts_with = "abandon", required_unless_present = "abandon")]
-        resume_here: bool,
-        /// The guest runs at the destination: let go of it here
-        #[arg(long)]
-        abandon: bool,
+        /// The decision
+        #[command(flatten)]
+        decision: Decision,
+        /// The word that the other host's QEMU and pagecopyd cannot run any more (powered off, disk gone). Given wrongly,
+        /// two guests run
+        #[arg(long, conflicts_with = "abandon")]
+        peer_fenced: bool,
     },
+}
+
+/// What `resolve` decides: exactly one of these.
+#[derive(Clone, Copy, Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub struct Decision {
+    /// At the source: take the guest back
+    #[arg(long)]
+    pub resume_here: bool,
+    /// At the destination: run the guest that was committed to it
+    #[arg(long)]
+    pub run_here: bool,
+    /// At the source: the guest runs at the destination, let go of it here. At the destination: it never will run here
+    #[arg(long)]
+    pub abandon: bool,
 }
 
 /// How the pages move.
@@ -229,7 +254,13 @@ mod tests {
         let parse = |words: &[&str]| {
             Arguments::try_parse_from([&["pagecopy", "resolve", "ID"], words].concat())
         };
-        assert!(parse(&["--resume-here"]).is_ok());
+        for good in ["--resume-here", "--run-here"] {
+            assert!(parse(&[good]).is_ok());
+            assert!(parse(&[good, "--peer-fenced"]).is_ok());
+            assert!(parse(&[good, "--abandon"]).is_err());
+        }
+        assert!(parse(&["--abandon", "--peer-fenced"]).is_err());
+        assert!(parse(&["--peer-fenced"]).is_err());
         assert!(parse(&["--abandon"]).is_ok());
         assert!(parse(&[]).is_err());
         assert!(parse(&["--abandon", "--resume-here"]).is_err());

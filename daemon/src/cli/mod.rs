@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use pagecopy::engine::event::State;
 use serde_json::Value;
 
-pub use arguments::{Arguments, Command, MigrateArguments};
+pub use arguments::{Arguments, Command, Decision, MigrateArguments};
 
 use crate::api::types::{ReceiverRequest, ResolveRequest};
 use client::{CliError, Client};
@@ -41,15 +41,9 @@ pub async fn run(arguments: Arguments) -> u8 {
         }
         Command::Resolve {
             id,
-            resume_here,
-            abandon,
-        } => {
-            let request = ResolveRequest {
-                resume_here,
-                abandon,
-            };
-            post(&client, &format!("/v1/migrations/{id}/resolve"), &request).await
-        }
+            decision,
+            peer_fenced,
+        } => resolve(&client, &id, decision, peer_fenced).await,
     };
     match done {
         Ok(()) => 0,
@@ -82,6 +76,25 @@ async fn receive(client: &Client, vm: String, qmp: PathBuf) -> Result<(), CliErr
         )
         .await?;
     println!("{vm}: its QEMU waits here");
+    Ok(())
+}
+
+async fn resolve(
+    client: &Client,
+    id: &str,
+    decision: Decision,
+    peer_fenced: bool,
+) -> Result<(), CliError> {
+    let request = ResolveRequest {
+        resume_here: decision.resume_here,
+        run_here: decision.run_here,
+        abandon: decision.abandon,
+        peer_fenced,
+    };
+    let answer = client
+        .post(&format!("/v1/migrations/{id}/resolve"), &request)
+        .await?;
+    println!("{}", answer["done"].as_str().unwrap_or("decided"));
     Ok(())
 }
 

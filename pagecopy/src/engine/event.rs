@@ -22,8 +22,25 @@ pub enum State {
     Failed,
     /// Ended by the operator; the guest runs at the source.
     Cancelled,
-    /// The destination may run the guest; the source keeps everything and asks.
+    /// At the source: the destination may run the guest; the source keeps everything and asks. At the destination: the
+    /// guest is committed to it and not known to run; it is run when the source asks.
     InDoubt,
+}
+
+impl State {
+    /// The state in one word, as the API spells it.
+    pub fn word(self) -> &'static str {
+        match self {
+            State::Pending => "pending",
+            State::Preparing => "preparing",
+            State::Migrating => "migrating",
+            State::Completing => "completing",
+            State::Completed => "completed",
+            State::Failed => "failed",
+            State::Cancelled => "cancelled",
+            State::InDoubt => "in-doubt",
+        }
+    }
 }
 
 /// Something worth telling while a migration runs.

@@ -43,6 +43,11 @@ pub enum Record {
     GuestMoved,
     /// Source: the guest runs here; no `Commit` is valid any more.
     RolledBack,
+    /// Source: the operator has taken the guest back and given the word that the destination is fenced. `RolledBack`
+    /// follows when it runs; a destination that comes back after all is told by `Withdrawn`.
+    TakenBack,
+    /// Source, behind `TakenBack`: the destination has been told.
+    Told,
     /// Destination: `Commit` was received; the guest will run here.
     Committed,
     /// Destination: the guest runs here.
@@ -158,14 +163,29 @@ pub fn outcome(records: &[Record]) -> Outcome {
         Some(_) => Outcome::Open,
     };
     records.iter().fold(open, |outcome, record| match record {
-        Record::Begun { .. } => outcome,
+        Record::Begun { .. } | Record::Told => outcome,
         Record::CommitIntent => Outcome::Open,
-        Record::RolledBack | Record::Aborted => Outcome::NotHere,
+        Record::RolledBack | Record::TakenBack | Record::Aborted => Outcome::NotHere,
         Record::GuestMoved | Record::Committed | Record::Running | Record::Closed => Outcome::Here,
     })
 }
 
-/// What a destination's journal lets its daemon answer to `Query`; `None`: there is no journal of that name.
+/// Whether the operator has taken the guest back and the destination does not know it yet.
+pub fn has_to_tell(records: &[Record]) -> bool {
+    records.contains(&Record::TakenBack) && !records.contains(&Record::Told)
+}
+
+/// Whether a source's journal needs nothing more for its guest: it was let go of, or runs here and nothing has to be done
+/// about it. A daemon that is started anew leaves such a guest alone.
+pub fn is_settled(records: &[Record]) -> bool {
+    matches!(
+        records.iter().rfind(|record| **record != Record::Told),
+        Some(Record::GuestMoved | Record::RolledBack)
+    )
+}
+
+/// What a destination's journal lets its daemon answer to `Query`; `None`: there is no journal of that name, which is
+/// answered with `NoJournal`.
 ///
 /// An open journal is answered with `Unknown`, so that the source asks again. That is right while a session still serves
 /// the migration (end it with [`LinkLost`](super::destination::Input::LinkLost): a source that asks has lost the
@@ -173,7 +193,7 @@ pub fn outcome(records: &[Record]) -> Outcome {
 /// function again: then the answer is `Aborted` for good, and a source that asks gets its guest back.
 pub fn standing_for(records: Option<&[Record]>) -> Standing {
     let Some(records) = records else {
-        return Standing::Unknown;
+        return Standing::NoJournal;
     };
     if !matches!(
         records.first(),
@@ -265,13 +285,20 @@ mod tests {
     #[test]
     fn records_add_up() {
         use Outcome::{Here, NotHere, Open};
-        use Record::{Aborted, Closed, CommitIntent, Committed, GuestMoved, RolledBack, Running};
-        let source: [(&[Record], Outcome); 5] = [
+        use Record::{
+            Aborted, Closed, CommitIntent, Committed, GuestMoved, RolledBack, Running, TakenBack,
+            Told,
+        };
+        let source: [(&[Record], Outcome); 9] = [
             (&[], NotHere),
             (&[CommitIntent], Open),
             (&[CommitIntent, RolledBack], NotHere),
             (&[CommitIntent, GuestMoved], Here),
             (&[CommitIntent, RolledBack, GuestMoved], Here),
+            (&[CommitIntent, TakenBack], NotHere),
+            (&[CommitIntent, TakenBack, GuestMoved], Here),
+            (&[CommitIntent, TakenBack, RolledBack], NotHere),
+            (&[CommitIntent, TakenBack, Told, RolledBack], NotHere),
         ];
         for (records, expected) in source {
             let records = [&[begun(Side::Source)], records].concat();
@@ -291,6 +318,8 @@ mod tests {
             assert_eq!(outcome(&records), expected, "{records:?}");
             assert_eq!(standing_for(Some(&records)), standing, "{records:?}");
         }
-        assert_eq!(standing_for(None), Standing::Unknown);
+        assert!(is_settled(&[TakenBack, RolledBack, Told]) && !is_settled(&[TakenBack, Told]));
+        assert!(has_to_tell(&[TakenBack, RolledBack]) && !has_to_tell(&[TakenBack, Told]));
+        assert_eq!(standing_for(None), Standing::NoJournal);
     }
 }

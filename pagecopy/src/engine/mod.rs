@@ -14,6 +14,7 @@
 
 pub mod bitmap;
 pub mod destination;
+pub mod doubt;
 mod end;
 pub mod event;
 pub mod journal;

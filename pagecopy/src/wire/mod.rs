@@ -86,19 +86,22 @@ pub enum Standing {
     Running = 1,
     /// Given up before `Commit`, for good.
     Aborted = 2,
-    /// Cannot tell: there is no journal of it, or it is still under way here. Ask again.
+    /// Not decided, or the journal cannot be read. Ask again.
     Unknown = 3,
     /// Committed, but the guest does not run here yet: it was told to, or will be. Ask again.
     Committed = 4,
+    /// There is no journal of it here.
+    NoJournal = 5,
 }
 
 impl Standing {
     /// Every standing.
-    pub const ALL: [Standing; 4] = [
+    pub const ALL: [Standing; 5] = [
         Standing::Running,
         Standing::Aborted,
         Standing::Unknown,
         Standing::Committed,
+        Standing::NoJournal,
     ];
 }
 
@@ -215,6 +218,12 @@ pub enum Message {
         id: MigrationId,
         /// What became of it.
         standing: Standing,
+    },
+    /// Source → destination, first message of a new connection: the operator has taken the guest back here. Answered as
+    /// `Query` is, after `Aborted` was recorded unless the guest runs there.
+    Withdrawn {
+        /// The migration.
+        id: MigrationId,
     },
     /// Either way, any time before `Commit`: given up.
     Abort {

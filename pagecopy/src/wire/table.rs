@@ -88,4 +88,5 @@ messages! {
     19 Query { id: Id };
     20 Answer { id: Id, standing: Stand };
     21 Abort { code: Code, reason: Reason };
+    22 Withdrawn { id: Id };
 }

@@ -135,6 +135,7 @@ fn samples() -> Vec<(Message, String)> {
             },
             "1500 0700 02000000 6e6f".into(),
         ),
+        (Message::Withdrawn { id: ID }, format!("1600 {ID_HEX}")),
     ]
 }
 
@@ -186,7 +187,7 @@ fn a_message_cut_short_or_with_bytes_behind_it_is_refused() {
 
 #[test]
 fn an_unknown_type_is_refused() {
-    for number in [0, 22, u16::MAX] {
+    for number in [0, 23, u16::MAX] {
         assert_eq!(
             Message::decode(&number.to_le_bytes()),
             Err(WireError::UnknownType(number))
@@ -276,7 +277,7 @@ fn figures_outside_their_rules_are_refused() {
             "1500 0100 01040000".into(),
             "reason is 1025, above its limit of 1024",
         ),
-        (format!("1400 {ID_HEX} 05"), "no such standing"),
+        (format!("1400 {ID_HEX} 06"), "no such standing"),
     ];
     for (hex, expected) in cases {
         let error = Message::decode(&from_hex(&hex)).unwrap_err().to_string();
@@ -385,6 +386,9 @@ fn with_payload() -> impl Strategy<Value = Message> {
         (any::<[u8; 16]>(), 0..Standing::ALL.len()).prop_map(|(id, s)| Message::Answer {
             id: MigrationId(id),
             standing: Standing::ALL[s]
+        }),
+        any::<[u8; 16]>().prop_map(|id| Message::Withdrawn {
+            id: MigrationId(id)
         }),
     ]
 }

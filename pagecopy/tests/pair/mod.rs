@@ -46,6 +46,8 @@ pub struct Pair {
     pub finished: Vec<Finished>,
     pub destination_finished: Option<(State, Option<Failure>)>,
     pub notices: Vec<String>,
+    /// What became of the decisions of the source's operator.
+    pub decided: Vec<Result<String, Failure>>,
     pub rounds: u32,
     /// Pages that the guest writes every millisecond; it wanders over them.
     pub writes_per_ms: usize,
@@ -130,6 +132,7 @@ impl Pair {
             finished: Vec::new(),
             destination_finished: None,
             notices: Vec::new(),
+            decided: Vec::new(),
             rounds: 0,
             writes_per_ms: 0,
             working_set: pages,

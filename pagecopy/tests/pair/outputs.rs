@@ -97,6 +97,7 @@ impl Pair {
             Output::Connect => self.after(WORK, Event::Reconnect),
             Output::Report(Report::Notice { text }) => self.notices.push(text),
             Output::Report(Report::Round { .. }) => self.rounds += 1,
+            Output::Decided(result) => self.decided.push(result),
             Output::Finished(finished) => self.finished.push(finished),
             Output::Send(_)
             | Output::SendOn(..)

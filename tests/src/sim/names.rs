@@ -25,6 +25,7 @@ pub(super) fn of_source(output: &source::Output) -> Cow<'static, str> {
         Output::Detach => "Detach",
         Output::QuitGuest => "QuitGuest",
         Output::Connect => "Connect",
+        Output::Decided(_) => "Decided",
         Output::Report(_) => "Report",
         Output::Finished(_) => "Finished",
     })
@@ -55,6 +56,8 @@ pub(super) fn of_record(record: &Record) -> &'static str {
         Record::CommitIntent => "CommitIntent",
         Record::GuestMoved => "GuestMoved",
         Record::RolledBack => "RolledBack",
+        Record::TakenBack => "TakenBack",
+        Record::Told => "Told",
         Record::Committed => "Committed",
         Record::Running => "Running",
         Record::Aborted => "Aborted",

@@ -217,7 +217,8 @@ impl World {
             self.source.resolve(env, Resolution::Abandon);
         } else {
             self.destination.shut_down(env);
-            self.source.resolve(env, Resolution::ResumeHere);
+            let fenced = Resolution::ResumeHere { peer_fenced: true };
+            self.source.resolve(env, fenced);
         }
     }
 

@@ -18,6 +18,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Channel, Regions};
 
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
+use crate::failure::operator;
 use crate::lane::destination::Command;
 use crate::lane::{Lane, LaneEvent};
 use crate::migrations::{Migration, Request};
@@ -147,8 +148,11 @@ impl Session {
                 }
                 request = requests.recv() => match request {
                     Some(Request::Cancel | Request::Shutdown) | None => Some(Input::Cancel),
-                    // Only a source is ever in doubt.
-                    Some(Request::Resolve(_)) => None,
+                    Some(Request::Resolve(_, reply)) => {
+                        // Whoever asked may have left.
+                        let _ = reply.send(Err(not_in_doubt()));
+                        None
+                    }
                     Some(Request::Disconnect) => Some(Input::LinkLost(superseded())),
                 },
                 // While QEMU loads, the answer to that says more.
@@ -249,6 +253,13 @@ impl Session {
         tracing::debug!(id = %self.migration.shown().id, ?here, "the journal's outcome");
         self.teller.publish(&end);
     }
+}
+
+fn not_in_doubt() -> Failure {
+    operator(
+        "refused: this migration is not in doubt: it is under way here",
+        "wait for it",
+    )
 }
 
 fn superseded() -> Failure {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::{Finished as EngineEnd, State};
 use pagecopy::engine::journal::Record;
 use pagecopy::engine::source::{Input, Output, Source};
@@ -15,14 +16,16 @@ use pagecopy::host::{Ram, Tracker};
 use pagecopy::memory::BlockSpec;
 use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
 use transport::{Channel, Regions};
 
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::dial::{Target, dial_control};
+use crate::failure::{Shown, operator};
 use crate::lane::control::Control;
 use crate::lane::source::{Command, SourceData};
 use crate::lane::{Lane, LaneEvent};
-use crate::migrations::{Migration, Request};
+use crate::migrations::{Decided, Migration, Request};
 use crate::qemu::outgoing::Outgoing;
 use crate::qemu::settings::Settings;
 use crate::qmp::{Qmp, QmpError};
@@ -93,6 +96,8 @@ pub(crate) struct Session {
     quit: bool,
     /// The guest could not be taken back: the next daemon tries again.
     resume_failed: bool,
+    /// The operator who waits to hear what becomes of his decision.
+    operator: Option<oneshot::Sender<Decided>>,
 }
 
 impl Session {
@@ -123,6 +128,7 @@ impl Session {
             broken: Broken::default(),
             quit: false,
             resume_failed: false,
+            operator: None,
         };
         let mut channels = parts.channels.into_iter();
         if let Some(control) = channels.next() {
@@ -185,7 +191,7 @@ impl Session {
                 },
                 request = requests.recv() => match request {
                     Some(Request::Cancel) | None => Some(Input::Cancel),
-                    Some(Request::Resolve(resolution)) => Some(Input::Resolve(resolution)),
+                    Some(Request::Resolve(resolution, reply)) => self.resolve(resolution, reply),
                     Some(Request::Disconnect) => None,
                     Some(Request::Shutdown) if engine.state() == State::InDoubt => return self.leave().await,
                     Some(Request::Shutdown) => Some(Input::Cancel),
@@ -283,9 +289,41 @@ impl Session {
             Output::Detach => self.detach(),
             Output::QuitGuest => self.quit = true,
             Output::Connect => self.connect(),
+            Output::Decided(decided) => self.decided(decided),
             Output::Report(report) => tell(&self.migration, &report),
             // Taken by the caller.
             Output::Finished(_) => {}
+        }
+    }
+
+    /// One decision at a time: the engine looks into it and answers by `Decided`.
+    fn resolve(
+        &mut self,
+        resolution: Resolution,
+        reply: oneshot::Sender<Decided>,
+    ) -> Option<Input> {
+        if self.operator.is_some() {
+            // Whoever asked may have left.
+            let _ = reply.send(Err(operator(
+                "refused: another decision about this migration is being looked into",
+                "wait for what becomes of it",
+            )));
+            return None;
+        }
+        tracing::warn!(id = %self.migration.shown().id, ?resolution, "the operator decides");
+        self.operator = Some(reply);
+        Some(Input::Resolve(resolution))
+    }
+
+    fn decided(&mut self, decided: Decided) {
+        let id = self.migration.shown().id;
+        match &decided {
+            Ok(done) => tracing::warn!(%id, done, "decided"),
+            Err(failure) => tracing::warn!(%id, failure = %Shown(failure), "decided"),
+        }
+        if let Some(reply) = self.operator.take() {
+            // Whoever asked may have left.
+            let _ = reply.send(decided);
         }
     }
 

@@ -41,9 +41,10 @@ impl Commit {
                 return Ok(InDoubt::begin(core, failure));
             }
             Input::Cancel => refuse_cancel(core),
-            Input::Resolve(_) => core
-                .out
-                .notice("not in doubt yet: the destination has been told to run the guest, wait"),
+            Input::Resolve(_) => core.nothing_to_resolve(
+                "not in doubt: the destination has been told to run the guest and may still answer",
+                "wait for its answer",
+            ),
             Input::QemuFailed(failure) => {
                 core.out.notice(format!(
                     "this host's QEMU failed after the guest was handed over: {}",
@@ -91,18 +92,30 @@ fn measure_downtime(core: &mut Core) {
 
 /// The guest runs at the destination; that is being recorded.
 #[derive(Debug)]
-pub(super) struct Moved;
+pub(super) struct Moved {
+    /// The destination said so. If only the operator did, QEMU is kept: it may hold the only copy of the guest.
+    said_by_peer: bool,
+}
 
 impl Moved {
+    /// The destination said that the guest runs there.
     pub(super) fn begin(core: &mut Core) -> Phase {
         core.journal(Record::GuestMoved);
-        Phase::Moved(Moved)
+        Phase::Moved(Moved { said_by_peer: true })
+    }
+
+    /// The operator said so.
+    pub(super) fn by_word(core: &mut Core) -> Phase {
+        core.journal(Record::GuestMoved);
+        Phase::Moved(Moved {
+            said_by_peer: false,
+        })
     }
 
     pub(super) fn handle(self, core: &mut Core, input: Input) -> Step {
         match input {
             Input::Journaled(Record::GuestMoved) => {
-                if core.link.is_up() {
+                if core.link.is_up() && self.said_by_peer {
                     core.send(Message::Closed);
                 }
             }
@@ -120,14 +133,13 @@ impl Moved {
                 return Ok(Phase::Moved(self));
             }
             Input::Resolve(_) => {
-                core.out
-                    .notice("nothing to resolve: the guest runs at the destination");
+                core.nothing_to_resolve("the guest runs at the destination", "nothing");
                 return Ok(Phase::Moved(self));
             }
             _ => return Ok(Phase::Moved(self)),
         }
         core.out.push(Output::Detach);
-        if core.setup.options.quit_source {
+        if core.setup.options.quit_source && self.said_by_peer {
             core.out.push(Output::QuitGuest);
         }
         core.finish(State::Completed, None);

@@ -8,6 +8,7 @@ use super::heat::Pages;
 use super::interface::{Input, Output, Setup};
 use super::reasons::by_peer;
 use super::sender::Sender;
+use crate::engine::doubt::refuse;
 use crate::engine::end::End;
 use crate::engine::event::{Figures, Finished, Report, State};
 use crate::engine::journal::Record;
@@ -76,6 +77,11 @@ impl Core {
         self.out.push(Output::Send(message));
     }
 
+    /// What became of the operator's decision.
+    pub(super) fn decided(&mut self, result: Result<&str, Failure>) {
+        self.out.push(Output::Decided(result.map(str::to_owned)));
+    }
+
     /// The last output (unless in doubt).
     pub(super) fn finish(&mut self, state: State, failure: Option<Failure>) {
         self.out.enter(state);
@@ -138,8 +144,10 @@ impl Core {
                 self.message_before_commit(message)
             }
             Input::Resolve(_) => {
-                self.out
-                    .notice("there is nothing to resolve: this migration is not in doubt");
+                self.nothing_to_resolve(
+                    "this migration is not in doubt",
+                    "wait for it, or cancel it",
+                );
                 Ok(None)
             }
             Input::Tick => Ok(None),
@@ -157,6 +165,11 @@ impl Core {
             Message::Abort { code, reason } => Err(by_peer(code, &reason)),
             other => Ok(Some(Input::Message(other))),
         }
+    }
+
+    /// Refuses a decision where there is no doubt.
+    pub(super) fn nothing_to_resolve(&mut self, what: &str, remedy: &str) {
+        self.decided(Err(refuse(what, remedy)));
     }
 
     /// Asks whether the peer is there, and gives up when it has been silent for too long.

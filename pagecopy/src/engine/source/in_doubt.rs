@@ -1,11 +1,18 @@
 //! In doubt: `Commit` may have arrived and the guest may run at the destination. Nothing is resumed here before the
-//! destination has said that it never will, or the operator has decided.
+//! destination has said that it never will, or the operator has given a word that nothing contradicts.
 //!
 //! ```text
 //! Connecting ──▶ Asking ──▶ Running: record it, done        Aborted: take the guest back
 //!     ▲  ▲          │
-//!     │  └─ Waiting ◀┘  Unknown, Committed, no answer, no connection
+//!     │  └─ Waiting ◀┘  Unknown, Committed, NoJournal, no answer, no connection
+//!     │        │
+//!     │      Silent: the operator's word is being recorded; from here on nothing is asked, for the destination runs a
+//!     │        │     committed guest when it is asked
+//!     └────────┘     (not recorded)
 //! ```
+//!
+//! A decision of the operator makes the next question come at once; what the destination answers, or that it does not,
+//! goes through [`doubt::at_source`].
 
 use std::time::Duration;
 
@@ -15,6 +22,7 @@ use super::interface::{Input, Output, Resolution};
 use super::reasons::by_peer;
 use super::rollback::Rollback;
 use super::{Phase, Step};
+use crate::engine::doubt::{self, AtSource};
 use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;
@@ -27,10 +35,8 @@ pub(super) struct InDoubt {
     contact: Contact,
     /// How long to wait after the next failure.
     backoff: Duration,
-    /// What the destination said last.
-    heard: Option<Standing>,
-    /// The operator has taken the guest back, and that is being recorded.
-    taking_back: bool,
+    /// The operator's decision, which waits for the destination's answer or for the journal.
+    wish: Option<Resolution>,
 }
 
 /// Where the search for the destination stands.
@@ -42,6 +48,8 @@ enum Contact {
     Asking { deadline: Time },
     /// Until the next attempt. With a connection, `Query` goes again on it.
     Waiting { until: Time },
+    /// Nobody is asked: that the operator has taken the guest back is being recorded.
+    Silent,
 }
 
 impl InDoubt {
@@ -51,24 +59,19 @@ impl InDoubt {
             State::InDoubt,
             Some(Failure {
                 what: format!("{}; the guest may run at the destination, so it is not resumed here", failure.what),
-                remedy: "wait until the destination can be asked again; if it never will be, make sure that its QEMU \
-                         is gone and run `pagecopy resolve ID --resume-here`, or, if the guest runs there, `--abandon`"
+                remedy: "wait until the destination can be asked again: it is asked on and on. If its QEMU and its pagecopyd \
+                         cannot run any more (powered off, disk gone), run `pagecopy resolve ID --resume-here --peer-fenced`; \
+                         if the guest runs there, `pagecopy resolve ID --abandon`"
                     .to_owned(),
                 ..failure
             }),
         );
-        InDoubt::connect(core)
-    }
-
-    fn connect(core: &mut Core) -> Phase {
         core.link.lost();
         core.out.push(Output::Connect);
-        let backoff = core.setup.timeouts.reconnect_first;
         Phase::InDoubt(InDoubt {
             contact: Contact::Connecting,
-            backoff,
-            heard: None,
-            taking_back: false,
+            backoff: core.setup.timeouts.reconnect_first,
+            wish: None,
         })
     }
 
@@ -81,89 +84,133 @@ impl InDoubt {
             Input::ReconnectFailed(why) if self.contact == Contact::Connecting => {
                 core.out
                     .notice(format!("the destination cannot be asked yet: {why}"));
-                self.wait(core);
+                return Ok(self.answered(core, None));
             }
             Input::LinkLost(_) if core.link.is_up() => {
                 core.link.lost();
-                self.wait(core);
+                if matches!(self.contact, Contact::Asking { .. }) {
+                    return Ok(self.answered(core, None));
+                }
             }
-            Input::Message(message) => return self.message(core, message),
-            Input::Resolve(resolution) => return self.resolve(core, resolution),
+            Input::Message(message) => return Ok(self.message(core, message)),
+            Input::Resolve(resolution) => self.resolve(core, resolution),
             Input::Cancel => refuse_cancel(core),
-            Input::Journaled(Record::RolledBack) if self.taking_back => {
+            Input::Journaled(Record::TakenBack) if self.contact == Contact::Silent => {
                 core.intent = Intent::Withdrawn;
+                core.decided(Ok(
+                    "the guest is taken back here; the destination is told as soon as it can be reached",
+                ));
                 return Ok(Rollback::begin(core, taken_back()));
             }
-            Input::JournalFailed(Record::RolledBack, failure) if self.taking_back => {
-                self.taking_back = false;
-                core.out.notice(format!(
-                    "the decision could not be recorded, the guest is not resumed: {}",
-                    failure.what
-                ));
+            Input::JournalFailed(Record::TakenBack, failure) if self.contact == Contact::Silent => {
+                self.wish = None;
+                core.decided(Err(doubt::refuse(
+                    format!(
+                        "the decision could not be recorded, so the guest is not resumed: {}",
+                        failure.what
+                    ),
+                    failure.remedy,
+                )));
+                self.wait(core);
             }
             _ => {}
         }
         Ok(self.on_time(core))
     }
 
-    fn message(mut self, core: &mut Core, message: Message) -> Step {
-        let standing = match message {
-            Message::Answer { id, standing } if id == core.setup.id => standing,
+    fn message(self, core: &mut Core, message: Message) -> Phase {
+        match message {
+            Message::Answer { id, standing } if id == core.setup.id => {
+                self.answered(core, Some(standing))
+            }
             // The first connection may come to life again with the answer to `Commit` itself.
-            Message::Running => Standing::Running,
+            Message::Running => self.answered(core, Some(Standing::Running)),
             Message::Abort { code, reason } => {
-                return Ok(Rollback::begin(core, by_peer(code, &reason)));
+                self.tell_operator(core, Standing::Aborted);
+                Rollback::begin(core, by_peer(code, &reason))
             }
             Message::Ping { nonce } => {
                 core.send(Message::Pong { nonce });
-                return Ok(Phase::InDoubt(self));
+                Phase::InDoubt(self)
             }
-            _ => return Ok(self.on_time(core)),
-        };
-        self.heard = Some(standing);
-        match standing {
-            Standing::Running => Ok(Moved::begin(core)),
-            Standing::Aborted => {
-                let end = by_peer(AbortCode::Aborted, "it has not committed and never will");
-                Ok(Rollback::begin(core, end))
-            }
-            Standing::Unknown | Standing::Committed => {
-                core.out.notice(match standing {
-                    Standing::Committed => {
-                        "the destination has committed but the guest does not run there yet"
-                    }
-                    _ => "the destination cannot tell what became of the migration",
-                });
-                self.wait(core);
-                Ok(Phase::InDoubt(self))
-            }
+            _ => self.on_time(core),
         }
     }
 
-    fn resolve(mut self, core: &mut Core, resolution: Resolution) -> Step {
-        match resolution {
-            Resolution::Abandon => return Ok(Moved::begin(core)),
-            // A destination that runs the guest is not in this phase any more: its answer ended it.
-            Resolution::ResumeHere
-                if self.heard == Some(Standing::Committed) && core.link.is_up() =>
-            {
-                core.out.notice(
-                    "refused: the destination can be reached, has committed and may run the guest at any moment; \
-                     end its QEMU and its pagecopyd first",
-                );
+    /// What the destination said, or (`None`) that it did not.
+    fn answered(mut self, core: &mut Core, answer: Option<Standing>) -> Phase {
+        match answer {
+            Some(Standing::Running) => {
+                self.tell_operator(core, Standing::Running);
+                return Moved::begin(core);
             }
-            Resolution::ResumeHere if matches!(self.contact, Contact::Asking { .. }) => {
-                core.out.notice(
-                    "refused: the destination is being asked at this moment, wait for its answer",
-                );
+            Some(Standing::Aborted) => {
+                self.tell_operator(core, Standing::Aborted);
+                let end = by_peer(AbortCode::Aborted, "it has not committed and never will");
+                return Rollback::begin(core, end);
             }
-            Resolution::ResumeHere if !self.taking_back => {
-                self.taking_back = true;
-                core.journal(Record::RolledBack);
-            }
-            Resolution::ResumeHere => {}
+            // The operator's word is being recorded: an answer of this kind to an earlier question changes nothing.
+            _ if self.contact == Contact::Silent => return Phase::InDoubt(self),
+            Some(Standing::Committed) => core
+                .out
+                .notice("the destination has committed but the guest does not run there yet"),
+            Some(Standing::Unknown) => core
+                .out
+                .notice("the destination has not decided yet what became of the migration"),
+            Some(Standing::NoJournal) => core
+                .out
+                .notice("the destination's pagecopyd knows nothing of this migration"),
+            None => {}
         }
-        Ok(self.on_time(core))
+        match self.wish.map(|wish| (wish, doubt::at_source(wish, answer))) {
+            None => {}
+            Some((Resolution::Abandon, AtSource::Granted)) => {
+                core.decided(Ok(
+                    "the guest is let go of here; QEMU keeps it, stopped, until it is ended",
+                ));
+                return Moved::by_word(core);
+            }
+            Some((_, AtSource::Granted)) => {
+                self.contact = Contact::Silent;
+                core.journal(Record::TakenBack);
+                return Phase::InDoubt(self);
+            }
+            Some((_, AtSource::Decided(_))) => {}
+            Some((_, AtSource::Refused(why))) => {
+                self.wish = None;
+                core.decided(Err(why));
+            }
+        }
+        self.wait(core);
+        Phase::InDoubt(self)
+    }
+
+    /// The destination's answer has ended the doubt: says what became of the operator's wish, if there is one.
+    fn tell_operator(&self, core: &mut Core, answer: Standing) {
+        if let Some(AtSource::Decided(result)) =
+            self.wish.map(|wish| doubt::at_source(wish, Some(answer)))
+        {
+            core.decided(result);
+        }
+    }
+
+    /// The destination is asked first, now.
+    fn resolve(&mut self, core: &mut Core, resolution: Resolution) {
+        if self.wish.is_some() {
+            return core.decided(Err(doubt::refuse(
+                "another decision about this migration is being looked into",
+                "wait for what becomes of it",
+            )));
+        }
+        if let (Resolution::RunHere { .. }, AtSource::Refused(why)) =
+            (resolution, doubt::at_source(resolution, None))
+        {
+            return core.decided(Err(why));
+        }
+        self.wish = Some(resolution);
+        if matches!(self.contact, Contact::Waiting { .. }) {
+            self.contact = Contact::Waiting { until: core.now };
+        }
     }
 
     fn ask(&mut self, core: &mut Core) {
@@ -195,7 +242,7 @@ impl InDoubt {
             }
             Contact::Asking { deadline } if core.now >= deadline => {
                 core.link.lost();
-                self.wait(core);
+                return self.answered(core, None);
             }
             _ => {}
         }
@@ -204,7 +251,7 @@ impl InDoubt {
 
     pub(super) fn next(&self) -> Option<Time> {
         match self.contact {
-            Contact::Connecting => None,
+            Contact::Connecting | Contact::Silent => None,
             Contact::Asking { deadline: at } | Contact::Waiting { until: at } => Some(at),
         }
     }
@@ -213,8 +260,8 @@ impl InDoubt {
 fn taken_back() -> End {
     let failure = Failure::new(
         Fault::Operator,
-        "the operator decided that the guest runs on here",
-        "make sure that the destination never runs it",
+        "the operator decided that the guest runs on here, and gave the word that the destination is fenced",
+        "make sure that the destination's QEMU never runs it; a destination that comes back is told not to",
     );
     End {
         state: State::Failed,

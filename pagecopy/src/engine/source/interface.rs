@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+pub use crate::engine::doubt::Resolution;
 use crate::engine::event::{Finished, Report};
 use crate::engine::journal::Record;
 use crate::engine::{ChannelId, Failure, MigrationId, Timeouts};
@@ -137,17 +138,8 @@ pub enum Input {
         /// Of every page in it.
         digests: Vec<[u8; 16]>,
     },
-    /// The operator decides an `InDoubt` migration.
+    /// The operator decides an `InDoubt` migration. Answer: [`Output::Decided`], after the destination was asked.
     Resolve(Resolution),
-}
-
-/// How an operator ends an `InDoubt` migration at the source, when the peer cannot be asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Resolution {
-    /// The guest does not run at the destination and never will: take it back.
-    ResumeHere,
-    /// The guest runs at the destination: let go of it here.
-    Abandon,
 }
 
 /// Something to do.
@@ -198,6 +190,8 @@ pub enum Output {
     /// Make a control channel to the peer anew and say `Hello` is not needed: the engine asks by `Query`. Answer:
     /// `Reconnected` or `ReconnectFailed`.
     Connect,
+    /// Answer to [`Input::Resolve`]: what is done, or why it is refused.
+    Decided(Result<String, Failure>),
     /// Tell people.
     Report(Report),
     /// The last output, except in `InDoubt`, where a `Resolve` or the peer may still end it.

@@ -144,7 +144,15 @@ impl Phase {
             Phase::InDoubt(phase) => phase.handle(core, input),
             Phase::Moved(phase) => phase.handle(core, input),
             Phase::Rollback(phase) => phase.handle(core, input),
-            Phase::Ended => Ok(Phase::Ended),
+            Phase::Ended => {
+                if let Input::Resolve(_) = input {
+                    core.nothing_to_resolve(
+                        "this migration has ended",
+                        "see `pagecopy status` for how",
+                    );
+                }
+                Ok(Phase::Ended)
+            }
             before_commit => {
                 let phase = match core.before_commit(input)? {
                     Some(input) => before_commit.handle_its_own(core, input)?,

@@ -56,9 +56,9 @@ impl Rollback {
                 core.out
                     .notice(format!("the journal could not be closed: {}", failure.what));
             }
-            Input::Resolve(_) => core
-                .out
-                .notice("nothing to resolve: the guest is being taken back here"),
+            Input::Resolve(_) => {
+                core.nothing_to_resolve("the guest is being taken back here", "nothing");
+            }
             _ => {}
         }
         if self.resuming && core.now >= self.deadline {

@@ -236,7 +236,8 @@ fn after_commit_nothing_but_the_peers_abort_or_answer_resumes_the_guest() {
         Input::HostFailed(failure()),
         Input::QemuFailed(failure()),
         Input::JournalFailed(Record::CommitIntent, failure()),
-        Input::Resolve(Resolution::ResumeHere),
+        Input::Resolve(Resolution::ResumeHere { peer_fenced: true }),
+        Input::Resolve(Resolution::Abandon),
     ]);
     for input in inputs {
         let (mut source, _) = after(4);
@@ -294,7 +295,7 @@ fn an_answer_decides() {
         ]
     );
 
-    for standing in [Standing::Unknown, Standing::Committed] {
+    for standing in [Standing::Unknown, Standing::Committed, Standing::NoJournal] {
         let mut source = asking();
         source.handle(NOW, answer(standing));
         assert!(
@@ -318,49 +319,156 @@ fn an_answer_about_another_migration_decides_nothing() {
     assert_eq!(outputs(&mut source), []);
 }
 
-#[test]
-fn an_operators_decision_is_recorded_first_and_refused_where_it_is_dangerous() {
-    let resume_here = || Input::Resolve(Resolution::ResumeHere);
+/// In doubt, with nobody there.
+fn unanswered() -> Source {
     let mut source = asking();
-    source.handle(NOW, resume_here());
-    assert!(
-        matches!(outputs(&mut source)[..], [Output::Report(_)]),
-        "a question is on its way"
-    );
-    source.handle(NOW, answer(Standing::Committed));
-    outputs(&mut source);
-    source.handle(NOW, resume_here());
-    assert!(
-        matches!(outputs(&mut source)[..], [Output::Report(_)]),
-        "the peer is about to run it"
-    );
     source.handle(
         NOW,
-        Input::LinkLost(Failure::new(Fault::Network, "gone", "")),
+        Input::LinkLost(Failure::new(Fault::Network, "cut", "")),
     );
-    source.handle(NOW, resume_here());
-    assert_eq!(outputs(&mut source), [Output::Journal(Record::RolledBack)]);
-    source.handle(NOW, Input::Journaled(Record::RolledBack));
-    assert_eq!(outputs(&mut source), [Output::ResumeGuest, Output::Detach]);
-    source.handle(NOW, Input::GuestResumed);
+    outputs(&mut source);
+    source
+}
+
+const FENCED: Resolution = Resolution::ResumeHere { peer_fenced: true };
+
+fn decided(outputs: &[Output]) -> Option<&Result<String, Failure>> {
+    outputs.iter().find_map(|output| match output {
+        Output::Decided(result) => Some(result),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_decision_makes_the_source_ask_now_and_a_question_on_its_way_is_waited_for() {
+    let mut source = unanswered();
+    source.handle(NOW, Input::Resolve(FENCED));
+    assert_eq!(
+        outputs(&mut source),
+        [Output::Connect],
+        "not at the next back-off"
+    );
+    source.handle(NOW, Input::Reconnected);
+    assert_eq!(sent(&outputs(&mut source)), ["Query"]);
+
+    let mut source = asking();
+    source.handle(NOW, Input::Resolve(FENCED));
+    assert_eq!(outputs(&mut source), []);
+    source.handle(NOW, Input::Resolve(Resolution::Abandon));
+    let second = outputs(&mut source);
     assert!(
-        matches!(outputs(&mut source).last(), Some(Output::Finished(f)) if f.state == State::Failed)
+        matches!(decided(&second), Some(Err(why)) if why.what.contains("another decision")),
+        "{second:?}"
     );
+    source.handle(NOW, answer(Standing::Committed));
+    let refused = outputs(&mut source);
+    assert!(matches!(decided(&refused), Some(Err(_))) && !refused.contains(&Output::ResumeGuest));
+    assert_eq!(phase(&source), "InDoubt");
+}
+
+#[test]
+fn an_operators_decision_is_recorded_first_and_nobody_is_asked_meanwhile() {
+    for no_answer in [
+        Input::ReconnectFailed("no route".into()),
+        Input::Reconnected,
+    ] {
+        let mut source = unanswered();
+        source.handle(NOW, Input::Resolve(FENCED));
+        source.handle(NOW, no_answer.clone());
+        if matches!(no_answer, Input::Reconnected) {
+            source.handle(NOW, answer(Standing::NoJournal));
+        }
+        let asked = outputs(&mut source);
+        assert!(
+            asked.contains(&Output::Journal(Record::TakenBack)),
+            "{asked:?}"
+        );
+        assert!(!asked.contains(&Output::ResumeGuest) && decided(&asked).is_none());
+        // The disk is slow. A question now would make a destination that is there after all run the guest.
+        assert_eq!(source.poll_timeout(), None);
+        let later = NOW.after(Duration::from_secs(3600));
+        source.handle(later, Input::Tick);
+        assert_eq!(outputs(&mut source), []);
+        source.handle(later, Input::Journaled(Record::TakenBack));
+        let taken = outputs(&mut source);
+        assert!(matches!(decided(&taken), Some(Ok(_))), "{taken:?}");
+        assert!(taken.contains(&Output::ResumeGuest) && sent(&taken).is_empty());
+        source.handle(later, Input::GuestResumed);
+        assert!(
+            matches!(outputs(&mut source).last(), Some(Output::Finished(f)) if f.state == State::Failed)
+        );
+        source.handle(later, Input::Resolve(Resolution::Abandon));
+        assert!(matches!(decided(&outputs(&mut source)), Some(Err(_))));
+    }
+}
+
+#[test]
+fn a_destination_that_runs_the_guest_is_heard_while_the_decision_is_recorded() {
+    let mut source = unanswered();
+    source.handle(NOW, Input::Resolve(FENCED));
+    source.handle(NOW, Input::Reconnected);
+    source.handle(NOW, answer(Standing::NoJournal));
+    outputs(&mut source);
+    source.handle(NOW, Input::Message(Message::Running));
+    source.handle(NOW, Input::Journaled(Record::TakenBack));
+    let asked = outputs(&mut source);
+    assert!(matches!(decided(&asked), Some(Err(_))), "{asked:?}");
+    assert!(asked.contains(&Output::Journal(Record::GuestMoved)));
+    assert!(!asked.contains(&Output::ResumeGuest));
+}
+
+#[test]
+fn without_the_word_silence_is_no_reason_to_take_the_guest_back() {
+    let mut source = unanswered();
+    source.handle(
+        NOW,
+        Input::Resolve(Resolution::ResumeHere { peer_fenced: false }),
+    );
+    source.handle(NOW, Input::ReconnectFailed("no route".into()));
+    let asked = outputs(&mut source);
+    let Some(Err(why)) = decided(&asked) else {
+        panic!("{asked:?}")
+    };
+    assert!(why.what.contains("two would run") && why.remedy.contains("--peer-fenced"));
+    assert!(
+        !asked
+            .iter()
+            .any(|o| matches!(o, Output::Journal(_) | Output::ResumeGuest))
+    );
+    assert!(source.poll_timeout().is_some(), "it is asked on");
+}
+
+#[test]
+fn a_guest_let_go_of_by_a_word_alone_is_kept_stopped() {
+    let mut source = unanswered();
+    source.handle(NOW, Input::Resolve(Resolution::Abandon));
+    source.handle(NOW, Input::ReconnectFailed("no route".into()));
+    let asked = outputs(&mut source);
+    assert!(
+        asked.contains(&Output::Journal(Record::GuestMoved)),
+        "{asked:?}"
+    );
+    source.handle(NOW, Input::Journaled(Record::GuestMoved));
+    let ended = outputs(&mut source);
+    assert!(!ended.contains(&Output::QuitGuest) && !ended.contains(&Output::ResumeGuest));
+    assert!(matches!(ended.last(), Some(Output::Finished(f)) if f.state == State::Completed));
 }
 
 #[test]
 fn a_decision_that_cannot_be_recorded_is_not_acted_upon() {
-    let mut source = asking();
-    source.handle(NOW, answer(Standing::Unknown));
-    source.handle(NOW, Input::Resolve(Resolution::ResumeHere));
+    let mut source = unanswered();
+    source.handle(NOW, Input::Resolve(FENCED));
+    source.handle(NOW, Input::ReconnectFailed("no route".into()));
     outputs(&mut source);
     let full = Failure::new(Fault::ThisHost, "the disk is full", "");
-    source.handle(NOW, Input::JournalFailed(Record::RolledBack, full));
-    assert!(matches!(outputs(&mut source)[..], [Output::Report(_)]));
+    source.handle(NOW, Input::JournalFailed(Record::TakenBack, full));
+    let refused = outputs(&mut source);
+    assert!(matches!(decided(&refused), Some(Err(_))) && !refused.contains(&Output::ResumeGuest));
     assert_eq!(
         (phase(&source).as_str(), source.state()),
         ("InDoubt", State::InDoubt)
     );
+    assert!(source.poll_timeout().is_some(), "it is asked on");
 }
 
 #[test]

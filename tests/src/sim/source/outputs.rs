@@ -56,6 +56,7 @@ impl SourceSide {
                 let delay = env.delay(2_000);
                 self.event_after(env, delay, SourceEvent::Connect);
             }
+            Output::Decided(result) => env.note("operator", format_args!("is told: {result:?}")),
             Output::Report(_) => {}
             Output::Finished(finished) => self.finished(env, finished),
         }

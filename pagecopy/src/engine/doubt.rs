@@ -1,0 +1,276 @@
+//! What an operator may decide about a migration in doubt, and what a destination makes of a committed guest that is not
+//! known to run.
+//!
+//! Two words of an operator can bring a guest back into life, one on each side, and each of them is taken only with the
+//! word of high-availability practice that the other side is *fenced*: its QEMU and its pagecopyd cannot run any more
+//! (powered off, disk gone). Without that word the other side's answer decides, or nothing does. Letting go of a guest
+//! needs no such word: done wrongly it leaves a guest stopped, with its memory whole, and never makes two.
+
+use super::{Failure, Fault};
+use crate::wire::Standing;
+
+/// How an operator ends an `InDoubt` migration. Each is looked into first and may be refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// At the source: take the guest back.
+    ResumeHere {
+        /// The operator's word that the destination's QEMU and pagecopyd cannot run any more.
+        peer_fenced: bool,
+    },
+    /// At the destination: run the guest that was committed to it.
+    RunHere {
+        /// The operator's word that the source's QEMU and pagecopyd cannot run any more.
+        peer_fenced: bool,
+    },
+    /// Let go of the guest here. At the source: it runs at the destination. At the destination: it never will run here.
+    Abandon,
+}
+
+/// A committed guest that is not known to run, as it is found at the destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// QEMU runs it.
+    Runs,
+    /// QEMU has it, loaded and stopped as it came.
+    StandsStill,
+    /// QEMU is gone, or was started anew without the guest.
+    Gone,
+    /// Nobody can tell, and why.
+    Unclear(String),
+}
+
+/// What is done with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Record `Running`: it does.
+    RecordRunning,
+    /// Record `Aborted`: it does not, and never will.
+    RecordAborted,
+    /// Run it, then record `Running`.
+    Run,
+}
+
+/// What the destination does about a decision of its operator.
+///
+/// # Errors
+/// Refused, with the reason and what to do instead.
+pub fn at_destination(resolution: Resolution, found: &Found) -> Result<Step, Failure> {
+    match (resolution, found) {
+        (Resolution::ResumeHere { .. }, _) => Err(refuse(
+            "this is the destination of the migration: there is nothing to take back here",
+            "use `--run-here` or `--abandon` here, or `--resume-here` at the source",
+        )),
+        (_, Found::Unclear(why)) => Err(refuse(
+            format!("it cannot be told whether the guest runs here: {why}"),
+            "see to this host's QEMU, or end it, then decide again",
+        )),
+        (Resolution::RunHere { .. }, Found::Runs) => Ok(Step::RecordRunning),
+        (Resolution::Abandon, Found::Runs) => Err(refuse(
+            "the guest runs here: the source may not take it back",
+            "nothing: the source lets go of it as soon as it can ask here",
+        )),
+        (Resolution::RunHere { .. }, Found::Gone) => Err(refuse(
+            "this host's QEMU no longer has the guest",
+            "run `pagecopy resolve ID --abandon` here: the source takes the guest back when it asks",
+        )),
+        (Resolution::RunHere { peer_fenced: false }, Found::StandsStill) => Err(refuse(
+            "the source's operator may have taken the guest back meanwhile, and then two would run",
+            "wait: the guest is run here by itself as soon as the source asks. Only if the source's QEMU and pagecopyd cannot \
+             run any more (powered off, disk gone), say so by adding `--peer-fenced`",
+        )),
+        (Resolution::RunHere { peer_fenced: true }, Found::StandsStill) => Ok(Step::Run),
+        (Resolution::Abandon, Found::StandsStill | Found::Gone) => Ok(Step::RecordAborted),
+    }
+}
+
+/// What the destination records when the source says that its operator has taken the guest back (`Withdrawn`); nothing
+/// while it cannot be told whether the guest runs here.
+pub fn when_withdrawn(found: &Found) -> Option<Step> {
+    match found {
+        Found::Runs => Some(Step::RecordRunning),
+        Found::StandsStill | Found::Gone => Some(Step::RecordAborted),
+        Found::Unclear(_) => None,
+    }
+}
+
+/// What the source makes of its operator's decision and of what the destination said; `None`: it did not answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum AtSource {
+    /// The operator's word counts: `ResumeHere` or `Abandon` is carried out.
+    Granted,
+    /// The destination has decided, in the same sense (`Ok`) or against the operator (`Err`).
+    Decided(Result<&'static str, Failure>),
+    /// Refused, and the doubt remains.
+    Refused(Failure),
+}
+
+/// See [`AtSource`].
+pub(super) fn at_source(resolution: Resolution, answer: Option<Standing>) -> AtSource {
+    use Resolution::{Abandon, ResumeHere, RunHere};
+    use Standing::{Aborted, Committed, NoJournal, Running, Unknown};
+    match (resolution, answer) {
+        (RunHere { .. }, _) => AtSource::Refused(refuse(
+            "this is the source of the migration: the guest is stopped here and may run at the destination",
+            "use `--resume-here` or `--abandon` here, or `--run-here` at the destination",
+        )),
+        (ResumeHere { .. }, Some(Running)) => AtSource::Decided(Err(refuse(
+            "the destination answers that the guest runs there",
+            "nothing: the migration completes",
+        ))),
+        (Abandon, Some(Running)) => {
+            AtSource::Decided(Ok("the destination answers that the guest runs there"))
+        }
+        (ResumeHere { .. }, Some(Aborted)) => AtSource::Decided(Ok(
+            "the destination answers that it never will run the guest: it is taken back here",
+        )),
+        (Abandon, Some(Aborted)) => AtSource::Decided(Err(refuse(
+            "the destination answers that it never will run the guest",
+            "nothing: the guest is taken back here",
+        ))),
+        (_, Some(Committed)) => AtSource::Refused(refuse(
+            "the destination answers that the guest is committed to it: it may run there at any moment",
+            "wait: the destination runs it now, and the migration completes. If it cannot, decide there with `pagecopy \
+             resolve ID --abandon`, or end its QEMU and its pagecopyd for good and decide here then",
+        )),
+        (_, Some(Unknown)) => AtSource::Refused(refuse(
+            "the destination's pagecopyd answers, and has not decided: it may still run the guest",
+            "ask again in a moment. If its log says that the journal cannot be read, end its pagecopyd and its QEMU for \
+             good, then decide here",
+        )),
+        (ResumeHere { peer_fenced: true } | Abandon, None | Some(NoJournal)) => AtSource::Granted,
+        (ResumeHere { peer_fenced: false }, None | Some(NoJournal)) => {
+            let why = match answer {
+                None => "the destination does not answer",
+                Some(_) => "the destination's pagecopyd knows nothing of this migration",
+            };
+            AtSource::Refused(refuse(
+                format!("{why}, and the guest may run there: two would run"),
+                "wait until the destination can be asked. Only if its QEMU and its pagecopyd cannot run any more (powered off, \
+                 disk gone), say so by adding `--peer-fenced`",
+            ))
+        }
+    }
+}
+
+/// A decision that is refused: the operator's matter, in every case.
+pub(super) fn refuse(what: impl Into<String>, remedy: impl Into<String>) -> Failure {
+    let what = format!("refused: {}", what.into());
+    Failure::new(Fault::Operator, what, remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FOUND: [Found; 4] = [
+        Found::Runs,
+        Found::StandsStill,
+        Found::Gone,
+        Found::Unclear(String::new()),
+    ];
+
+    #[test]
+    fn only_a_fenced_word_runs_the_guest_at_the_destination_and_nothing_aborts_one_that_runs() {
+        let resolutions = [
+            Resolution::ResumeHere { peer_fenced: false },
+            Resolution::ResumeHere { peer_fenced: true },
+            Resolution::RunHere { peer_fenced: false },
+            Resolution::RunHere { peer_fenced: true },
+            Resolution::Abandon,
+        ];
+        for resolution in resolutions {
+            for found in FOUND {
+                let at = format!("{resolution:?} {found:?}");
+                match at_destination(resolution, &found) {
+                    Ok(Step::Run) => {
+                        assert_eq!(
+                            resolution,
+                            Resolution::RunHere { peer_fenced: true },
+                            "{at}"
+                        );
+                        assert_eq!(found, Found::StandsStill, "{at}");
+                    }
+                    Ok(Step::RecordAborted) => {
+                        assert_eq!(resolution, Resolution::Abandon, "{at}");
+                        assert!(matches!(found, Found::StandsStill | Found::Gone), "{at}");
+                    }
+                    Ok(Step::RecordRunning) => assert_eq!(found, Found::Runs, "{at}"),
+                    Err(failure) => {
+                        assert!(failure.what.starts_with("refused: "), "{at}");
+                        assert!(!failure.remedy.is_empty(), "{at}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_withdrawn_guest_is_aborted_unless_it_runs() {
+        let steps = FOUND.map(|found| when_withdrawn(&found));
+        assert_eq!(
+            steps,
+            [
+                Some(Step::RecordRunning),
+                Some(Step::RecordAborted),
+                Some(Step::RecordAborted),
+                None
+            ]
+        );
+    }
+
+    #[test]
+    fn the_destinations_answer_beats_every_word_and_silence_needs_a_fence() {
+        let answers = [
+            None,
+            Some(Standing::Running),
+            Some(Standing::Aborted),
+            Some(Standing::Unknown),
+            Some(Standing::Committed),
+            Some(Standing::NoJournal),
+        ];
+        let outcome = |resolution, answer| match at_source(resolution, answer) {
+            AtSource::Granted => "granted",
+            AtSource::Decided(Ok(_)) => "agreed",
+            AtSource::Decided(Err(_)) => "overruled",
+            AtSource::Refused(_) => "refused",
+        };
+        let row = |resolution| answers.map(|answer| outcome(resolution, answer));
+        assert_eq!(
+            row(Resolution::ResumeHere { peer_fenced: false }),
+            [
+                "refused",
+                "overruled",
+                "agreed",
+                "refused",
+                "refused",
+                "refused"
+            ]
+        );
+        assert_eq!(
+            row(Resolution::ResumeHere { peer_fenced: true }),
+            [
+                "granted",
+                "overruled",
+                "agreed",
+                "refused",
+                "refused",
+                "granted"
+            ]
+        );
+        assert_eq!(
+            row(Resolution::Abandon),
+            [
+                "granted",
+                "agreed",
+                "overruled",
+                "refused",
+                "refused",
+                "granted"
+            ]
+        );
+        assert_eq!(
+            row(Resolution::RunHere { peer_fenced: true }),
+            ["refused"; 6]
+        );
+    }
+}
