@@ -1,19 +1,21 @@
 //! The migrations that this daemon knows: what the API shows of them, and how it reaches their sessions.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pagecopy::engine::MigrationId;
 use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::{Figures, Report, State};
 use pagecopy::engine::journal::Side;
+use pagecopy::wire::Standing;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use uuid::Uuid;
 
 use crate::failure::{self, Failure, Fault};
+use crate::session::arrive::Visit;
 
 /// Ended migrations that stay visible.
 const KEPT: usize = 200;
@@ -21,11 +23,11 @@ const KEPT: usize = 200;
 const EVENT_BACKLOG: usize = 1024;
 
 /// What becomes of an operator's decision: what is done, or why it is refused.
-pub type Decided = Result<String, Failure>;
+pub(crate) type Decided = Result<String, Failure>;
 
 /// What the operator asks of a running migration.
 #[derive(Debug)]
-pub enum Request {
+pub(crate) enum Request {
     /// End it; the guest stays at the source.
     Cancel,
     /// Decide one that is in doubt.
@@ -34,6 +36,10 @@ pub enum Request {
     Shutdown,
     /// At the destination: the source has lost the connection and asks on another.
     Disconnect,
+    /// At the destination, of a committed guest: the source asks, and hears on this connection.
+    Serve(Box<Visit>),
+    /// At the destination, of a committed guest: the source's operator has taken it back.
+    Withdrawn(oneshot::Sender<Standing>),
 }
 
 /// How a migration ended: the last event, as the command line prints it.
@@ -125,7 +131,7 @@ struct Inner {
 
 impl Migration {
     /// A migration that begins. The session takes the operator's requests from the receiver.
-    pub fn new(
+    pub(crate) fn new(
         id: MigrationId,
         vm: &str,
         side: Side,
@@ -165,7 +171,7 @@ impl Migration {
     }
 
     /// Asks the session for something. False when the session has ended.
-    pub fn request(&self, request: Request) -> bool {
+    pub(crate) fn request(&self, request: Request) -> bool {
         self.requests.send(request).is_ok()
     }
 
@@ -260,6 +266,20 @@ impl Migrations {
             map.remove(key);
         }
         Ok(())
+    }
+
+    /// A migration in doubt that has to do with the guest `vm` or with the QEMU at `qmp`.
+    pub fn in_doubt(&self, vm: &str, qmp: &Path) -> Option<Shown> {
+        let same_socket = |other: &Path| {
+            let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+            real(other) == real(qmp)
+        };
+        let map = self.lock();
+        map.values()
+            .filter(|migration| !migration.is_over())
+            .map(|migration| migration.shown())
+            .filter(|shown| shown.state == State::InDoubt)
+            .find(|shown| shown.vm == vm || same_socket(&shown.qmp))
     }
 
     /// The migration of `vm` that runs on that side, if one does.

@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::dial;
 use crate::failure::{Failure, host, operator};
 use crate::listener;
-use crate::migrations::{Migration, Migrations, Request};
+use crate::migrations::{Migration, Migrations, Request, Shown};
 use crate::qemu::discover;
 use crate::qmp::Qmp;
 use crate::session::{begin, link_failure, recover};
@@ -78,6 +78,7 @@ impl Service {
     /// The request is wrong, or the guest is already being migrated.
     pub async fn begin(self: &Arc<Self>, request: MigrationRequest) -> Result<Uuid, Failure> {
         begin::check(&request)?;
+        self.refuse_in_doubt(&request.vm, &request.qmp)?;
         let uuid = Uuid::new_v4();
         let id = MigrationId(*uuid.as_bytes());
         let (migration, requests) = Migration::new(
@@ -113,6 +114,7 @@ impl Service {
     /// QEMU cannot be reached, or is no destination; each with what to do.
     pub async fn receive(&self, receiver: Receiver) -> Result<(), Failure> {
         begin::check_name(&receiver.vm)?;
+        self.refuse_in_doubt(&receiver.vm, &receiver.qmp)?;
         self.refuse_if_receiving(&receiver.vm)?;
         let qmp = Qmp::connect(&receiver.qmp).await?;
         let guest = discover::destination(&qmp).await?;
@@ -150,6 +152,24 @@ impl Service {
         if let Err(error) = self.store.journals.prune() {
             tracing::warn!(%error, "old journals could not be removed");
         }
+    }
+
+    /// Refuses to touch a guest, or a QEMU, of which nobody knows whether the other host runs the guest.
+    pub(crate) fn refuse_in_doubt(&self, vm: &str, qmp: &Path) -> Result<(), Failure> {
+        let Some(Shown {
+            id, vm: of, side, ..
+        }) = self.migrations.in_doubt(vm, qmp)
+        else {
+            return Ok(());
+        };
+        let what = match side {
+            Side::Source => "may run at the destination",
+            Side::Destination => "is committed to this host, and the source may have taken it back",
+        };
+        Err(operator(
+            format!("refused: migration {id} is in doubt here: its guest {of:?} {what}"),
+            format!("decide that one first: `pagecopy status {id}` says how"),
+        ))
     }
 
     fn refuse_if_receiving(&self, vm: &str) -> Result<(), Failure> {

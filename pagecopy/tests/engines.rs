@@ -384,7 +384,7 @@ fn a_committed_guest_that_never_starts_is_left_to_the_operator_and_not_resumed_h
         assert!(pair.step());
     }
     let (state, failure) = pair.destination_finished.clone().unwrap();
-    assert_eq!(state, State::Failed);
+    assert_eq!(state, State::InDoubt);
     assert!(failure.unwrap().what.contains("does not start"));
     for _ in 0..100 {
         assert!(pair.step());

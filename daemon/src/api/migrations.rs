@@ -57,9 +57,10 @@ pub(super) async fn cancel(
     if migration.shown().state == MigrationState::InDoubt {
         return Err(ApiError::conflict(&operator(
             format!(
-                "migration {id} is in doubt: the destination may run the guest, so it cannot be cancelled"
+                "migration {id} is in doubt: the guest is committed to the destination and may run there, so it cannot be \
+                 cancelled"
             ),
-            "wait until the destination can be asked, or decide with `pagecopy resolve`",
+            "wait until the source has asked the destination, or decide with `pagecopy resolve`",
         )));
     }
     if migration.is_over() || !migration.request(Request::Cancel) {

@@ -88,8 +88,19 @@ impl Incoming {
     /// # Errors
     /// QEMU refused or left, in its words.
     pub async fn run(&self) -> Result<(), Failure> {
-        if query_status(&self.qmp).await?.running {
+        let state = query_status(&self.qmp).await?;
+        if state.running {
             return Ok(());
+        }
+        // `cont` would make a QEMU that waits for a guest run the next one as soon as it is loaded.
+        if matches!(state.status.as_str(), "inmigrate" | "prelaunch") {
+            return Err(qemu(
+                format!(
+                    "QEMU does not have the guest: its state is \"{}\"",
+                    state.status
+                ),
+                "it was started anew; the guest is still whole at the source",
+            ));
         }
         run_guest(
             &self.qmp,

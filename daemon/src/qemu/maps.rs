@@ -34,25 +34,33 @@ pub fn is_memfd(mapping: &Mapping) -> bool {
 /// The file cannot be looked at, or `/proc` cannot be read.
 pub fn processes_mapping(file: &Path) -> io::Result<Vec<i32>> {
     let file = fs::metadata(file)?;
+    let maps_it = |mapping: &Mapping| (mapping.device, mapping.inode) == (file.dev(), file.ino());
+    // Processes come and go, and some may not be looked at: those are not ours to judge.
+    others(|pid| shared_files(pid).is_ok_and(|mappings| mappings.iter().any(maps_it)))
+}
+
+/// The QEMUs that were started to wait for a guest and whose command line names `socket`.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn incoming_with(socket: &Path) -> io::Result<Vec<i32>> {
+    let socket = socket.to_string_lossy();
+    others(|pid| {
+        command_line(pid).is_ok_and(|words| {
+            option_value(&words, "incoming").is_some()
+                && words.iter().any(|word| word.contains(&*socket))
+        })
+    })
+}
+
+/// The processes, other than this one, that `wanted` takes.
+fn others(wanted: impl Fn(i32) -> bool) -> io::Result<Vec<i32>> {
     let own = i32::try_from(std::process::id()).unwrap_or_default();
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
-        let Some(pid) = entry?
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<i32>().ok())
-        else {
-            continue;
-        };
-        // Processes come and go, and some may not be looked at: those are not ours to judge.
-        let Ok(mappings) = shared_files(pid) else {
-            continue;
-        };
-        let maps_it =
-            |mapping: &Mapping| (mapping.device, mapping.inode) == (file.dev(), file.ino());
-        if pid != own && mappings.iter().any(maps_it) {
-            found.push(pid);
-        }
+        let name = entry?.file_name();
+        let pid = name.to_str().and_then(|name| name.parse::<i32>().ok());
+        found.extend(pid.filter(|pid| *pid != own && wanted(*pid)));
     }
     Ok(found)
 }

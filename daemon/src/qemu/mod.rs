@@ -11,6 +11,6 @@ pub mod maps;
 mod memdev;
 pub mod outgoing;
 pub mod settings;
-mod status;
+pub(crate) mod status;
 
 pub use discover::{Block, Guest};

@@ -2,21 +2,24 @@
 //!
 //! `Hello`: a guest wants to come. `Query`: a source that lost its connection asks what became of a migration; it is
 //! answered from the journal, and a session that still serves the migration is ended first, unless it has committed.
+//! `Withdrawn`: the source's operator has taken the guest back.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use pagecopy::engine::destination::{Destination, Input, Setup};
+use pagecopy::engine::event::State;
 use pagecopy::engine::journal::{Outcome, Record, Side, outcome, standing_for};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Timeouts};
 use pagecopy::wire::{AbortCode, Message, Standing};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 use transport::{Channel, Peer, Regions};
 use uuid::Uuid;
 
 use super::destination::{Parts, Session};
-use super::{Clock, journal_failure};
+use super::{Clock, held, journal_failure};
 use crate::failure::{Shown, host};
 use crate::lane::control::Control;
 use crate::lane::{Lane, LaneEvent};
@@ -45,7 +48,8 @@ pub(crate) struct Connection {
 }
 
 /// A peer, as far as it is served before a session takes over.
-struct Visit {
+#[derive(Debug)]
+pub(crate) struct Visit {
     service: Arc<Service>,
     control: Lane<Message>,
     events: UnboundedReceiver<LaneEvent>,
@@ -78,7 +82,10 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
         peer: connection.peer,
     };
     match timeout(FIRST_MESSAGE, visit.events.recv()).await {
-        Ok(Some(LaneEvent::Message(Message::Query { id }))) => visit.answer(id).await,
+        Ok(Some(LaneEvent::Message(Message::Query { id }))) => visit.answer(Asked::Query(id)).await,
+        Ok(Some(LaneEvent::Message(Message::Withdrawn { id }))) => {
+            visit.answer(Asked::Withdrawn(id)).await;
+        }
         Ok(Some(LaneEvent::Message(hello @ Message::Hello { .. }))) => {
             visit
                 .receive(hello, connection.data, connection.regions)
@@ -126,7 +133,19 @@ impl Visit {
             );
             return self.refuse(AbortCode::UnknownVm, reason);
         };
-        let (migration, requests) =
+        // A Hello comes once. An id that is known is a replay, of a migration that may have been decided.
+        let known = self.service.store.journals.read(id, Side::Destination);
+        if !matches!(known, Ok(None)) {
+            let reason = format!(
+                "migration {} is known here already: it cannot begin once more",
+                Uuid::from_bytes(id.0)
+            );
+            return self.refuse(AbortCode::Protocol, reason);
+        }
+        if let Err(refusal) = self.service.refuse_in_doubt(&vm, &receiver.qmp) {
+            return self.refuse(AbortCode::Busy, refusal.what);
+        }
+        let (migration, mut requests) =
             Migration::new(id, &vm, Side::Destination, &who, receiver.qmp.clone());
         if let Err(running) = self.service.migrations.add(&migration) {
             let reason = format!("{vm:?} is already being migrated here (migration {running})");
@@ -148,10 +167,11 @@ impl Visit {
                     timeouts: Timeouts::default(),
                 };
                 let clock = Clock::start();
+                let service = Arc::clone(&self.service);
                 let parts = Parts {
                     id,
                     service: self.service,
-                    migration,
+                    migration: Arc::clone(&migration),
                     clock,
                     qmp,
                     settings,
@@ -165,7 +185,8 @@ impl Visit {
                     Ok(session) => {
                         let mut engine = Destination::new(setup, clock.now());
                         engine.handle(clock.now(), Input::Message(hello));
-                        session.run(engine, self.events, requests).await;
+                        session.run(engine, self.events, &mut requests).await;
+                        held::hold(&service, id, &migration, &mut requests).await;
                     }
                     Err(failure) => {
                         tracing::error!(failure = %Shown(&failure), "the guest could not be received")
@@ -221,23 +242,39 @@ impl Visit {
     }
 
     /// Answers a source's questions, for as long as it asks.
-    async fn answer(mut self, id: MigrationId) {
-        let mut asked = Some(id);
+    async fn answer(mut self, first: Asked) {
+        let mut asked = Some(first);
         loop {
-            if let Some(id) = asked.take() {
+            if let Some(asked) = asked.take() {
+                let id = asked.id();
                 end_uncommitted(&self.service, id).await;
-                let standing = standing(&self.service, id);
-                tracing::info!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, ?standing, "a source asks");
-                let unserved = live(&self.service, id).is_none();
-                if standing == Standing::Committed && unserved {
-                    return self.run_committed(id).await;
+                let mut standing = standing(&self.service, id);
+                tracing::info!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, ?asked, ?standing, "a source asks");
+                if standing == Standing::Committed
+                    && let Some(held) = held(&self.service, id)
+                {
+                    match asked {
+                        // If it is over by now, the connection ends and the source asks again.
+                        Asked::Query(_) => {
+                            held.request(Request::Serve(Box::new(self)));
+                            return;
+                        }
+                        Asked::Withdrawn(_) => standing = withdraw(&held).await,
+                    }
+                }
+                if standing == Standing::Running && matches!(asked, Asked::Withdrawn(_)) {
+                    tracing::error!(id = %Uuid::from_bytes(id.0), "TWO GUESTS MAY RUN: the guest runs here, and the source's \
+                        operator has taken it back: stop one of the two at once");
                 }
                 self.control.give(Message::Answer { id, standing });
             }
             match self.events.recv().await {
-                Some(LaneEvent::Message(Message::Query { id })) => asked = Some(id),
+                Some(LaneEvent::Message(Message::Query { id })) => asked = Some(Asked::Query(id)),
+                Some(LaneEvent::Message(Message::Withdrawn { id })) => {
+                    asked = Some(Asked::Withdrawn(id));
+                }
                 Some(LaneEvent::Message(Message::Closed)) => {
-                    close_journal(&self.service, id);
+                    close_journal(&self.service, first.id());
                     return self.control.close();
                 }
                 Some(LaneEvent::Message(Message::Ping { nonce })) => {
@@ -250,83 +287,51 @@ impl Visit {
         }
     }
 
-    /// The guest is committed to this host, and a daemon that was started anew is asked about it: run it now. A source
-    /// that asks has not taken it back.
-    async fn run_committed(self, id: MigrationId) {
-        let answer = Message::Answer {
-            id,
-            standing: Standing::Committed,
-        };
-        let begun = self
-            .service
-            .store
-            .journals
-            .read(id, Side::Destination)
-            .ok()
-            .flatten();
-        let Some(Record::Begun { vm, qmp, peer, .. }) =
-            begun.and_then(|records| records.into_iter().next())
-        else {
-            return;
-        };
-        let (migration, requests) =
-            Migration::new(id, &vm, Side::Destination, &peer, qmp.clone().into());
-        if self.service.migrations.add(&migration).is_err() {
-            self.control.give(answer);
-            return self.control.close();
-        }
-        let over = Over(Arc::clone(&migration));
-        let journal = self.service.store.journals.reopen(id, Side::Destination);
-        let (qmp, journal) = match (Qmp::connect(qmp.as_ref()).await, journal) {
-            (Ok(qmp), Ok(journal)) => (Arc::new(qmp), journal),
-            (Err(failure), _) => {
-                super::end_early(id, &migration, &failure);
-                self.control.give(answer);
-                return self.control.close();
-            }
-            (_, Err(error)) => {
-                super::end_early(id, &migration, &journal_failure(&error));
-                return self.control.close();
-            }
-        };
-        let setup = Setup {
-            host: self.service.config.name.clone(),
-            vm,
-            blocks: Vec::new(),
-            data_channels: 0,
-            timeouts: Timeouts::default(),
-        };
-        let clock = Clock::start();
-        let settings = self.service.store.journals.settings(id).unwrap_or_default();
-        let parts = Parts {
-            id,
-            service: self.service,
-            migration,
-            clock,
-            qmp,
-            settings,
-            journal,
-            blocks: Vec::new(),
-            control: self.control,
-            data: Vec::new(),
-            regions: Regions::new(),
-        };
-        match Session::start(parts) {
-            Ok(session) => {
-                session
-                    .run(
-                        Destination::recover(setup, clock.now()),
-                        self.events,
-                        requests,
-                    )
-                    .await
-            }
-            Err(failure) => {
-                tracing::error!(failure = %Shown(&failure), "the guest could not be run")
-            }
-        }
-        drop(over);
+    /// The last answer of a visit.
+    pub(crate) fn answer_and_close(self, id: MigrationId, standing: Standing) {
+        self.control.give(Message::Answer { id, standing });
+        self.control.close();
     }
+
+    /// The connection, for a session that goes on with it.
+    pub(crate) fn into_lane(self) -> (Lane<Message>, UnboundedReceiver<LaneEvent>) {
+        (self.control, self.events)
+    }
+}
+
+/// What a source came to say about a migration.
+#[derive(Clone, Copy, Debug)]
+enum Asked {
+    /// What became of it?
+    Query(MigrationId),
+    /// Its operator has taken the guest back.
+    Withdrawn(MigrationId),
+}
+
+impl Asked {
+    fn id(self) -> MigrationId {
+        match self {
+            Asked::Query(id) | Asked::Withdrawn(id) => id,
+        }
+    }
+}
+
+/// Who keeps the committed guest that no session serves; `None` while a session runs it.
+fn held(service: &Arc<Service>, id: MigrationId) -> Option<Arc<Migration>> {
+    match live(service, id) {
+        Some(migration) => Some(migration).filter(|it| it.shown().state == State::InDoubt),
+        None => {
+            let records = service.store.journals.read(id, Side::Destination);
+            held::take_up(service, id, &records.ok().flatten()?)
+        }
+    }
+}
+
+async fn withdraw(held: &Migration) -> Standing {
+    let (reply, heard) = oneshot::channel();
+    held.request(Request::Withdrawn(reply));
+    // Without an answer it is being decided at this moment: the source says it again.
+    heard.await.unwrap_or(Standing::Committed)
 }
 
 type Prepared = (

@@ -6,10 +6,12 @@
 pub(crate) mod arrive;
 pub(crate) mod begin;
 mod destination;
+pub(crate) mod held;
 mod link;
 pub(crate) mod recover;
 mod source;
 mod teller;
+pub(crate) mod telling;
 mod worker;
 
 use std::fmt::{self, Write};

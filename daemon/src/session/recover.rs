@@ -3,23 +3,26 @@
 //! - Source without `CommitIntent`: the guest is resumed here if it stands still.
 //! - Source with `CommitIntent` and no end: in doubt; the destination is asked.
 //! - Destination without `Committed`: aborted, for good.
-//! - Destination with `Committed` and no `Running`: if the guest runs, that is recorded; else it is run when the source
-//!   asks, and not before, because the source's operator may have taken the guest back meanwhile.
+//! - Destination with `Committed` and no `Running`: if the guest runs, that is recorded; else it is in doubt, and run when
+//!   the source asks and not before, because the source's operator may have taken the guest back meanwhile.
+//! - Source whose operator has taken the guest back: the destination is told, until it has heard of it.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use pagecopy::engine::event::{Figures, State};
-use pagecopy::engine::journal::{Outcome, Record, Side, outcome};
+use pagecopy::engine::journal::{
+    Outcome, Record, Side, has_to_tell, is_settled, outcome, standing_for,
+};
 use pagecopy::engine::source::{Options, Setup, Source};
 use pagecopy::engine::{MigrationId, Timeouts};
-use serde_json::json;
+use pagecopy::wire::Standing;
 use uuid::Uuid;
 
-use super::Clock;
 use super::arrive::Over;
 use super::begin::{DOWNTIME_LIMIT, MAX_ROUNDS};
 use super::source::{Parts, Session};
+use super::{Clock, held, telling};
 use crate::dial::Target;
 use crate::failure::{Shown, host};
 use crate::migrations::{Finished, Migration};
@@ -34,32 +37,65 @@ pub(crate) fn recover(service: &Arc<Service>) {
             return tracing::error!(%error, "the journals cannot be listed: nothing is taken up");
         }
     };
+    let mut read = Vec::new();
     for (id, side) in journals {
-        let uuid = Uuid::from_bytes(id.0);
         match service.store.journals.read(id, side) {
-            Ok(Some(records)) => match side {
-                Side::Source => source(service, id, &records),
-                Side::Destination => destination(service, id, &records),
-            },
+            Ok(Some(records)) => read.push((id, side, records)),
             Ok(None) => {}
             Err(error) => {
-                tracing::error!(id = %uuid, ?side, %error, "this journal decides nothing: a person has to look")
+                let id = Uuid::from_bytes(id.0);
+                tracing::error!(%id, ?side, %error, "this journal decides nothing: a person has to look")
             }
+        }
+    }
+    for (at, (id, side, records)) in read.iter().enumerate() {
+        match side {
+            Side::Source if is_overtaken(records, &read[at + 1..]) => {
+                overtaken(service, *id, records)
+            }
+            Side::Source => source(service, *id, records),
+            Side::Destination => destination(service, *id, records),
         }
     }
 }
 
+/// Whether an open journal of a guest that stays here was left behind by a disk that refused its end, and the guest may
+/// have moved since, as a `later` journal of the same QEMU says: to resume it here would make two.
+fn is_overtaken(records: &[Record], later: &[(MigrationId, Side, Vec<Record>)]) -> bool {
+    let qemu = |records: &[Record]| match records.first() {
+        Some(Record::Begun { qmp, .. }) => Some(qmp.clone()),
+        _ => None,
+    };
+    !is_settled(records)
+        && outcome(records) == Outcome::NotHere
+        && later.iter().any(|(_, side, others)| {
+            *side == Side::Source
+                && qemu(others) == qemu(records)
+                && outcome(others) != Outcome::NotHere
+        })
+}
+
+fn overtaken(service: &Service, id: MigrationId, records: &[Record]) {
+    tracing::warn!(id = %Uuid::from_bytes(id.0), "a later migration of this guest decides: nothing is done for this one");
+    append(service, id, Side::Source, &Record::RolledBack);
+    show_ended(service, id, records);
+}
+
 fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
     let found = outcome(records);
-    let ended = matches!(
-        records.last(),
-        Some(Record::GuestMoved | Record::RolledBack)
-    );
     let Some(Record::Begun { vm, qmp, peer, .. }) = records.first() else {
         return;
     };
-    if ended || found == Outcome::Here {
-        return show_ended(service, id, records);
+    let target = Target {
+        to: peer.clone(),
+        security: service.security.clone(),
+    };
+    if is_settled(records) || found == Outcome::Here {
+        show_ended(service, id, records);
+        if has_to_tell(records) {
+            tokio::spawn(telling::tell(Arc::clone(service), id, target));
+        }
+        return;
     }
     let uuid = Uuid::from_bytes(id.0);
     tracing::warn!(id = %uuid, vm, outcome = ?found, "a migration from here was cut off by the end of the daemon");
@@ -80,10 +116,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         qmp: None,
         settings: service.store.journals.settings(id).unwrap_or_default(),
         journal,
-        target: Target {
-            to: peer.clone(),
-            security: service.security.clone(),
-        },
+        target,
         memory: None,
         channels: Vec::new(),
     };
@@ -127,15 +160,13 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
     match outcome(records) {
         Outcome::Open => {
             tracing::warn!(id = %uuid, vm, "a migration to here was cut off before its commit: aborted");
-            append(service, id, &Record::Aborted);
+            append(service, id, Side::Destination, &Record::Aborted);
             show_ended(service, id, &[records, &[Record::Aborted]].concat());
             let (service, qmp) = (Arc::clone(service), qmp.clone());
             tokio::spawn(async move { put_settings_back(&service, id, qmp.as_ref()).await });
         }
-        Outcome::Here if records.last() == Some(&Record::Committed) => {
-            tracing::warn!(id = %uuid, vm, "a guest was committed to this host and may not have been started");
-            let (service, qmp) = (Arc::clone(service), qmp.clone());
-            tokio::spawn(async move { record_if_running(&service, id, qmp.as_ref()).await });
+        Outcome::Here if standing_for(Some(records)) == Standing::Committed => {
+            held::take_up(service, id, records);
         }
         _ => show_ended(service, id, records),
     }
@@ -187,29 +218,49 @@ async fn put_settings_back(service: &Service, id: MigrationId, qmp: &Path) {
     service.store.journals.forget_settings(id);
 }
 
-async fn record_if_running(service: &Service, id: MigrationId, qmp: &Path) {
-    let running = async {
-        let status = Qmp::connect(qmp)
-            .await
-            .ok()?
-            .execute("query-status", json!({}))
-            .await
-            .ok()?;
-        status.get("running")?.as_bool()
-    };
-    if running.await == Some(true) {
-        tracing::info!(id = %Uuid::from_bytes(id.0), "the guest runs here");
-        append(service, id, &Record::Running);
-    }
-}
-
-fn append(service: &Service, id: MigrationId, record: &Record) {
+fn append(service: &Service, id: MigrationId, side: Side, record: &Record) {
     let appended = service
         .store
         .journals
-        .reopen(id, Side::Destination)
+        .reopen(id, side)
         .and_then(|mut journal| journal.append(record));
     if let Err(error) = appended {
         tracing::error!(id = %Uuid::from_bytes(id.0), %error, "the journal cannot be written");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn journal(n: u8, qmp: &str, records: &[Record]) -> (MigrationId, Side, Vec<Record>) {
+        let (id, side) = (MigrationId([n; 16]), Side::Source);
+        let begun = Record::Begun {
+            id,
+            side,
+            vm: "web".into(),
+            qmp: qmp.into(),
+            peer: "b:1".into(),
+        };
+        (id, side, [&[begun], records].concat())
+    }
+
+    #[test]
+    fn an_old_open_journal_resumes_nothing_that_has_moved_since() {
+        let open = journal(1, "/q", &[]).2;
+        let moved = [Record::CommitIntent, Record::GuestMoved];
+        assert!(!is_overtaken(&open, &[]));
+        assert!(!is_overtaken(&open, &[journal(2, "/other", &moved)]));
+        assert!(!is_overtaken(
+            &open,
+            &[journal(2, "/q", &[Record::RolledBack])]
+        ));
+        assert!(is_overtaken(&open, &[journal(2, "/q", &moved)]));
+        assert!(is_overtaken(
+            &open,
+            &[journal(2, "/q", &[Record::CommitIntent])]
+        ));
+        let settled = journal(1, "/q", &[Record::RolledBack]).2;
+        assert!(!is_overtaken(&settled, &[journal(2, "/q", &moved)]));
     }
 }

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use pagecopy::engine::MigrationId;
-use pagecopy::engine::journal::{Outcome, Record, Side, decode, encode, outcome};
+use pagecopy::engine::journal::{
+    Outcome, Record, Side, decode, encode, has_to_tell, is_settled, outcome,
+};
 use uuid::Uuid;
 
 use super::files::{read_json, sync_parent, write_json};
@@ -187,10 +189,7 @@ impl Journals {
 /// Whether nothing will ever be asked of a journal again.
 fn has_ended(side: Side, records: &[Record]) -> bool {
     match side {
-        Side::Source => matches!(
-            records.last(),
-            Some(Record::GuestMoved | Record::RolledBack)
-        ),
+        Side::Source => is_settled(records) && !has_to_tell(records),
         Side::Destination => {
             outcome(records) == Outcome::NotHere || matches!(records.last(), Some(Record::Closed))
         }

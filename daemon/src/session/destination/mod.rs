@@ -127,7 +127,7 @@ impl Session {
         mut self,
         mut engine: Destination,
         mut control: UnboundedReceiver<LaneEvent>,
-        mut requests: UnboundedReceiver<Request>,
+        requests: &mut UnboundedReceiver<Request>,
     ) {
         let mut end = self.carry_out(&mut engine).await;
         let mut qmp_there = true;
@@ -154,6 +154,8 @@ impl Session {
                         None
                     }
                     Some(Request::Disconnect) => Some(Input::LinkLost(superseded())),
+                    // For a guest that no session serves. Whoever asked, asks again.
+                    Some(Request::Serve(_) | Request::Withdrawn(_)) => None,
                 },
                 // While QEMU loads, the answer to that says more.
                 () = qmp.gone(), if qmp_there && !self.loading => {

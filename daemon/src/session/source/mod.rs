@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::{Finished as EngineEnd, State};
-use pagecopy::engine::journal::Record;
+use pagecopy::engine::journal::{Record, has_to_tell};
 use pagecopy::engine::source::{Input, Output, Source};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
 use pagecopy::host::track::UffdTracker;
@@ -19,6 +19,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use transport::{Channel, Regions};
 
+use super::telling;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::dial::{Target, dial_control};
 use crate::failure::{Shown, operator};
@@ -192,7 +193,8 @@ impl Session {
                 request = requests.recv() => match request {
                     Some(Request::Cancel) | None => Some(Input::Cancel),
                     Some(Request::Resolve(resolution, reply)) => self.resolve(resolution, reply),
-                    Some(Request::Disconnect) => None,
+                    // For a destination.
+                    Some(Request::Disconnect | Request::Serve(_) | Request::Withdrawn(_)) => None,
                     Some(Request::Shutdown) if engine.state() == State::InDoubt => return self.leave().await,
                     Some(Request::Shutdown) => Some(Input::Cancel),
                 },
@@ -397,6 +399,10 @@ impl Session {
                 .learn(Duration::from_secs_f64(fixed / 1e3));
         }
         self.teller.publish(&end);
+        let has_to_tell = has_to_tell(lock(&self.journal).records());
+        if has_to_tell {
+            tokio::spawn(telling::tell(self.service, self.id, self.target));
+        }
     }
 
     /// The daemon ends while the migration is in doubt: the journal knows, and the next daemon asks on.

@@ -99,8 +99,8 @@ fn undecided(core: &mut Core, end: End, journal: Failure) -> Phase {
             "{}; and that could not be recorded either: {}",
             end.failure.what, journal.what
         ),
-        "the guest stands stopped on both hosts: end this host's QEMU, then run `pagecopy resolve ID --resume-here` at the \
-         source; repair this host's disk before pagecopyd is started again",
+        "the guest stands stopped on both hosts: repair this host's disk, and the source is answered when it asks; or end \
+         this host's QEMU and pagecopyd for good, then run `pagecopy resolve ID --resume-here --peer-fenced` at the source",
     );
     core.finish(State::Failed, Some(failure));
     Phase::Ended

@@ -109,7 +109,8 @@ impl Starting {
     }
 }
 
-/// The journal keeps saying `Committed`, so the source stays in doubt: it cannot know whether the guest ran for a moment.
+/// The journal keeps saying `Committed`, so both sides stay in doubt: the source cannot know whether the guest ran for a
+/// moment. The driver keeps the guest, and has it [run](super::Destination::recover) when the source asks.
 fn leave_to_operator(core: &mut Core, failure: Failure) -> Phase {
     let failure = Failure::new(
         Fault::Qemu,
@@ -117,10 +118,10 @@ fn leave_to_operator(core: &mut Core, failure: Failure) -> Phase {
             "the guest was committed to this host and does not start: {}",
             failure.what
         ),
-        "if this host's QEMU still has it, send `cont` over QMP; if QEMU is gone, stop this pagecopyd and run `pagecopy \
-         resolve ID --resume-here` at the source",
+        "see to this host's QEMU: the guest is tried again whenever the source asks. If it cannot run here, run `pagecopy \
+         resolve ID --abandon` here, and the source takes it back",
     );
-    core.finish(State::Failed, Some(failure));
+    core.finish(State::InDoubt, Some(failure));
     Phase::Ended
 }
 

@@ -105,7 +105,7 @@ pub enum Output {
     Report(Report),
     /// The last output: the migration ended here in this state.
     Finished {
-        /// `Completed`, `Failed` or `Cancelled`.
+        /// `Completed`, `Failed` or `Cancelled`; `InDoubt` when the guest is committed and does not start.
         state: State,
         /// Why, unless completed.
         failure: Option<Failure>,

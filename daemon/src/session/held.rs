@@ -1,0 +1,330 @@
+//! A guest that is committed to this host and not known to run: it is kept here, shown as in doubt, until the matter is
+//! decided.
+//!
+//! That is so after a restart between `Committed` and `Running`, and when QEMU would not start the guest. Everything that
+//! may decide it comes here and is done one after the other: the source asks (the guest is run), the source says that its
+//! operator has taken the guest back (`Aborted` is recorded), this host's operator decides. What each of them may do is
+//! [`pagecopy::engine::doubt`]'s.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pagecopy::engine::destination::{Destination, Setup};
+use pagecopy::engine::doubt::{Found, Resolution, Step, at_destination, when_withdrawn};
+use pagecopy::engine::event::{Figures, State};
+use pagecopy::engine::journal::{Record, Side, standing_for};
+use pagecopy::engine::{Failure, MigrationId, Timeouts};
+use pagecopy::wire::Standing;
+use tokio::sync::mpsc::UnboundedReceiver;
+use transport::Regions;
+use uuid::Uuid;
+
+use super::arrive::{Over, Visit};
+use super::destination::{Parts, Session};
+use super::{Clock, blocking, journal_failure};
+use crate::failure::{Shown, host, operator};
+use crate::migrations::{Decided, Finished, Migration, Request};
+use crate::qemu::incoming::Incoming;
+use crate::qemu::maps::incoming_with;
+use crate::qemu::status::query_status;
+use crate::qmp::Qmp;
+use crate::service::Service;
+
+/// Takes up a committed guest that no session serves, as its journal begins. `None`: there is another migration of that
+/// guest here, or the journal does not begin.
+pub(crate) fn take_up(
+    service: &Arc<Service>,
+    id: MigrationId,
+    records: &[Record],
+) -> Option<Arc<Migration>> {
+    let Some(Record::Begun { vm, qmp, peer, .. }) = records.first() else {
+        return None;
+    };
+    let (migration, mut requests) =
+        Migration::new(id, vm, Side::Destination, peer, qmp.clone().into());
+    if let Err(other) = service.migrations.add(&migration) {
+        tracing::error!(id = %Uuid::from_bytes(id.0), vm, %other, "two migrations of this guest are open: a person has to look");
+        return None;
+    }
+    show(
+        id,
+        &migration,
+        "pagecopyd was started anew, and the guest may not have been run",
+    );
+    let (service, kept) = (Arc::clone(service), Arc::clone(&migration));
+    tokio::spawn(async move {
+        let _over = Over(Arc::clone(&kept));
+        hold(&service, id, &kept, &mut requests).await;
+    });
+    Some(migration)
+}
+
+/// Keeps the guest of `id`, if it is committed and not known to run, until that is decided or the daemon ends.
+pub(crate) async fn hold(
+    service: &Arc<Service>,
+    id: MigrationId,
+    migration: &Arc<Migration>,
+    requests: &mut UnboundedReceiver<Request>,
+) {
+    let held = Held {
+        service: Arc::clone(service),
+        id,
+        migration: Arc::clone(migration),
+        qmp: migration.shown().qmp,
+    };
+    if held.undecided() {
+        held.record_if_it_runs().await;
+        // A session may have ended as failed, and the disk kept what it had refused.
+        if held.undecided() && migration.shown().state != State::InDoubt {
+            show(
+                id,
+                migration,
+                "it was given up, and the journal says otherwise",
+            );
+        }
+    }
+    while held.undecided() {
+        match requests.recv().await {
+            None | Some(Request::Shutdown) => return,
+            Some(Request::Resolve(resolution, reply)) => {
+                let decided = held.resolve(resolution).await;
+                // Whoever asked may have left.
+                let _ = reply.send(decided);
+            }
+            Some(Request::Withdrawn(reply)) => {
+                let standing = held.withdrawn().await;
+                // The source may have left.
+                let _ = reply.send(standing);
+            }
+            Some(Request::Serve(visit)) => held.serve(*visit, requests).await,
+            // It is too late to cancel, and there is no connection.
+            Some(Request::Cancel | Request::Disconnect) => {}
+        }
+    }
+}
+
+/// Shows what there is to decide.
+fn show(id: MigrationId, migration: &Migration, why: &str) {
+    let failure = host(
+        format!("the guest is committed to this host and not known to run here: {why}"),
+        "wait: it is run here by itself as soon as the source asks. If the source's QEMU and pagecopyd cannot run any more \
+         (powered off, disk gone), run `pagecopy resolve ID --run-here --peer-fenced`; if the guest cannot run here, \
+         `pagecopy resolve ID --abandon`, and the source takes it back",
+    );
+    finish(id, migration, State::InDoubt, Some(&failure));
+}
+
+fn finish(id: MigrationId, migration: &Migration, state: State, failure: Option<&Failure>) {
+    let uuid = Uuid::from_bytes(id.0);
+    match failure {
+        Some(failure) => tracing::warn!(id = %uuid, ?state, failure = %Shown(failure), "migration"),
+        None => tracing::info!(id = %uuid, ?state, "migration"),
+    }
+    migration.finish(Finished::new(id, state, failure, Figures::default()));
+}
+
+struct Held {
+    service: Arc<Service>,
+    id: MigrationId,
+    migration: Arc<Migration>,
+    qmp: PathBuf,
+}
+
+impl Held {
+    fn standing(&self) -> Standing {
+        match self.service.store.journals.read(self.id, Side::Destination) {
+            Ok(records) => standing_for(records.as_deref()),
+            Err(error) => {
+                tracing::error!(id = %Uuid::from_bytes(self.id.0), %error, "the journal cannot be read");
+                Standing::Unknown
+            }
+        }
+    }
+
+    fn undecided(&self) -> bool {
+        self.standing() == Standing::Committed
+    }
+
+    /// The daemon before may have died between running the guest and saying so.
+    async fn record_if_it_runs(&self) {
+        let (found, qmp) = look(&self.qmp).await;
+        if found == Found::Runs {
+            // Without the record it is found to run the next time.
+            if let Err(failure) = self.take(Step::RecordRunning, qmp).await {
+                tracing::error!(failure = %Shown(&failure), "that the guest runs could not be recorded");
+            }
+        }
+    }
+
+    async fn resolve(&self, resolution: Resolution) -> Decided {
+        let (found, qmp) = look(&self.qmp).await;
+        tracing::warn!(id = %Uuid::from_bytes(self.id.0), ?resolution, ?found, "the operator decides");
+        match at_destination(resolution, &found) {
+            Ok(step) => {
+                self.take(step, qmp).await?;
+                Ok(done(step).to_owned())
+            }
+            Err(refusal) => {
+                if found == Found::Runs {
+                    self.take(Step::RecordRunning, qmp).await?;
+                }
+                Err(refusal)
+            }
+        }
+    }
+
+    async fn withdrawn(&self) -> Standing {
+        let (found, qmp) = look(&self.qmp).await;
+        tracing::warn!(id = %Uuid::from_bytes(self.id.0), ?found, "the source's operator has taken the guest back");
+        if let Some(step) = when_withdrawn(&found)
+            && let Err(failure) = self.take(step, qmp).await
+        {
+            tracing::error!(failure = %Shown(&failure), "that the guest was taken back could not be recorded");
+        }
+        self.standing()
+    }
+
+    async fn take(&self, step: Step, qmp: Option<Arc<Qmp>>) -> Result<(), Failure> {
+        match step {
+            Step::Run => {
+                let qmp = qmp.ok_or_else(|| host("there is no QEMU", "report this"))?;
+                Incoming::new(qmp).run().await?;
+                // `Committed` is on disk, and a daemon that looks finds the guest running.
+                if let Err(failure) = self.append(&Record::Running) {
+                    tracing::error!(failure = %Shown(&failure), "that the guest runs could not be recorded");
+                }
+            }
+            Step::RecordRunning => self.append(&Record::Running)?,
+            Step::RecordAborted => self.append(&Record::Aborted)?,
+        }
+        let journals = &self.service.store.journals;
+        if step == Step::RecordAborted {
+            let failure = operator(
+                "it was decided that the guest never will run here: it belongs to the source",
+                "end this host's QEMU if it is still there, and start another for the next attempt",
+            );
+            finish(self.id, &self.migration, State::Failed, Some(&failure));
+        } else {
+            self.service.received(&self.migration.shown().vm);
+            finish(self.id, &self.migration, State::Completed, None);
+        }
+        journals.forget_settings(self.id);
+        Ok(())
+    }
+
+    fn append(&self, record: &Record) -> Result<(), Failure> {
+        let journals = &self.service.store.journals;
+        let appended = journals
+            .reopen(self.id, Side::Destination)
+            .and_then(|mut journal| journal.append(record));
+        appended.map_err(|error| journal_failure(&error))
+    }
+
+    /// A source that asks has not taken the guest back: it is run now, and the source is told on the connection on which
+    /// it asked.
+    async fn serve(&self, visit: Visit, requests: &mut UnboundedReceiver<Request>) {
+        let (found, qmp) = look(&self.qmp).await;
+        let qmp = match (found, qmp) {
+            (Found::Runs | Found::StandsStill, Some(qmp)) => qmp,
+            (found, _) => {
+                tracing::warn!(id = %Uuid::from_bytes(self.id.0), ?found, "the source asks, and the guest cannot be run");
+                return visit.answer_and_close(self.id, Standing::Committed);
+            }
+        };
+        let journal = match self
+            .service
+            .store
+            .journals
+            .reopen(self.id, Side::Destination)
+        {
+            Ok(journal) => journal,
+            Err(error) => {
+                tracing::error!(failure = %Shown(&journal_failure(&error)), "the guest is not run");
+                return visit.answer_and_close(self.id, Standing::Committed);
+            }
+        };
+        let setup = Setup {
+            host: self.service.config.name.clone(),
+            vm: self.migration.shown().vm,
+            blocks: Vec::new(),
+            data_channels: 0,
+            timeouts: Timeouts::default(),
+        };
+        let clock = Clock::start();
+        let (control, events) = visit.into_lane();
+        let parts = Parts {
+            id: self.id,
+            service: Arc::clone(&self.service),
+            migration: Arc::clone(&self.migration),
+            clock,
+            qmp,
+            settings: self
+                .service
+                .store
+                .journals
+                .settings(self.id)
+                .unwrap_or_default(),
+            journal,
+            blocks: Vec::new(),
+            control,
+            data: Vec::new(),
+            regions: Regions::new(),
+        };
+        match Session::start(parts) {
+            Ok(session) => {
+                let engine = Destination::recover(setup, clock.now());
+                session.run(engine, events, requests).await;
+            }
+            Err(failure) => {
+                tracing::error!(failure = %Shown(&failure), "the guest could not be run")
+            }
+        }
+    }
+}
+
+fn done(step: Step) -> &'static str {
+    match step {
+        Step::Run => "the guest runs here; the source lets go of it if it ever asks",
+        Step::RecordRunning => "the guest runs here already",
+        Step::RecordAborted => {
+            "the guest never will run here; the source takes it back when it asks"
+        }
+    }
+}
+
+/// Looks whether QEMU has the guest that was loaded into it, and whether it runs. Changes nothing.
+async fn look(socket: &Path) -> (Found, Option<Arc<Qmp>>) {
+    let qmp = match Qmp::connect(socket).await {
+        Ok(qmp) => Arc::new(qmp),
+        Err(failure) => return (gone_without(socket, None, &failure.what).await, None),
+    };
+    let found = match query_status(&qmp).await {
+        Err(error) => Found::Unclear(error.to_string()),
+        Ok(state) if state.running => Found::Runs,
+        Ok(state) => match state.status.as_str() {
+            "paused" => Found::StandsStill,
+            // A QEMU without a guest: the one that had it is gone.
+            "inmigrate" | "prelaunch" => {
+                gone_without(socket, qmp.peer_pid(), "QEMU was started anew").await
+            }
+            // Stopped by an error, shut down, moved on: it has run here.
+            _ => Found::Runs,
+        },
+    };
+    (found, Some(qmp))
+}
+
+/// The QEMU that had the guest is not at its socket: gone, unless a process other than `known` is still there.
+async fn gone_without(socket: &Path, known: Option<i32>, why: &str) -> Found {
+    let (path, why) = (socket.to_owned(), why.to_owned());
+    let others = blocking(move || {
+        incoming_with(&path).map_err(|error| host(format!("/proc cannot be read: {error}"), ""))
+    });
+    match others.await {
+        Err(failure) => Found::Unclear(failure.what),
+        Ok(others) => match others.iter().find(|pid| Some(**pid) != known) {
+            None => Found::Gone,
+            Some(pid) => Found::Unclear(format!("{why}, and QEMU is still there as process {pid}")),
+        },
+    }
+}
