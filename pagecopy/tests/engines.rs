@@ -7,9 +7,10 @@ mod pair;
 use std::time::Duration;
 
 use pagecopy::engine::Fault;
+use pagecopy::engine::doubt::{Resolution, Step};
 use pagecopy::engine::event::State;
 use pagecopy::engine::journal::Record;
-use pagecopy::engine::source::{self, Resolution};
+use pagecopy::engine::source;
 use pair::{Pair, Trouble};
 
 const STEPS: u64 = 200_000;
@@ -262,6 +263,122 @@ fn an_operator_decides_when_the_peer_is_gone() {
         assert_eq!(
             (pair.result().state, pair.source_runs),
             (state, resolution != Resolution::Abandon)
+        );
+    }
+}
+
+const AT_SOURCE: [Resolution; 3] = [
+    Resolution::ResumeHere { peer_fenced: false },
+    Resolution::ResumeHere { peer_fenced: true },
+    Resolution::Abandon,
+];
+const AT_DESTINATION: [Resolution; 3] = [
+    Resolution::RunHere { peer_fenced: false },
+    Resolution::RunHere { peer_fenced: true },
+    Resolution::Abandon,
+];
+
+/// Every moment at which a lost connection leaves the source in doubt, with the destination's daemon as it is or killed.
+fn doubts() -> Vec<(String, Pair)> {
+    // A guest that does not write: each step is one of the migration's.
+    let small = || Pair::new(600, |_| {});
+    let mut undisturbed = small();
+    undisturbed.run(STEPS);
+    let mut doubts = Vec::new();
+    for step in 0..undisturbed.steps {
+        for crash in [
+            None,
+            Some(Trouble::DestinationCrashes { synced: false }),
+            Some(Trouble::DestinationCrashes { synced: true }),
+        ] {
+            let mut pair = small();
+            for _ in 0..step {
+                pair.step();
+            }
+            pair.network_gone = true;
+            pair.trouble(crash.unwrap_or(Trouble::LinkCut));
+            // Until what was under way at the destination has come to its end.
+            for _ in 0..200 {
+                pair.step();
+            }
+            if pair
+                .source
+                .as_ref()
+                .is_some_and(|it| it.state() == State::InDoubt)
+            {
+                let at = format!("step {step}, {crash:?}, {:?}", pair.standing());
+                doubts.push((at, pair));
+            }
+        }
+    }
+    assert!(doubts.len() > 10, "{} moments of doubt", doubts.len());
+    doubts
+}
+
+/// What both operators got.
+#[derive(Default)]
+struct Asked {
+    source: Option<String>,
+    destination: Option<Step>,
+}
+
+fn ask_both(pair: &mut Pair, source: Resolution, destination: Resolution, first: bool) -> Asked {
+    let mut asked = Asked::default();
+    for at_source in [first, !first] {
+        if at_source {
+            let fenced = source == Resolution::ResumeHere { peer_fenced: true };
+            pair.false_word = fenced && pair.network_gone;
+            let told = pair.source_decides(source, 2000).expect("an answer");
+            asked.source = told.ok();
+        } else {
+            asked.destination = pair.destination_decides(destination).ok();
+        }
+    }
+    asked
+}
+
+#[test]
+fn two_operators_who_are_wrong_at_once_make_no_two_guests() {
+    let mut seen = std::collections::BTreeSet::new();
+    for source in AT_SOURCE {
+        for destination in AT_DESTINATION {
+            for (source_first, back) in [(true, true), (true, false), (false, true), (false, false)]
+            {
+                for (at, mut pair) in doubts() {
+                    pair.network_gone = !back;
+                    let asked = ask_both(&mut pair, source, destination, source_first);
+                    let at = format!(
+                        "{at}: {source:?} {destination:?}, source first {source_first}, network {back}: {:?} {:?}",
+                        asked.source, asked.destination
+                    );
+                    // Without the network a word that nobody could check may have made two; from now on none does.
+                    let runs_there = pair.destination_runs;
+                    pair.network_gone = false;
+                    for _ in 0..300 {
+                        pair.step();
+                        pair.source_tells();
+                    }
+                    let more = pair.destination_decides(Resolution::RunHere { peer_fenced: true });
+                    let two = pair.source_runs && pair.destination_runs;
+                    assert!(!two || pair.false_word && runs_there, "{at}, then {more:?}");
+                    let none = !pair.source_runs && !pair.destination_runs;
+                    let let_go = source == Resolution::Abandon && asked.source.is_some();
+                    assert!(!none || let_go, "no guest runs: {at}: {:?}", pair.finished);
+                    seen.insert((two, none, asked.source.is_some(), asked.destination));
+                }
+            }
+        }
+    }
+    // The table is no empty one: each kind of end was seen.
+    assert!(
+        seen.iter().any(|(two, ..)| *two),
+        "a false word that nobody could check"
+    );
+    assert!(seen.iter().any(|(two, none, ..)| !two && !none));
+    for step in [Step::Run, Step::RecordAborted] {
+        assert!(
+            seen.iter().any(|(.., taken)| *taken == Some(step)),
+            "{step:?}"
         );
     }
 }
