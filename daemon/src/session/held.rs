@@ -185,9 +185,12 @@ impl Held {
     }
 
     async fn take(&self, step: Step, qmp: Option<Arc<Qmp>>) -> Result<(), Failure> {
+        let journals = &self.service.store.journals;
         match step {
             Step::Run => {
-                let qmp = qmp.ok_or_else(|| host("there is no QEMU", "report this"))?;
+                let qmp = qmp
+                    .clone()
+                    .ok_or_else(|| host("there is no QEMU", "report this"))?;
                 Incoming::new(qmp).run().await?;
                 // `Committed` is on disk, and a daemon that looks finds the guest running.
                 if let Err(failure) = self.append(&Record::Running) {
@@ -197,7 +200,10 @@ impl Held {
             Step::RecordRunning => self.append(&Record::Running)?,
             Step::RecordAborted => self.append(&Record::Aborted)?,
         }
-        let journals = &self.service.store.journals;
+        if let (Some(qmp), Some(settings)) = (qmp, journals.settings(self.id)) {
+            settings.restore(&qmp).await;
+        }
+        journals.forget_settings(self.id);
         if step == Step::RecordAborted {
             let failure = operator(
                 "it was decided that the guest never will run here: it belongs to the source",
@@ -208,7 +214,6 @@ impl Held {
             self.service.received(&self.migration.shown().vm);
             finish(self.id, &self.migration, State::Completed, None);
         }
-        journals.forget_settings(self.id);
         Ok(())
     }
 
