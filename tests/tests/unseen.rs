@@ -30,8 +30,12 @@ const LATENCY: Duration = Duration::from_millis(2500);
 
 /// A guest with a disk that answers each read after [`LATENCY`] with nothing.
 fn with_slow_disk(version: Version, cache: &str) -> Machine {
+    with_disk(version, LATENCY, cache)
+}
+
+fn with_disk(version: Version, latency: Duration, cache: &str) -> Machine {
     let mut machine = Machine::new(version, 128, "rate=20 set=32");
-    let latency = LATENCY.as_nanos();
+    let latency = latency.as_nanos();
     machine.extra = words(&[
         "-drive",
         &format!("if=none,id=d0,driver=null-co,size=1G,latency-ns={latency},{cache}"),
@@ -281,6 +285,76 @@ fn a_guest_whose_memory_another_process_writes_is_refused() {
         .migrate(Side::A, "vm", &source, &destination, &[])
         .completed();
     assert_moved(&mut source, &mut destination);
+}
+
+/// What comes in the middle of a migration fails it before the guest is stopped, and the next attempt knows.
+#[test]
+fn a_disk_with_direct_io_that_is_plugged_in_meanwhile_is_noticed() {
+    for version in [Version::V7_2, Version::V10_0] {
+        let world = World::plain();
+        let machine = Machine::new(version, 128, "rate=20 set=32");
+        let mut source = world.guest("source", &machine);
+        let mut destination = world.waiting("destination", &machine);
+        let begun = Instant::now();
+        let migration = world.begin(Side::A, "vm", &source, &destination, &SLOWLY);
+        migration.wait_mid_round();
+        let node = json!({ "driver": "null-co", "node-name": "d1", "size": 1 << 20, "cache": { "direct": true } });
+        source.qmp.execute("blockdev-add", node).unwrap();
+        migration
+            .finish()
+            .failed_with(&["a disk with direct I/O came", "migrate again"]);
+        assert_stayed(&mut source, Some(&mut destination), begun);
+        world
+            .migrate(Side::A, "vm", &source, &destination, &[])
+            .completed();
+        world.daemon(Side::A).assert_logs(&["direct_io=true"]);
+        assert_moved(&mut source, &mut destination);
+    }
+}
+
+#[test]
+fn a_process_that_maps_the_guests_memory_meanwhile_is_noticed() {
+    let world = World::plain();
+    let machine = Machine::new(Version::V10_0, 128, "rate=20 set=32");
+    let mut source = world.guest("source", &machine);
+    let mut destination = world.waiting("destination", &machine);
+    let begun = Instant::now();
+    let migration = world.begin(Side::A, "vm", &source, &destination, &SLOWLY);
+    migration.wait_mid_round();
+    let mut other = map_writable(&world.scratch, source.ram(), 128);
+    let pid = other.pid().to_string();
+    migration
+        .finish()
+        .failed_with(&[&pid, "ram0", "vhost-user"]);
+    other.kill();
+    assert_stayed(&mut source, Some(&mut destination), begun);
+    world
+        .migrate(Side::A, "vm", &source, &destination, &[])
+        .completed();
+    assert_moved(&mut source, &mut destination);
+}
+
+/// QEMU finishes the disks' requests when it stops the guest, and answers nobody meanwhile: that takes as long as it takes.
+#[test]
+fn a_disk_that_is_slow_at_the_stop_is_waited_for() {
+    // Longer than anything else in the switchover may stand still.
+    let latency = Duration::from_secs(6);
+    for version in [Version::V7_2, Version::V10_0] {
+        let world = World::plain();
+        let machine = with_disk(version, latency, "cache.direct=off");
+        let mut source = world.guest("source", &machine);
+        let mut destination = world.waiting("destination", &machine);
+        let begun = start_read(&mut source);
+        let outcome = world.migrate(Side::A, "vm", &source, &destination, &[]);
+        let last = outcome.completed();
+        println!(
+            "{version:?}: downtime {} ms with a request of {latency:?}",
+            last["downtime_ms"]
+        );
+        assert!(begun.elapsed() >= latency);
+        assert!(last["downtime_ms"].as_f64().unwrap() > 3000.0, "{last}");
+        assert_moved(&mut source, &mut destination);
+    }
 }
 
 /// Something ruins one page at the destination after it has arrived: found before the commit, by its name.

@@ -16,6 +16,7 @@ use super::settings;
 use super::status::{is_final, query_migrate, query_status};
 use crate::failure::{Failure, Fault, host, operator, qemu};
 use crate::qmp::{Qmp, Version};
+use crate::session::blocking;
 
 /// Up to this version `x-ignore-shared` leaves out every shared block, also one without a named file.
 const NAMED_FILES_SINCE: Version = Version {
@@ -90,6 +91,28 @@ pub async fn source(qmp: &Qmp) -> Result<Guest, Failure> {
     look_at(qmp).await
 }
 
+/// Looks once more at a guest that is under way: whether something has come that writes its memory where tracking does not
+/// see it.
+///
+/// # Errors
+/// What has come, and what to do about it.
+pub async fn unchanged(qmp: &Qmp, guest: &Guest) -> Result<(), Failure> {
+    let nodes = qmp.execute("query-named-block-nodes", json!({})).await?;
+    if !guest.direct_io && uses_direct_io(&nodes) {
+        return Err(operator(
+            "a disk with direct I/O came during the migration: what it has read into guest memory since, no scan has seen",
+            "migrate again: its reads are waited for then, from the start",
+        ));
+    }
+    let Guest {
+        pid,
+        version,
+        blocks,
+        ..
+    } = guest.clone();
+    blocking(move || refuse_other_writers(pid, version, &blocks)).await
+}
+
 /// Looks at a QEMU that waits for a guest.
 ///
 /// # Errors
@@ -137,13 +160,14 @@ async fn look_at(qmp: &Qmp) -> Result<Guest, Failure> {
     let memdevs = memdevs(qmp).await?;
     let direct_io = uses_direct_io(&qmp.execute("query-named-block-nodes", json!({})).await?);
     let (version, peer) = (qmp.version(), qmp.peer_pid());
-    tokio::task::spawn_blocking(move || {
+    blocking(move || {
         let pid = find_process(peer, &memdevs)?;
         let blocks = memdevs
             .iter()
             .map(|memdev| locate(pid, memdev))
             .collect::<Result<Vec<_>, _>>()?;
         refuse_other_writers(pid, version, &blocks)?;
+        refuse_if_tracked(pid)?;
         Ok(Guest {
             pid,
             version,
@@ -152,12 +176,6 @@ async fn look_at(qmp: &Qmp) -> Result<Guest, Failure> {
         })
     })
     .await
-    .map_err(|error| {
-        host(
-            format!("looking at QEMU's process failed: {error}"),
-            "report this",
-        )
-    })?
 }
 
 /// Whether a disk read may write guest memory past every page table. A host's device may do so whatever its cache setting
@@ -218,15 +236,19 @@ fn locate(pid: i32, memdev: &Memdev) -> Result<Block, Failure> {
     Ok(Block { spec, mapping })
 }
 
-/// Refuses whatever writes the guest's memory without our seeing it, or has it tracked already.
-fn refuse_other_writers(pid: i32, version: Version, blocks: &[Block]) -> Result<(), Failure> {
-    let cannot_read = |error| {
+fn cannot_read(pid: i32) -> impl Fn(std::io::Error) -> Failure {
+    move |error| {
         host(
             format!("process {pid} cannot be looked at: {error}"),
             "run pagecopyd as root",
         )
-    };
-    for mapping in shared_files(pid).map_err(cannot_read)? {
+    }
+}
+
+/// Refuses whatever writes the guest's memory without our seeing it.
+fn refuse_other_writers(pid: i32, version: Version, blocks: &[Block]) -> Result<(), Failure> {
+    let cannot_read = cannot_read(pid);
+    for mapping in shared_files(pid).map_err(&cannot_read)? {
         let file = (mapping.device, mapping.inode);
         let ours = blocks
             .iter()
@@ -243,7 +265,10 @@ fn refuse_other_writers(pid: i32, version: Version, blocks: &[Block]) -> Result<
             ));
         }
     }
-    if let Some(device) = process::assigned_devices(pid).map_err(cannot_read)?.first() {
+    if let Some(device) = process::assigned_devices(pid)
+        .map_err(&cannot_read)?
+        .first()
+    {
         return Err(operator(
             format!(
                 "QEMU has {} open: such a device writes guest memory where nobody can track it",
@@ -254,7 +279,7 @@ fn refuse_other_writers(pid: i32, version: Version, blocks: &[Block]) -> Result<
     }
     for block in blocks {
         if let Some(other) = process::other_writers(pid, &block.mapping)
-            .map_err(cannot_read)?
+            .map_err(&cannot_read)?
             .first()
         {
             return Err(operator(
@@ -266,7 +291,12 @@ fn refuse_other_writers(pid: i32, version: Version, blocks: &[Block]) -> Result<
             ));
         }
     }
-    if process::userfaultfds_in_use(pid).map_err(cannot_read)? > 0 {
+    Ok(())
+}
+
+/// Refuses a QEMU that somebody tracks already.
+fn refuse_if_tracked(pid: i32) -> Result<(), Failure> {
+    if process::userfaultfds_in_use(pid).map_err(cannot_read(pid))? > 0 {
         return Err(host(
             "QEMU has a userfaultfd in use already: another tool or migration tracks it",
             "end that migration first (a post-copy, a background snapshot, or another daemon's)",

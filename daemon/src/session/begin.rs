@@ -120,6 +120,7 @@ pub(crate) async fn migrate(
         migration: Arc::clone(&migration),
         clock,
         qmp: Some(prepared.qmp),
+        guest: Some(prepared.guest),
         settings: prepared.settings,
         journal: prepared.journal,
         target: prepared.target,
@@ -154,6 +155,7 @@ struct Looked {
 struct Prepared {
     setup: Setup,
     qmp: Arc<Qmp>,
+    guest: Guest,
     settings: Settings,
     journal: JournalFile,
     target: Target,
@@ -232,6 +234,7 @@ impl Looked {
         }
         let Looked {
             qmp,
+            guest,
             target,
             memory,
             channels,
@@ -240,6 +243,7 @@ impl Looked {
         Ok(Prepared {
             setup,
             qmp,
+            guest,
             settings,
             journal,
             target,

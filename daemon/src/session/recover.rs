@@ -114,6 +114,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         migration: Arc::clone(&migration),
         clock,
         qmp: None,
+        guest: None,
         settings: service.store.journals.settings(id).unwrap_or_default(),
         journal,
         target,

@@ -64,6 +64,7 @@ impl Pair {
                 self.after(WORK, Event::ToSource(scanned));
             }
             Output::DrainIo => self.after(WORK, Event::ToSource(Input::IoDrained)),
+            Output::LookAgain => self.after(WORK, Event::ToSource(Input::Unchanged)),
             Output::StopGuest => self.after(WORK, Event::ToSource(Input::GuestStopped)),
             Output::SaveDeviceState => {
                 self.after(

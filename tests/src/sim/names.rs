@@ -17,6 +17,7 @@ pub(super) fn of_source(output: &source::Output) -> Cow<'static, str> {
         Output::Scan { .. } => "Scan",
         Output::DrainIo => "DrainIo",
         Output::Push { .. } => "Push",
+        Output::LookAgain => "LookAgain",
         Output::StopGuest => "StopGuest",
         Output::SaveDeviceState => "SaveDeviceState",
         Output::Digest => "Digest",

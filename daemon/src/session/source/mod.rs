@@ -4,7 +4,7 @@ mod work;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::{Finished as EngineEnd, State};
@@ -27,6 +27,7 @@ use crate::lane::control::Control;
 use crate::lane::source::{Command, SourceData};
 use crate::lane::{Lane, LaneEvent};
 use crate::migrations::{Decided, Migration, Request};
+use crate::qemu::Guest;
 use crate::qemu::outgoing::Outgoing;
 use crate::qemu::settings::Settings;
 use crate::qmp::{Qmp, QmpError};
@@ -61,6 +62,8 @@ pub(crate) struct Parts {
     pub(crate) clock: Clock,
     /// None when a migration is taken up after a restart: QEMU is then connected to when it is needed.
     pub(crate) qmp: Option<Arc<Qmp>>,
+    /// What QEMU was found to be at the start; none after a restart.
+    pub(crate) guest: Option<Guest>,
     pub(crate) settings: Settings,
     pub(crate) journal: JournalFile,
     pub(crate) target: Target,
@@ -77,6 +80,9 @@ pub(crate) struct Session {
     migration: Arc<Migration>,
     clock: Clock,
     qmp: Option<Arc<Qmp>>,
+    guest: Option<Guest>,
+    /// When the guest was last looked at.
+    looked: Instant,
     outgoing: Option<Arc<Outgoing>>,
     settings: Settings,
     journal: Arc<Mutex<JournalFile>>,
@@ -112,6 +118,8 @@ impl Session {
             clock: parts.clock,
             outgoing: parts.qmp.clone().map(|qmp| Arc::new(Outgoing::new(qmp))),
             qmp: parts.qmp,
+            guest: parts.guest,
+            looked: Instant::now(),
             settings: parts.settings,
             journal: Arc::new(Mutex::new(parts.journal)),
             target: parts.target,
@@ -280,7 +288,11 @@ impl Session {
             Output::SendOn(channel, message) => self.on_channel(channel, Command::Send(message)),
             Output::Push { channel, batch } => self.on_channel(channel, Command::Push(batch)),
             Output::Attach => self.attach(),
-            Output::Scan { holes } => self.scan(holes),
+            Output::Scan { holes } => {
+                self.scan(holes);
+                self.look_sometimes();
+            }
+            Output::LookAgain => self.look_again(),
             Output::DrainIo => self.drain_io(),
             Output::StopGuest => self.stop_guest(),
             Output::SaveDeviceState => self.save_device_state(),

@@ -3,21 +3,24 @@
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use pagecopy::engine::Failure;
 use pagecopy::engine::journal::Record;
 use pagecopy::engine::source::Input;
+use pagecopy::engine::{Failure, Fault};
 use pagecopy::host::track::UffdTracker;
 use pagecopy::host::{Ram, Tracker};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{Incoming, Session};
 use crate::failure::host;
-use crate::qemu::discover::track_failure;
+use crate::qemu::discover::{track_failure, unchanged};
 use crate::qemu::outgoing::Outgoing;
 use crate::qmp::Qmp;
 use crate::session::{blocking, digests, journal_failure, lock, page_digests};
+
+/// During pre-copy the guest is looked at again at most this often.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 impl Session {
     pub(super) fn attach(&self) {
@@ -50,6 +53,40 @@ impl Session {
             {
                 Ok(_) => Input::IoDrained,
                 Err(error) => Input::HostFailed(error.into()),
+            }
+        });
+    }
+
+    /// During pre-copy, beside the scans: the sooner it is noticed, the less is sent for nothing.
+    pub(super) fn look_sometimes(&mut self) {
+        let (Some(qmp), Some(guest)) = (self.qmp.clone(), self.guest.clone()) else {
+            return;
+        };
+        if self.looked.elapsed() < LOOK_EVERY {
+            return;
+        }
+        self.looked = Instant::now();
+        let sender = self.sender.clone();
+        tokio::spawn(async move {
+            // That QEMU cannot be asked is noticed by whoever has to.
+            if let Err(failure) = unchanged(&qmp, &guest).await
+                && failure.fault == Fault::Operator
+            {
+                // A session that has ended needs no answer.
+                let _ = sender.send(Incoming::Engine(Input::HostFailed(failure)));
+            }
+        });
+    }
+
+    /// The last look, with the guest still running.
+    pub(super) fn look_again(&self) {
+        let (Some(qmp), Some(guest)) = (self.qmp.clone(), self.guest.clone()) else {
+            return;
+        };
+        self.order(async move {
+            match unchanged(&qmp, &guest).await {
+                Ok(()) => Input::Unchanged,
+                Err(failure) => Input::HostFailed(failure),
             }
         });
     }

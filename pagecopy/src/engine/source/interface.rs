@@ -111,6 +111,8 @@ pub enum Input {
         /// What went how.
         pushed: Pushed,
     },
+    /// Answer to [`Output::LookAgain`]: nothing has come that tracking does not see.
+    Unchanged,
     /// Answer to [`Output::StopGuest`]: QEMU is at `pre-switchover`; the guest stands still and its RAM is final.
     GuestStopped,
     /// Answer to [`Output::SaveDeviceState`]: some of QEMU's stream, in order.
@@ -165,6 +167,9 @@ pub enum Output {
         /// The pages.
         batch: Batch,
     },
+    /// Look again for what tracking does not see and what may have come since the start: a disk with direct I/O where there
+    /// was none, another process that maps the RAM, an assigned device. Answer: `Unchanged` or `HostFailed`.
+    LookAgain,
     /// QMP `migrate` with `pause-before-switchover`. Answer: `GuestStopped` or `QemuFailed`.
     StopGuest,
     /// QMP `migrate-continue`. Answers: `DeviceState`…, `DeviceStateSaved`, or `QemuFailed`.

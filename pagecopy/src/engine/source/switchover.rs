@@ -1,6 +1,7 @@
 //! The switchover: the guest stops, what remains goes, QEMU's device state goes beside it, the destination loads.
 //!
-//! Three strands run at once and meet before `Commit`: the last pages (stop, scan, push, barrier), the device state, and
+//! Before the guest is stopped, it is looked at once more: what has come since the start and writes where no scan sees it
+//! ends the migration. Then three strands run at once and meet before `Commit`: the last pages (stop, scan, push, barrier), the device state, and
 //! the journal's `CommitIntent`, which is written while the destination loads. With `--verify`, digests are the fourth.
 
 use std::time::Duration;
@@ -17,7 +18,7 @@ use crate::engine::{Failure, Fault, Time};
 use crate::limits::{MAX_DEVICE_STATE, MAX_DEVICE_STATE_CHUNK, MAX_DIGESTS};
 use crate::wire::{AbortCode, Message};
 
-/// The guest was told to stop.
+/// The guest is being looked at, and then told to stop.
 #[derive(Debug)]
 pub(super) struct Switchover {
     final_round: u32,
@@ -36,7 +37,9 @@ pub(super) struct Switchover {
 /// Where the last pages are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pages {
-    /// The guest is stopping.
+    /// The guest runs, and is being looked at.
+    Looking,
+    /// The guest is stopping: QEMU finishes and flushes its disks' requests, and answers nobody meanwhile.
     Stopping,
     /// The last scan.
     Scanning,
@@ -59,12 +62,11 @@ struct DeviceState {
 impl Switchover {
     pub(super) fn begin(core: &mut Core, final_round: u32) -> Phase {
         core.out.enter(State::Completing);
-        core.stop_ordered = Some(core.now);
         core.figures.predicted_downtime_ms = core.convergence.predicted().map(millis);
-        core.out.push(Output::StopGuest);
+        core.out.push(Output::LookAgain);
         Phase::Switchover(Switchover {
             final_round,
-            pages: Pages::Stopping,
+            pages: Pages::Looking,
             bytes: 0,
             device_state: DeviceState::default(),
             digests_owed: core.setup.options.verify,
@@ -81,6 +83,12 @@ impl Switchover {
 
     pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
         match input {
+            Input::Unchanged if self.pages == Pages::Looking => {
+                self.pages = Pages::Stopping;
+                self.ordered = core.now;
+                core.stop_ordered = Some(core.now);
+                core.out.push(Output::StopGuest);
+            }
             Input::GuestStopped if self.pages == Pages::Stopping => {
                 self.pages = Pages::Scanning;
                 core.out.push(Output::Scan { holes: true });
@@ -275,22 +283,37 @@ impl Switchover {
     fn deadline(&self, core: &Core) -> Time {
         let timeouts = core.setup.timeouts;
         let whole = self.ordered.after(timeouts.switchover).after(self.grace);
+        // A slow disk is no fault of the peer, and to give up earlier would help nobody: QEMU could not even be told.
+        if self.pages == Pages::Stopping {
+            return whole;
+        }
         whole.min(self.moved.after(timeouts.progress).after(self.grace))
     }
 
     pub(super) fn on_time(mut self, core: &mut Core) -> Step {
         if core.now >= self.deadline(core) {
             let waited = millis(core.now.since(self.ordered));
-            return Err(End::new(
-                AbortCode::TimedOut,
-                Failure::new(
+            let what = format!(
+                "the switchover did not end within {waited:.0} ms: {}",
+                self.waits_for(core)
+            );
+            let (fault, remedy) = match self.pages {
+                Pages::Looking | Pages::Scanning => (
+                    Fault::ThisHost,
+                    "see what keeps this host busy, then migrate again",
+                ),
+                Pages::Stopping => (
+                    Fault::Qemu,
+                    "see to the guest's disks and the storage behind them; the guest runs on when its requests are done",
+                ),
+                _ => (
                     Fault::PeerHost,
-                    format!(
-                        "the switchover did not end within {waited:.0} ms: {}",
-                        self.waits_for(core)
-                    ),
                     "see what keeps the hosts or the network busy, then migrate again",
                 ),
+            };
+            return Err(End::new(
+                AbortCode::TimedOut,
+                Failure::new(fault, what, remedy),
             ));
         }
         if core
@@ -305,7 +328,10 @@ impl Switchover {
 
     fn waits_for(&self, core: &Core) -> &'static str {
         match self.pages {
-            Pages::Stopping => "QEMU did not stop the guest",
+            Pages::Looking => "the guest's devices could not be looked at",
+            Pages::Stopping => {
+                "QEMU did not stop the guest, whose disks have a request or a flush that takes so long"
+            }
             Pages::Scanning => "the last scan did not end",
             Pages::Sending { .. } => "the last pages did not leave",
             Pages::Closing { .. } => "the destination did not confirm the last pages",

@@ -71,6 +71,7 @@ fn path() -> Vec<(&'static str, Vec<Input>)> {
         (
             "Commit",
             vec![
+                Input::Unchanged,
                 Input::GuestStopped,
                 scanned(Some(Vec::new())),
                 Input::DeviceState(bytes::Bytes::from_static(b"state")),
@@ -140,7 +141,8 @@ fn each_step_asks_for_what_it_needs() {
     assert_eq!(sent(&after(0).1), ["Hello"]);
     assert!(after(1).1.contains(&Output::Attach));
     assert_eq!(sent(&after(2).1), ["Barrier"]);
-    assert!(after(3).1.contains(&Output::StopGuest));
+    let (_, switchover) = after(3);
+    assert!(switchover.contains(&Output::LookAgain) && !switchover.contains(&Output::StopGuest));
     let (_, switchover) = after(4);
     assert_eq!(
         sent(&switchover),
@@ -163,11 +165,11 @@ fn each_step_asks_for_what_it_needs() {
 #[test]
 fn commit_needs_both_the_answer_and_the_record() {
     let inputs = &path()[3].1;
-    for missing in [3, 4, 5, 6] {
+    for missing in [4, 5, 6, 7] {
         let (mut source, _) = after(3);
         for (index, input) in inputs.iter().enumerate() {
             // Without the end of the device state, or the last barrier, `Loaded` would be a lie.
-            let lie = matches!(input, Input::Message(Message::Loaded)) && missing < 5;
+            let lie = matches!(input, Input::Message(Message::Loaded)) && missing < 6;
             if index != missing && !lie {
                 source.handle(NOW.after(Duration::from_millis(20)), input.clone());
             }
@@ -198,6 +200,9 @@ fn only_these_messages_are_legal_before_commit() {
                 other => other,
             };
             let (mut source, _) = after(steps);
+            // The guest stands still only from the order to stop it on.
+            source.handle(NOW, Input::Unchanged);
+            outputs(&mut source);
             let always = matches!(
                 message,
                 Message::Ping { .. } | Message::Pong { .. } | Message::Abort { .. }
@@ -497,13 +502,13 @@ fn digests_are_asked_for_only_behind_stopped() {
         .into_iter()
         .take(3)
         .flat_map(|(_, inputs)| inputs)
-        .chain([Input::GuestStopped])
+        .chain([Input::Unchanged, Input::GuestStopped])
     {
         now = now.after(Duration::from_millis(6));
         source.handle(now, input);
     }
     assert!(!outputs(&mut source).contains(&Output::Digest));
-    source.handle(now, path()[3].1[1].clone());
+    source.handle(now, path()[3].1[2].clone());
     let asked = outputs(&mut source);
     let stopped = Output::Send(Message::Stopped { final_round: 1 });
     assert!(position(&asked, &stopped) < position(&asked, &Output::Digest));
@@ -546,4 +551,56 @@ fn with_direct_io_no_page_is_read_before_the_disk_is_still() {
         })
         .collect();
     assert_eq!(pushed, [ChannelId(1)]);
+}
+
+#[test]
+fn what_came_since_the_start_and_is_not_seen_ends_it_before_the_guest_is_stopped() {
+    let (mut source, _) = after(3);
+    let other = Failure::new(
+        Fault::Operator,
+        "process 7 has the guest's RAM mapped, too",
+        "",
+    );
+    source.handle(NOW, Input::HostFailed(other));
+    let outputs = outputs(&mut source);
+    assert!(!outputs.contains(&Output::StopGuest) && !outputs.contains(&Output::ResumeGuest));
+    assert!(matches!(outputs.last(), Some(Output::Finished(f)) if f.state == State::Failed));
+}
+
+/// QEMU flushes the guest's disks when it stops it, and answers nobody meanwhile.
+#[test]
+fn a_slow_disk_is_waited_for_at_the_stop_and_blamed_in_the_end() {
+    let begun = NOW.after(Duration::from_secs(1));
+    let still_there = |source: &mut Source, at: Time| {
+        source.handle(at, Input::Message(Message::Pong { nonce: 1 }));
+        outputs(source)
+    };
+    let (mut source, _) = after(3);
+    source.handle(begun, Input::Unchanged);
+    for seconds in 1..10 {
+        let asked = still_there(&mut source, begun.after(Duration::from_secs(seconds)));
+        assert!(!asked.contains(&Output::ResumeGuest), "after {seconds} s");
+    }
+    let mut stopped = source;
+    stopped.handle(begun.after(Duration::from_secs(9)), Input::GuestStopped);
+    assert!(outputs(&mut stopped).contains(&Output::Scan { holes: true }));
+
+    let (mut source, _) = after(3);
+    source.handle(begun, Input::Unchanged);
+    let mut asked = Vec::new();
+    for seconds in 1..12 {
+        asked.extend(still_there(
+            &mut source,
+            begun.after(Duration::from_secs(seconds)),
+        ));
+    }
+    assert!(asked.contains(&Output::ResumeGuest));
+    source.handle(begun.after(Duration::from_secs(12)), Input::GuestResumed);
+    let ended = outputs(&mut source);
+    let Some(Output::Finished(end)) = ended.last() else {
+        panic!("{ended:?}")
+    };
+    let failure = end.failure.clone().unwrap();
+    assert!(failure.what.contains("whose disks"), "{failure:?}");
+    assert_eq!(failure.fault, Fault::Qemu);
 }

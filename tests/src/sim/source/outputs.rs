@@ -32,6 +32,10 @@ impl SourceSide {
                 self.event_after(env, delay, SourceEvent::Scan { holes });
             }
             Output::DrainIo => self.drain_io(env),
+            Output::LookAgain => {
+                let delay = self.operation(env);
+                self.answer_after(env, delay, Input::Unchanged);
+            }
             Output::StopGuest => self.stop_guest(env),
             Output::SaveDeviceState => self.save_device_state(env),
             Output::Digest => self.digest(env),
