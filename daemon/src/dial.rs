@@ -83,13 +83,14 @@ pub fn check_host_port(to: &str) -> Result<(), Failure> {
     Err(operator(format!("{to:?} is not HOST:PORT"), remedy))
 }
 
-/// Makes a connection of `channels` channels, the control channel first.
+/// Makes a connection, the control channel first. `channels` says how many channels it has with the address that is
+/// connected to, since another of the name's addresses may be reached by another link.
 ///
 /// # Errors
 /// Nobody answers, the peer refuses, or one side does not trust the other.
 pub async fn dial(
     target: &Target,
-    channels: u16,
+    channels: impl Fn(&Address) -> u16 + Send + 'static,
     regions: &Regions,
 ) -> Result<(Vec<Box<dyn Channel>>, Peer), Failure> {
     let addresses = resolve(&target.to).await?;
@@ -97,7 +98,7 @@ pub async fn dial(
     let task = tokio::task::spawn_blocking(move || {
         let mut failure = None;
         for address in addresses {
-            match dial_one(&address, &security, channels, &regions) {
+            match dial_one(&address, &security, channels(&address), &regions) {
                 Ok(connection) => return Ok(connection),
                 // Another of the name's addresses may be the one that is listened on; a refusal is an answer.
                 Err(error @ Error::Io { .. }) => failure = Some(error),
@@ -123,7 +124,7 @@ pub async fn dial(
 /// # Errors
 /// As [`dial`].
 pub async fn dial_control(target: &Target) -> Result<Box<dyn Channel>, Failure> {
-    let (channels, _) = dial(target, 1, &Regions::new()).await?;
+    let (channels, _) = dial(target, |_| 1, &Regions::new()).await?;
     channels
         .into_iter()
         .next()

@@ -14,9 +14,9 @@ const LEAST: u16 = 2;
 const UNKNOWN: u16 = 4;
 
 /// How many data channels to open to `address`: as many as its link needs, and no more than there are cores.
-pub(crate) fn default_channels(address: Option<&Address>) -> u16 {
+pub(crate) fn default_channels(address: &Address) -> u16 {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    channels(cores, address.and_then(link_mbit_s))
+    channels(cores, link_mbit_s(address))
 }
 
 fn channels(cores: usize, link_mbit_s: Option<u32>) -> u16 {

@@ -13,13 +13,13 @@ use pagecopy::host::track::{TrackedBlock, UffdTracker};
 use pagecopy::limits::{MAX_DATA_CHANNELS, MAX_NAME};
 use pagecopy::memory::{BlockId, BlockSpec};
 use tokio::sync::mpsc::UnboundedReceiver;
-use transport::{Access, Channel, RegionId, Regions};
+use transport::{Access, Address, Channel, RegionId, Regions};
 
 use super::arrive::Over;
 use super::source::{Memory, Parts, Session};
 use super::{CANCELLED, Clock, journal_failure};
 use crate::api::types::MigrationRequest;
-use crate::dial::{Target, dial, resolve};
+use crate::dial::{Target, dial};
 use crate::failure::{host, operator};
 use crate::migrations::{Migration, Request};
 use crate::nic::default_channels;
@@ -171,11 +171,11 @@ async fn look(service: &Service, request: &MigrationRequest) -> Result<Looked, F
         to: request.to.clone(),
         security: service.security.clone(),
     };
-    let data_channels = match request.channels {
-        Some(channels) => channels,
-        None => default_channels(resolve(&target.to).await?.first()),
-    };
-    let (channels, peer) = dial(&target, data_channels + 1, &memory.regions).await?;
+    let wanted = request.channels;
+    let with_control =
+        move |address: &Address| wanted.unwrap_or_else(|| default_channels(address)) + 1;
+    let (channels, peer) = dial(&target, with_control, &memory.regions).await?;
+    let data_channels = u16::try_from(channels.len().saturating_sub(1)).unwrap_or(u16::MAX);
     tracing::info!(
         vm = request.vm, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),
         direct_io = guest.direct_io, peer = peer.address, peer_names = ?peer.names, data_channels,
