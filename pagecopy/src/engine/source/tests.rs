@@ -1,6 +1,8 @@
 //! The source's transition table: which message is legal in which phase, and where each phase leads.
 #![allow(clippy::unwrap_used)]
 
+mod doubt;
+
 use std::time::Duration;
 
 use super::{Input, Options, Output, Resolution, Setup, Source};
@@ -8,7 +10,7 @@ use crate::engine::event::State;
 use crate::engine::journal::{Outcome, Record};
 use crate::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
 use crate::memory::{BlockId, BlockSpec, Run};
-use crate::wire::{AbortCode, Message, Standing, tests::one_of_each};
+use crate::wire::{AbortCode, Message, tests::one_of_each};
 
 const ID: MigrationId = MigrationId([3; 16]);
 /// Later than the pause between two scans.
@@ -264,216 +266,6 @@ fn after_commit_nothing_but_the_peers_abort_or_answer_resumes_the_guest() {
         position(&outputs, &Output::ResumeGuest)
             < position(&outputs, &Output::Journal(Record::RolledBack))
     );
-}
-
-/// In doubt, with a connection and a question.
-fn asking() -> Source {
-    let mut source = Source::recover(setup(), Outcome::Open, NOW);
-    let begun = outputs(&mut source);
-    assert!(
-        matches!(&begun[..], [.., Output::Finished(f), Output::Connect] if f.state == State::InDoubt)
-    );
-    source.handle(NOW, Input::Reconnected);
-    assert_eq!(sent(&outputs(&mut source)), ["Query"]);
-    source
-}
-
-fn answer(standing: Standing) -> Input {
-    Input::Message(Message::Answer { id: ID, standing })
-}
-
-#[test]
-fn an_answer_decides() {
-    let mut source = asking();
-    source.handle(NOW, answer(Standing::Running));
-    assert_eq!(outputs(&mut source), [Output::Journal(Record::GuestMoved)]);
-
-    let mut source = asking();
-    source.handle(NOW, answer(Standing::Aborted));
-    let rolled_back = outputs(&mut source);
-    assert_eq!(
-        rolled_back,
-        [
-            Output::ResumeGuest,
-            Output::Journal(Record::RolledBack),
-            Output::Detach
-        ]
-    );
-
-    for standing in [Standing::Unknown, Standing::Committed, Standing::NoJournal] {
-        let mut source = asking();
-        source.handle(NOW, answer(standing));
-        assert!(
-            matches!(outputs(&mut source)[..], [Output::Report(_)]),
-            "{standing:?}"
-        );
-        let again = source.poll_timeout().unwrap();
-        source.handle(again, Input::Tick);
-        assert_eq!(sent(&outputs(&mut source)), ["Query"], "asked again");
-    }
-}
-
-#[test]
-fn an_answer_about_another_migration_decides_nothing() {
-    let mut source = asking();
-    let other = Message::Answer {
-        id: MigrationId([4; 16]),
-        standing: Standing::Aborted,
-    };
-    source.handle(NOW, Input::Message(other));
-    assert_eq!(outputs(&mut source), []);
-}
-
-/// In doubt, with nobody there.
-fn unanswered() -> Source {
-    let mut source = asking();
-    source.handle(
-        NOW,
-        Input::LinkLost(Failure::new(Fault::Network, "cut", "")),
-    );
-    outputs(&mut source);
-    source
-}
-
-const FENCED: Resolution = Resolution::ResumeHere { peer_fenced: true };
-
-fn decided(outputs: &[Output]) -> Option<&Result<String, Failure>> {
-    outputs.iter().find_map(|output| match output {
-        Output::Decided(result) => Some(result),
-        _ => None,
-    })
-}
-
-#[test]
-fn a_decision_makes_the_source_ask_now_and_a_question_on_its_way_is_waited_for() {
-    let mut source = unanswered();
-    source.handle(NOW, Input::Resolve(FENCED));
-    assert_eq!(
-        outputs(&mut source),
-        [Output::Connect],
-        "not at the next back-off"
-    );
-    source.handle(NOW, Input::Reconnected);
-    assert_eq!(sent(&outputs(&mut source)), ["Query"]);
-
-    let mut source = asking();
-    source.handle(NOW, Input::Resolve(FENCED));
-    assert_eq!(outputs(&mut source), []);
-    source.handle(NOW, Input::Resolve(Resolution::Abandon));
-    let second = outputs(&mut source);
-    assert!(
-        matches!(decided(&second), Some(Err(why)) if why.what.contains("another decision")),
-        "{second:?}"
-    );
-    source.handle(NOW, answer(Standing::Committed));
-    let refused = outputs(&mut source);
-    assert!(matches!(decided(&refused), Some(Err(_))) && !refused.contains(&Output::ResumeGuest));
-    assert_eq!(phase(&source), "InDoubt");
-}
-
-#[test]
-fn an_operators_decision_is_recorded_first_and_nobody_is_asked_meanwhile() {
-    for no_answer in [
-        Input::ReconnectFailed("no route".into()),
-        Input::Reconnected,
-    ] {
-        let mut source = unanswered();
-        source.handle(NOW, Input::Resolve(FENCED));
-        source.handle(NOW, no_answer.clone());
-        if matches!(no_answer, Input::Reconnected) {
-            source.handle(NOW, answer(Standing::NoJournal));
-        }
-        let asked = outputs(&mut source);
-        assert!(
-            asked.contains(&Output::Journal(Record::TakenBack)),
-            "{asked:?}"
-        );
-        assert!(!asked.contains(&Output::ResumeGuest) && decided(&asked).is_none());
-        // The disk is slow. A question now would make a destination that is there after all run the guest.
-        assert_eq!(source.poll_timeout(), None);
-        let later = NOW.after(Duration::from_secs(3600));
-        source.handle(later, Input::Tick);
-        assert_eq!(outputs(&mut source), []);
-        source.handle(later, Input::Journaled(Record::TakenBack));
-        let taken = outputs(&mut source);
-        assert!(matches!(decided(&taken), Some(Ok(_))), "{taken:?}");
-        assert!(taken.contains(&Output::ResumeGuest) && sent(&taken).is_empty());
-        source.handle(later, Input::GuestResumed);
-        assert!(
-            matches!(outputs(&mut source).last(), Some(Output::Finished(f)) if f.state == State::Failed)
-        );
-        source.handle(later, Input::Resolve(Resolution::Abandon));
-        assert!(matches!(decided(&outputs(&mut source)), Some(Err(_))));
-    }
-}
-
-#[test]
-fn a_destination_that_runs_the_guest_is_heard_while_the_decision_is_recorded() {
-    let mut source = unanswered();
-    source.handle(NOW, Input::Resolve(FENCED));
-    source.handle(NOW, Input::Reconnected);
-    source.handle(NOW, answer(Standing::NoJournal));
-    outputs(&mut source);
-    source.handle(NOW, Input::Message(Message::Running));
-    source.handle(NOW, Input::Journaled(Record::TakenBack));
-    let asked = outputs(&mut source);
-    assert!(matches!(decided(&asked), Some(Err(_))), "{asked:?}");
-    assert!(asked.contains(&Output::Journal(Record::GuestMoved)));
-    assert!(!asked.contains(&Output::ResumeGuest));
-}
-
-#[test]
-fn without_the_word_silence_is_no_reason_to_take_the_guest_back() {
-    let mut source = unanswered();
-    source.handle(
-        NOW,
-        Input::Resolve(Resolution::ResumeHere { peer_fenced: false }),
-    );
-    source.handle(NOW, Input::ReconnectFailed("no route".into()));
-    let asked = outputs(&mut source);
-    let Some(Err(why)) = decided(&asked) else {
-        panic!("{asked:?}")
-    };
-    assert!(why.what.contains("two would run") && why.remedy.contains("--peer-fenced"));
-    assert!(
-        !asked
-            .iter()
-            .any(|o| matches!(o, Output::Journal(_) | Output::ResumeGuest))
-    );
-    assert!(source.poll_timeout().is_some(), "it is asked on");
-}
-
-#[test]
-fn a_guest_let_go_of_by_a_word_alone_is_kept_stopped() {
-    let mut source = unanswered();
-    source.handle(NOW, Input::Resolve(Resolution::Abandon));
-    source.handle(NOW, Input::ReconnectFailed("no route".into()));
-    let asked = outputs(&mut source);
-    assert!(
-        asked.contains(&Output::Journal(Record::GuestMoved)),
-        "{asked:?}"
-    );
-    source.handle(NOW, Input::Journaled(Record::GuestMoved));
-    let ended = outputs(&mut source);
-    assert!(!ended.contains(&Output::QuitGuest) && !ended.contains(&Output::ResumeGuest));
-    assert!(matches!(ended.last(), Some(Output::Finished(f)) if f.state == State::Completed));
-}
-
-#[test]
-fn a_decision_that_cannot_be_recorded_is_not_acted_upon() {
-    let mut source = unanswered();
-    source.handle(NOW, Input::Resolve(FENCED));
-    source.handle(NOW, Input::ReconnectFailed("no route".into()));
-    outputs(&mut source);
-    let full = Failure::new(Fault::ThisHost, "the disk is full", "");
-    source.handle(NOW, Input::JournalFailed(Record::TakenBack, full));
-    let refused = outputs(&mut source);
-    assert!(matches!(decided(&refused), Some(Err(_))) && !refused.contains(&Output::ResumeGuest));
-    assert_eq!(
-        (phase(&source).as_str(), source.state()),
-        ("InDoubt", State::InDoubt)
-    );
-    assert!(source.poll_timeout().is_some(), "it is asked on");
 }
 
 #[test]
