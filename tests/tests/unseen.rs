@@ -338,7 +338,7 @@ fn a_process_that_maps_the_guests_memory_meanwhile_is_noticed() {
 #[test]
 fn a_disk_that_is_slow_at_the_stop_is_waited_for() {
     // Longer than anything else in the switchover may stand still.
-    let latency = Duration::from_secs(6);
+    let latency = Duration::from_secs(4);
     for version in [Version::V7_2, Version::V10_0] {
         let world = World::plain();
         let machine = with_disk(version, latency, "cache.direct=off");
