@@ -4,10 +4,12 @@
 //! must be seen by us. Whatever does not fit is refused here, before anything has been touched, with the setting that
 //! would help.
 
+use std::sync::Arc;
+
 use pagecopy::host::TrackError;
 use pagecopy::host::process::{self, RamMapping};
 use pagecopy::host::ram::MappedRam;
-use pagecopy::memory::{BlockId, BlockSpec};
+use pagecopy::memory::BlockSpec;
 use serde_json::{Value, json};
 
 use super::maps::{command_line, is_memfd, option_value, processes_mapping, shared_files};
@@ -24,6 +26,10 @@ const NAMED_FILES_SINCE: Version = Version {
     minor: 1,
     micro: 0,
 };
+/// What is in the way where QEMU's process may not be looked into: the capabilities are checked when the daemon starts.
+const NEEDS: &str = "run pagecopyd in QEMU's user namespace or outside of it (not in a rootless container), and let no security \
+     policy (SELinux, AppArmor) forbid it to trace QEMU";
+
 /// A RAMBlock and where it is.
 #[derive(Clone, Debug)]
 pub struct Block {
@@ -136,7 +142,7 @@ pub async fn destination(qmp: &Qmp) -> Result<Guest, Failure> {
                 "the command line of QEMU (process {}) cannot be read: {error}",
                 guest.pid
             ),
-            "run pagecopyd as root",
+            NEEDS,
         )
     })?;
     if option_value(&words, "S").is_none() {
@@ -214,7 +220,7 @@ fn find_process(peer: Option<i32>, memdevs: &[Memdev]) -> Result<i32, Failure> {
                 "no process has the RAM file {} mapped",
                 first.path.display()
             ),
-            "run pagecopyd in the same pid namespace as QEMU, and as root",
+            "run pagecopyd in the same pid namespace as QEMU",
         )),
         (several, _) => Err(operator(
             format!(
@@ -237,12 +243,7 @@ fn locate(pid: i32, memdev: &Memdev) -> Result<Block, Failure> {
 }
 
 fn cannot_read(pid: i32) -> impl Fn(std::io::Error) -> Failure {
-    move |error| {
-        host(
-            format!("process {pid} cannot be looked at: {error}"),
-            "run pagecopyd as root",
-        )
-    }
+    move |error| host(format!("process {pid} cannot be looked at: {error}"), NEEDS)
 }
 
 /// Refuses whatever writes the guest's memory without our seeing it.
@@ -309,10 +310,7 @@ fn refuse_if_tracked(pid: i32) -> Result<(), Failure> {
 pub fn track_failure(error: TrackError) -> Failure {
     let (fault, remedy) = match &error {
         TrackError::Kernel(_) => (Fault::ThisHost, "use Linux 6.7 or later with userfaultfd"),
-        TrackError::Permission(_) => (
-            Fault::ThisHost,
-            "run pagecopyd as root, or with CAP_SYS_PTRACE and as the user that runs QEMU",
-        ),
+        TrackError::Permission(_) => (Fault::ThisHost, NEEDS),
         TrackError::Busy(_) => (
             Fault::ThisHost,
             "end the other tool (a debugger, another migration), then try again",
@@ -327,35 +325,20 @@ pub fn track_failure(error: TrackError) -> Failure {
     Failure::new(fault, error.to_string(), remedy)
 }
 
-/// Opens and maps the RAM files of `blocks`, which are in the order of their numbers, and makes sure that they are the
-/// files that QEMU has.
+/// Maps the RAM files of `blocks`, which are in the order of their numbers.
 ///
 /// # Errors
-/// A file cannot be opened or mapped, or was replaced by another of the same name.
+/// A file cannot be mapped.
 pub fn map_ram(blocks: &[Block], writable: bool) -> Result<MappedRam, Failure> {
-    let files: Vec<_> = blocks
+    let files = blocks
         .iter()
-        .map(|block| (block.spec.clone(), block.mapping.path.clone()))
-        .collect();
-    let ram = MappedRam::open(&files, writable).map_err(|error| {
+        .map(|block| (block.spec.clone(), Arc::clone(&block.mapping.file)));
+    MappedRam::map(files, writable).map_err(|error| {
         host(
             error.to_string(),
-            "run pagecopyd as root, or as the user that runs QEMU",
+            "give memory-backend-file a file that QEMU may write (no readonly=on), as large as its size",
         )
-    })?;
-    for (block, number) in blocks.iter().zip(0..) {
-        if ram.identity(BlockId(number)) != Some((block.mapping.device, block.mapping.inode)) {
-            let path = block.mapping.path.display();
-            return Err(operator(
-                format!(
-                    "{path} is no longer the file that QEMU has as RAM {}",
-                    block.spec.name
-                ),
-                "do not remove or replace a RAM file while its QEMU runs",
-            ));
-        }
-    }
-    Ok(ram)
+    })
 }
 
 #[cfg(test)]

@@ -28,13 +28,17 @@ pub fn is_memfd(mapping: &Mapping) -> bool {
     mapping.name.to_string_lossy().starts_with("/memfd:")
 }
 
-/// The processes, other than this one, that have `file` mapped shared and writable.
+/// The processes, other than this one, that have `file` mapped shared and writable: the file that this process knows by
+/// that name or, where it may not look the name up, one that they know by it.
 ///
 /// # Errors
-/// The file cannot be looked at, or `/proc` cannot be read.
+/// `/proc` cannot be read.
 pub fn processes_mapping(file: &Path) -> io::Result<Vec<i32>> {
-    let file = fs::metadata(file)?;
-    let maps_it = |mapping: &Mapping| (mapping.device, mapping.inode) == (file.dev(), file.ino());
+    let here = fs::metadata(file).ok();
+    let maps_it = |mapping: &Mapping| match &here {
+        Some(here) => (mapping.device, mapping.inode) == (here.dev(), here.ino()),
+        None => mapping.name == file && !mapping.deleted,
+    };
     // Processes come and go, and some may not be looked at: those are not ours to judge.
     others(|pid| shared_files(pid).is_ok_and(|mappings| mappings.iter().any(maps_it)))
 }

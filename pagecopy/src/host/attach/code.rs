@@ -1,6 +1,5 @@
 //! Looks for the instructions in QEMU's own code that the stopped thread is to execute, and for its stack.
 
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::host::TrackError;
@@ -57,7 +56,7 @@ pub(super) fn find(pid: i32) -> Result<Code, TrackError> {
             _ => 2,
         }
     });
-    let memory = File::open(format!("/proc/{pid}/mem")).map_err(failed)?;
+    let memory = process::open_proc(pid, "mem").map_err(failed)?;
     let mut bytes = Vec::new();
     let (mut call, mut call_return, mut signal_return) = (None, None, None);
     for mapping in mappings {

@@ -120,8 +120,12 @@ impl UffdPager {
     ) -> Result<UffdPager, PagerError> {
         share::check(&mut stretches)?;
         let process = Process::open(pid)?;
-        let link = std::fs::read_link(format!("/proc/{pid}/fd/{inside}"));
-        if !link.as_ref().is_ok_and(|target| target == Path::new(NAME)) {
+        let open = process::descriptors(pid).map_err(|error| {
+            process::proc_error(pid, "looking for the userfaultfd in QEMU", error)
+        })?;
+        let is_it =
+            |one: &process::Descriptor| one.number == inside && one.target == Path::new(NAME);
+        if !open.iter().any(is_it) {
             return Err(PagerError::NotThere {
                 pid,
                 descriptor: inside,

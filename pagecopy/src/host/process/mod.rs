@@ -1,6 +1,7 @@
 //! What `/proc/PID` tells about a QEMU: where its RAM files are mapped, who else writes them, which devices it has.
 
 mod maps;
+mod opened;
 mod ram_file;
 
 use std::fs;
@@ -12,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
 
 pub use self::maps::{Mapping, maps};
-pub(crate) use self::ram_file::path_inside;
+pub(crate) use self::opened::{Descriptor, descriptors, open_proc, take_file};
 pub use self::ram_file::{RamMapping, find_mapping};
 use super::TrackError;
 
@@ -124,7 +125,10 @@ pub fn name_of(pid: i32) -> String {
 /// # Errors
 /// `/proc` cannot be read.
 pub fn assigned_devices(pid: i32) -> io::Result<Vec<PathBuf>> {
-    let mut devices = open_files(pid)?;
+    let mut devices: Vec<PathBuf> = descriptors(pid)?
+        .into_iter()
+        .map(|descriptor| descriptor.target)
+        .collect();
     devices.retain(|target| {
         let target = target.as_os_str().as_encoded_bytes();
         target.starts_with(b"/dev/vfio/")
@@ -141,9 +145,9 @@ pub fn assigned_devices(pid: i32) -> io::Result<Vec<PathBuf>> {
 /// # Errors
 /// `/proc` cannot be read.
 pub fn userfaultfds(pid: i32) -> io::Result<usize> {
-    Ok(open_files(pid)?
+    Ok(descriptors(pid)?
         .iter()
-        .filter(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
+        .filter(|descriptor| descriptor.target.as_os_str() == "anon_inode:[userfaultfd]")
         .count())
 }
 
@@ -175,20 +179,6 @@ fn has_shaken_hands(info: &str) -> bool {
         .any(|features| u64::from_str_radix(features.trim(), 16) != Ok(0))
 }
 
-/// Where the descriptors of process `pid` lead to.
-fn open_files(pid: i32) -> io::Result<Vec<PathBuf>> {
-    let mut targets = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        match fs::read_link(entry?.path()) {
-            Ok(target) => targets.push(target),
-            // Closed in the meantime.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(targets)
-}
-
 /// The process that traces `pid`, if any.
 pub(crate) fn tracer_of(pid: i32) -> Option<ProcessName> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
@@ -216,7 +206,7 @@ pub(crate) fn proc_error(pid: i32, what: &'static str, error: io::Error) -> Trac
     }
     match error.kind() {
         io::ErrorKind::PermissionDenied => TrackError::Permission(format!(
-            "{what} was refused ({error}); the daemon needs CAP_SYS_PTRACE in QEMU's user namespace"
+            "{what} was refused ({error}); the daemon needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH in QEMU's user namespace"
         )),
         _ => TrackError::System {
             what,

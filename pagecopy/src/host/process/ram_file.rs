@@ -1,19 +1,20 @@
 //! Finds a RAM file in a process's memory map, and says what is wrong with those that cannot be moved.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::{Mapping, maps, proc_error};
+use super::{Mapping, Process, descriptors, maps, proc_error, take_file};
 use crate::host::TrackError;
 use crate::limits::MAX_PAGE_SIZE;
 
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 const HUGETLBFS_MAGIC: u64 = 0x9584_58F6;
 
-/// Where a process has a RAM file mapped.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where a process has a RAM file mapped, and the file.
+#[derive(Clone, Debug)]
 pub struct RamMapping {
     /// First address in the process.
     pub address: u64,
@@ -21,8 +22,10 @@ pub struct RamMapping {
     pub len: u64,
     /// Bytes of a page: 4096 on tmpfs, the huge page's on hugetlbfs.
     pub page_size: u64,
-    /// The file as this process can open it, whatever mount namespace the other is in.
+    /// The file's name in that process, for messages.
     pub path: PathBuf,
+    /// The file as the process has it open: never opened by its name.
+    pub file: Arc<File>,
     /// The file's device number (`st_dev`).
     pub device: u64,
     /// The file's inode number.
@@ -30,49 +33,82 @@ pub struct RamMapping {
 }
 
 /// Finds where process `pid` has the RAM file `path` (as the process itself names it) mapped: the whole file of `size`
-/// bytes, shared, in one range.
+/// bytes, shared, in one range. The file is taken from the process, which must have it open.
 ///
 /// # Errors
 /// `Memory` says what is wrong with the file or the mapping and which setting helps; `Gone`; `Permission`.
 pub fn find_mapping(pid: i32, path: &Path, size: u64) -> Result<RamMapping, TrackError> {
-    let inside = path_inside(pid, path);
+    let process = Process::open(pid)?;
+    let mappings =
+        maps(pid).map_err(|error| proc_error(pid, "reading QEMU's memory map", error))?;
+    let named = mappings
+        .iter()
+        .find(|mapping| mapping.name == path && mapping.inode != 0 && !mapping.deleted);
+    let identity = match named {
+        Some(mapping) => (mapping.device, mapping.inode),
+        // A relative path, one with symbolic links in it, or one that is not mapped.
+        None => identity_of_path(pid, path)?,
+    };
+    let Some(mapping) = mappings
+        .iter()
+        .find(|mapping| (mapping.device, mapping.inode) == identity)
+    else {
+        return Err(not_mapped(path));
+    };
+    let failed = |error| proc_error(pid, "taking QEMU's descriptor of its RAM file", error);
+    let open = descriptors(pid).map_err(failed)?;
+    let file = take_file(&process, &open, &mapping.name, identity).map_err(failed)?;
+    let file = file.ok_or_else(|| {
+        TrackError::Memory(format!(
+            "QEMU has no descriptor of its RAM file {} open any more; start it as a memory-backend-file",
+            path.display()
+        ))
+    })?;
+    let page_size = page_size_of(&file, path)?;
+    let address = whole_mapping(&mappings, identity, size, path)?;
+    Ok(RamMapping {
+        address,
+        len: size,
+        page_size,
+        path: path.to_owned(),
+        file: Arc::new(file),
+        device: identity.0,
+        inode: identity.1,
+    })
+}
+
+fn not_mapped(path: &Path) -> TrackError {
+    TrackError::Memory(format!(
+        "QEMU has not mapped {}; the file of that name is not (or no longer) its RAM",
+        path.display()
+    ))
+}
+
+/// Device and inode number of what process `pid` calls `path`.
+fn identity_of_path(pid: i32, path: &Path) -> Result<(u64, u64), TrackError> {
     let shown = path.display();
-    let file = fs::metadata(&inside).map_err(|error| match error.kind() {
+    let data = fs::metadata(path_inside(pid, path)).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound if !Path::new(&format!("/proc/{pid}")).exists() => TrackError::Gone(pid),
         io::ErrorKind::NotFound => TrackError::Memory(format!(
             "its RAM file {shown} is not there any more; a guest can be moved while its file has its name"
         )),
+        io::ErrorKind::PermissionDenied => TrackError::Memory(format!(
+            "QEMU has nothing mapped by the name {shown}, and the daemon's user may not look that name up ({error}); give \
+             memory-backend-file an absolute mem-path without symbolic links, or let that user search its directories"
+        )),
         _ => proc_error(pid, "looking at QEMU's RAM file", error),
     })?;
-    if !file.is_file() {
+    if !data.is_file() {
         return Err(TrackError::Memory(format!(
             "{shown} is not a file; give memory-backend-file a mem-path that names a file (not a directory) on tmpfs or \
              hugetlbfs"
         )));
     }
-    let page_size = page_size_of(&inside, path)?;
-    let mappings =
-        maps(pid).map_err(|error| proc_error(pid, "reading QEMU's memory map", error))?;
-    let address = whole_mapping(&mappings, (file.dev(), file.ino()), size, path)?;
-    // The plain path is the better name where it means the same file here.
-    let same_here =
-        fs::metadata(path).is_ok_and(|here| (here.dev(), here.ino()) == (file.dev(), file.ino()));
-    Ok(RamMapping {
-        address,
-        len: size,
-        page_size,
-        path: if path.is_absolute() && same_here {
-            path.to_owned()
-        } else {
-            inside
-        },
-        device: file.dev(),
-        inode: file.ino(),
-    })
+    Ok((data.dev(), data.ino()))
 }
 
 /// `path` as process `pid` means it, for this process.
-pub(crate) fn path_inside(pid: i32, path: &Path) -> PathBuf {
+fn path_inside(pid: i32, path: &Path) -> PathBuf {
     match path.strip_prefix("/") {
         Ok(below_root) => Path::new(&format!("/proc/{pid}/root")).join(below_root),
         Err(_) => Path::new(&format!("/proc/{pid}/cwd")).join(path),
@@ -80,8 +116,8 @@ pub(crate) fn path_inside(pid: i32, path: &Path) -> PathBuf {
 }
 
 /// Page size of a file that can be tracked.
-fn page_size_of(inside: &Path, shown: &Path) -> Result<u64, TrackError> {
-    let system = rustix::fs::statfs(inside).map_err(|error| TrackError::System {
+fn page_size_of(file: &File, shown: &Path) -> Result<u64, TrackError> {
+    let system = rustix::fs::fstatfs(file).map_err(|error| TrackError::System {
         what: "asking for the RAM file's file system",
         source: error.into(),
     })?;
@@ -132,16 +168,13 @@ fn whole_mapping(
         }
     }
     let [range] = ranges.as_slice() else {
-        return Err(TrackError::Memory(if ranges.is_empty() {
-            format!(
-                "QEMU has not mapped {shown}; the file of that name is not (or no longer) its RAM"
-            )
-        } else {
-            format!(
-                "QEMU has mapped {shown} in {} ranges where one is expected",
-                ranges.len()
-            )
-        }));
+        if ranges.is_empty() {
+            return Err(not_mapped(path));
+        }
+        return Err(TrackError::Memory(format!(
+            "QEMU has mapped {shown} in {} ranges where one is expected",
+            ranges.len()
+        )));
     };
     if !range.shared {
         return Err(TrackError::Memory(format!(

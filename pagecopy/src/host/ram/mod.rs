@@ -11,8 +11,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
@@ -43,7 +43,7 @@ pub struct MappedRam {
 #[derive(Debug)]
 struct MappedBlock {
     spec: BlockSpec,
-    file: File,
+    file: Arc<File>,
     map: Arc<SharedMap>,
 }
 
@@ -51,35 +51,41 @@ struct MappedBlock {
 pub type RawMapping = (*mut u8, usize, Arc<dyn Any + Send + Sync>);
 
 impl MappedRam {
-    /// Opens and maps the RAM files; entry `i` becomes `BlockId(i)`. A destination needs `writable`; a source has no use
-    /// for it.
+    /// Maps RAM files that are open for reading and writing, such as QEMU's own
+    /// ([`RamMapping`](super::process::RamMapping)); entry `i` becomes `BlockId(i)`. A destination needs a `writable`
+    /// mapping; a source has no use for it.
+    ///
+    /// # Errors
+    /// Which block, and what is wrong with its file.
+    pub fn map(
+        blocks: impl IntoIterator<Item = (BlockSpec, Arc<File>)>,
+        writable: bool,
+    ) -> io::Result<MappedRam> {
+        let map = |(spec, file): (BlockSpec, Arc<File>)| {
+            let name = spec.name.clone();
+            map_block(spec, file, writable).map_err(|error| about(&format!("of {name}"), &error))
+        };
+        let blocks = blocks.into_iter().map(map).collect::<io::Result<_>>()?;
+        Ok(MappedRam { blocks })
+    }
+
+    /// Opens RAM files by name and maps them, see [`map`](Self::map).
     ///
     /// # Errors
     /// Which file, and what is wrong with it.
     pub fn open(blocks: &[(BlockSpec, PathBuf)], writable: bool) -> io::Result<MappedRam> {
-        let open = |(spec, path): &(BlockSpec, PathBuf)| {
-            open_block(spec, path, writable).map_err(|error| {
-                io::Error::new(
-                    error.kind(),
-                    format!("RAM file {}: {error}", path.display()),
-                )
-            })
+        let map = |(spec, path): &(BlockSpec, PathBuf)| {
+            let file = OpenOptions::new().read(true).write(true).open(path);
+            file.and_then(|file| map_block(spec.clone(), Arc::new(file), writable))
+                .map_err(|error| about(&path.display().to_string(), &error))
         };
-        Ok(MappedRam {
-            blocks: blocks.iter().map(open).collect::<io::Result<_>>()?,
-        })
+        let blocks = blocks.iter().map(map).collect::<io::Result<_>>()?;
+        Ok(MappedRam { blocks })
     }
 
     /// What a block must be like.
     pub fn spec(&self, block: BlockId) -> Option<&BlockSpec> {
         self.block(block).map(|block| &block.spec)
-    }
-
-    /// Device and inode number of a block's file, to compare with
-    /// [`RamMapping`](super::process::RamMapping).
-    pub fn identity(&self, block: BlockId) -> Option<(u64, u64)> {
-        let data = self.block(block)?.file.metadata().ok()?;
-        Some((data.dev(), data.ino()))
     }
 
     /// Address and length of a block's mapping, and what keeps it mapped: as long as that (or a clone of it) lives, the
@@ -114,9 +120,12 @@ impl MappedRam {
     }
 }
 
-/// Opens and maps one RAM file.
-fn open_block(spec: &BlockSpec, path: &Path, writable: bool) -> io::Result<MappedBlock> {
-    let file = OpenOptions::new().read(true).write(writable).open(path)?;
+fn about(file: &str, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("RAM file {file}: {error}"))
+}
+
+/// Maps one RAM file.
+fn map_block(spec: BlockSpec, file: Arc<File>, writable: bool) -> io::Result<MappedBlock> {
     let data = file.metadata()?;
     if !data.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a file"));
@@ -136,11 +145,7 @@ fn open_block(spec: &BlockSpec, path: &Path, writable: bool) -> io::Result<Mappe
     }
     let len = usize::try_from(spec.size).map_err(|_| io::ErrorKind::OutOfMemory)?;
     let map = Arc::new(SharedMap::new(file.as_fd(), len, writable)?);
-    Ok(MappedBlock {
-        spec: spec.clone(),
-        file,
-        map,
-    })
+    Ok(MappedBlock { spec, file, map })
 }
 
 impl MappedBlock {

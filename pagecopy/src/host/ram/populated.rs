@@ -5,10 +5,9 @@
 //! maps a page that the file has and answers `EFAULT` for one that it lacks, without ever allocating. It is asked once for
 //! each huge page, on a mapping made for the purpose, so nothing else of this process ever faults there.
 
-use std::fs::OpenOptions;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 
 use super::MappedBlock;
 use crate::host::seek::DataCursor;
@@ -40,10 +39,8 @@ impl MappedBlock {
 
     /// The pages that a file on hugetlbfs has. Nothing is reported unless all of them could be asked for.
     fn huge_pages(&self, found: &mut impl FnMut(Range<u64>)) -> io::Result<()> {
-        // A range can be registered only where its descriptor would allow writing, and ours may be read-only.
-        let descriptor = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        let file = OpenOptions::new().read(true).write(true).open(descriptor)?;
-        let probe = SharedMap::new(file.as_fd(), self.map.len(), true)?;
+        // A range can be registered only where its descriptor would allow writing; nothing is written.
+        let probe = SharedMap::new(self.file.as_fd(), self.map.len(), true)?;
         let base = probe.base() as u64;
         let uffd = Uffd::own()?;
         uffd.enable(uffd::FEATURE_MINOR_HUGETLBFS)?;

@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use super::ioc;
+use crate::host::process::open_proc;
 
 /// Extents of one call: as many as the kernel collects before it copies them out. With more, the `walk_end` of a call that
 /// copied out several times can be stale (seen on Linux 6.18: smaller than the end of the last extent reported), and
@@ -77,7 +78,7 @@ pub(crate) struct Pagemap(File);
 impl Pagemap {
     /// Opens `/proc/PID/pagemap`.
     pub(crate) fn open(pid: i32) -> io::Result<Pagemap> {
-        Ok(Pagemap(File::open(format!("/proc/{pid}/pagemap"))?))
+        Ok(Pagemap(open_proc(pid, "pagemap")?))
     }
 
     /// Appends to `found` the extents of `range` (addresses in the process) that are in `category`, in order; neighbours

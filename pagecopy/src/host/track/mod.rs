@@ -26,7 +26,6 @@ mod scan;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::thread;
 
 use self::scan::Scanner;
@@ -176,6 +175,8 @@ impl UffdTracker {
         let pid = self.process.pid();
         let mappings = process::maps(pid)
             .map_err(|error| process::proc_error(pid, "reading QEMU's memory map", error))?;
+        let open = process::descriptors(pid)
+            .map_err(|error| process::proc_error(pid, "looking at what QEMU has open", error))?;
         let find = |block: &TrackedBlock| {
             let mapping = mappings
                 .iter()
@@ -184,15 +185,14 @@ impl UffdTracker {
                 return Err(self.moved(block));
             };
             let identity = (mapping.device, mapping.inode);
-            // Without the file (deleted, or not to be opened from here) holes are tracked like everything else.
-            let holes = (block.page_size == MIN_PAGE_SIZE
-                && mapping.addresses.start == block.address)
-                .then(|| File::open(process::path_inside(pid, &mapping.name)).ok())
+            // Without the file (QEMU has closed it) holes are tracked like everything else.
+            let whole = block.page_size == MIN_PAGE_SIZE
+                && mapping.addresses.start == block.address
+                && mapping.offset == 0;
+            let holes = whole
+                .then(|| process::take_file(&self.process, &open, &mapping.name, identity).ok())
                 .flatten()
-                .filter(|file| {
-                    let same = |data: std::fs::Metadata| (data.dev(), data.ino()) == identity;
-                    mapping.offset == 0 && file.metadata().is_ok_and(same)
-                });
+                .flatten();
             Ok(BlockFile { identity, holes })
         };
         self.blocks.iter().map(find).collect()

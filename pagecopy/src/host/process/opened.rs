@@ -1,0 +1,138 @@
+//! What a process has open, and its files under `/proc` that only their owner may read.
+//!
+//! `CAP_SYS_PTRACE` lets this process take descriptors of QEMU, trace it and read its `maps`, `fdinfo` and `status`. Three
+//! things more are guarded by plain file permissions, which ask for QEMU's user (measured on Linux 6.18, with QEMU of
+//! another user, of root, and in a user namespace): `/proc/PID/pagemap`, `/proc/PID/mem` and the list `/proc/PID/fd`. For
+//! these alone `CAP_DAC_READ_SEARCH` is raised, in the calling thread and while they are opened: a daemon that holds it as
+//! permitted only cannot be led to read a file that its user may not.
+//!
+//! Guest memory is never opened by its path: QEMU's own descriptor of the file is taken. That is the file that QEMU has,
+//! whatever its mode, its mount namespace and who may search the directories on the way.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+use rustix::process::PidfdGetfdFlags;
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+
+use super::Process;
+
+/// A descriptor that a process has open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Descriptor {
+    /// Its number in that process.
+    pub(crate) number: i32,
+    /// Where it leads: a path as the process means it, or a name of another kind.
+    pub(crate) target: PathBuf,
+}
+
+/// All descriptors of process `pid`. They are only listed: asking a file on storage that hangs would hang as well.
+///
+/// # Errors
+/// It is gone, or may not be looked at.
+pub(crate) fn descriptors(pid: i32) -> io::Result<Vec<Descriptor>> {
+    with_read_search(|| {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let Some(number) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            match fs::read_link(entry.path()) {
+                Ok(target) => found.push(Descriptor { number, target }),
+                // Closed in the meantime.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
+    })
+}
+
+/// Opens `/proc/PID/NAME` for reading.
+///
+/// # Errors
+/// The process is gone, or may not be looked at.
+pub(crate) fn open_proc(pid: i32, name: &'static str) -> io::Result<File> {
+    with_read_search(|| File::open(format!("/proc/{pid}/{name}")))
+}
+
+/// Takes from a process the file of `identity` (device and inode number) that it has open by the name `target`: both have
+/// the same open file then, with one offset and the same access. One that can be written is preferred. `None` if it has no
+/// such file open.
+///
+/// # Errors
+/// The process may not be looked at.
+pub(crate) fn take_file(
+    process: &Process,
+    open: &[Descriptor],
+    target: &Path,
+    identity: (u64, u64),
+) -> io::Result<Option<File>> {
+    let mut taken = None;
+    for descriptor in open.iter().filter(|one| one.target == target) {
+        let none = PidfdGetfdFlags::empty();
+        let file = match rustix::process::pidfd_getfd(process.handle(), descriptor.number, none) {
+            Ok(file) => File::from(file),
+            // Closed in the meantime.
+            Err(Errno::BADF) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        let data = file.metadata()?;
+        if (data.dev(), data.ino()) != identity {
+            continue;
+        }
+        if is_writable(&file) {
+            return Ok(Some(file));
+        }
+        taken = Some(file);
+    }
+    Ok(taken)
+}
+
+/// Whether an open file can be written.
+fn is_writable(file: &File) -> bool {
+    rustix::fs::fcntl_getfl(file)
+        .is_ok_and(|flags| flags & rustix::fs::OFlags::ACCMODE == rustix::fs::OFlags::RDWR)
+}
+
+/// Does `work` with `CAP_DAC_READ_SEARCH` in effect for this thread, if the thread may have it.
+fn with_read_search<T>(work: impl FnOnce() -> T) -> T {
+    let _raised = Raised::new(CapabilitySet::DAC_READ_SEARCH);
+    work()
+}
+
+/// A capability in effect for this thread until the drop.
+struct Raised(Option<CapabilitySets>);
+
+impl Raised {
+    fn new(wanted: CapabilitySet) -> Raised {
+        let Ok(before) = capabilities(None) else {
+            return Raised(None);
+        };
+        if before.effective.contains(wanted) || !before.permitted.contains(wanted) {
+            return Raised(None);
+        }
+        let raised = CapabilitySets {
+            effective: before.effective | wanted,
+            ..before
+        };
+        // Without it the work fails, and says so.
+        Raised(set_capabilities(None, raised).is_ok().then_some(before))
+    }
+}
+
+impl Drop for Raised {
+    fn drop(&mut self) {
+        if let Some(before) = self.0.take()
+            && set_capabilities(None, before).is_err()
+        {
+            // The kernel never refuses to lower. A thread that went on with more than it should have is no way out.
+            std::process::abort();
+        }
+    }
+}
