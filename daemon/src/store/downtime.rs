@@ -1,12 +1,14 @@
 //! The part of the downtime that does not depend on bytes, as measured on this host by the migrations before.
 
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::files::{read_json, write_json};
+use super::files::Folder;
 
+/// The file.
+const NAME: &str = "fixed-downtime.json";
 /// Before anything was measured.
 const FIRST_GUESS: Duration = Duration::from_millis(15);
 /// Stopping, saving, loading and starting never take less; a measurement below it says that the bytes were counted for
@@ -18,7 +20,7 @@ const NEW_SHARE: f64 = 0.5;
 /// The measured figure.
 #[derive(Debug)]
 pub struct FixedDowntime {
-    path: PathBuf,
+    folder: Arc<Folder>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -27,14 +29,14 @@ struct Measured {
 }
 
 impl FixedDowntime {
-    /// Kept in `path`.
-    pub fn open(path: PathBuf) -> FixedDowntime {
-        FixedDowntime { path }
+    /// Kept in `folder`.
+    pub(crate) fn open(folder: Arc<Folder>) -> FixedDowntime {
+        FixedDowntime { folder }
     }
 
     /// What to expect.
     pub fn get(&self) -> Duration {
-        let measured = read_json::<Measured>(&self.path).ok().flatten();
+        let measured = self.read();
         let plausible =
             measured.filter(|measured| (0.0..60_000.0).contains(&measured.milliseconds));
         plausible.map_or(FIRST_GUESS, |measured| {
@@ -44,15 +46,16 @@ impl FixedDowntime {
 
     /// A migration has measured `measured`.
     pub fn learn(&self, measured: Duration) {
-        let old = read_json::<Measured>(&self.path)
-            .ok()
-            .flatten()
-            .map(|old| old.milliseconds);
+        let old = self.read().map(|old| old.milliseconds);
         let new = measured.max(LEAST).as_secs_f64() * 1e3;
         let milliseconds = old.map_or(new, |old| old + (new - old) * NEW_SHARE);
-        if let Err(error) = write_json(&self.path, &Measured { milliseconds }) {
+        if let Err(error) = self.folder.write_json(NAME, &Measured { milliseconds }) {
             tracing::warn!(%error, "the measured downtime was not kept");
         }
+    }
+
+    fn read(&self) -> Option<Measured> {
+        self.folder.read_json(NAME).ok().flatten()
     }
 }
 
@@ -65,8 +68,8 @@ mod tests {
     #[test]
     fn it_learns_and_forgives_a_bad_file() {
         let dir = test_dir("downtime");
-        let path = dir.join("fixed-downtime.json");
-        let downtime = FixedDowntime::open(path.clone());
+        let path = dir.join(NAME);
+        let downtime = FixedDowntime::open(Arc::new(Folder::open(&dir).unwrap()));
         assert_eq!(downtime.get(), FIRST_GUESS);
         downtime.learn(Duration::from_millis(10));
         assert_eq!(downtime.get(), Duration::from_millis(10));

@@ -3,9 +3,9 @@
 //! What a record looks like and what records add up to is the engine's
 //! ([`pagecopy::engine::journal`]); here is only how they get to the disk and back.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use pagecopy::engine::MigrationId;
@@ -14,7 +14,7 @@ use pagecopy::engine::journal::{
 };
 use uuid::Uuid;
 
-use super::files::{read_json, sync_parent, write_json};
+use super::files::Folder;
 use crate::qemu::settings::Settings;
 
 /// How many journals of ended migrations are kept.
@@ -23,7 +23,7 @@ const KEPT: usize = 100;
 /// The directory of the journals.
 #[derive(Clone, Debug)]
 pub struct Journals {
-    dir: PathBuf,
+    folder: Arc<Folder>,
 }
 
 /// A journal that is being written.
@@ -59,16 +59,11 @@ impl JournalFile {
 }
 
 impl Journals {
-    /// Opens (and makes) the directory.
-    ///
-    /// # Errors
-    /// It cannot be made.
-    pub fn open(dir: &Path) -> io::Result<Journals> {
-        fs::create_dir_all(dir)?;
-        sync_parent(dir)?;
-        Ok(Journals {
-            dir: dir.to_owned(),
-        })
+    /// In `folder`.
+    pub(crate) fn open(folder: Folder) -> Journals {
+        Journals {
+            folder: Arc::new(folder),
+        }
     }
 
     /// Begins a journal with its first record.
@@ -76,18 +71,14 @@ impl Journals {
     /// # Errors
     /// The disk refused, or there is one already.
     pub fn create(&self, id: MigrationId, side: Side, begun: &Record) -> io::Result<JournalFile> {
-        let path = self.path(id, side);
-        let file = OpenOptions::new()
-            .append(true)
-            .create_new(true)
-            .open(&path)?;
+        let file = self.folder.create_new(&name(id, side))?;
         let mut journal = JournalFile {
             file,
             records: Vec::new(),
             damaged: false,
         };
         journal.append(begun)?;
-        sync_parent(&path)?;
+        self.folder.sync()?;
         Ok(journal)
     }
 
@@ -96,9 +87,10 @@ impl Journals {
     /// # Errors
     /// There is none, it is damaged, or the disk refuses.
     pub fn reopen(&self, id: MigrationId, side: Side) -> io::Result<JournalFile> {
-        let path = self.path(id, side);
-        let decoded = decode(&fs::read(&path)?).map_err(io::Error::other)?;
-        let file = OpenOptions::new().append(true).open(&path)?;
+        let name = name(id, side);
+        let bytes = self.folder.read(&name)?.ok_or(io::ErrorKind::NotFound)?;
+        let decoded = decode(&bytes).map_err(io::Error::other)?;
+        let file = self.folder.append(&name)?;
         file.set_len(decoded.whole_bytes as u64)?;
         Ok(JournalFile {
             file,
@@ -112,10 +104,9 @@ impl Journals {
     /// # Errors
     /// It is damaged, or cannot be read: nothing may be decided from it.
     pub fn read(&self, id: MigrationId, side: Side) -> io::Result<Option<Vec<Record>>> {
-        match fs::read(self.path(id, side)) {
-            Ok(bytes) => Ok(Some(decode(&bytes).map_err(io::Error::other)?.records)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
+        match self.folder.read(&name(id, side))? {
+            Some(bytes) => Ok(Some(decode(&bytes).map_err(io::Error::other)?.records)),
+            None => Ok(None),
         }
     }
 
@@ -125,10 +116,9 @@ impl Journals {
     /// The directory cannot be read.
     pub fn list(&self) -> io::Result<Vec<(MigrationId, Side)>> {
         let mut found: Vec<(SystemTime, MigrationId, Side)> = Vec::new();
-        for entry in fs::read_dir(&self.dir)? {
-            let entry = entry?;
-            if let Some((id, side)) = entry.file_name().to_str().and_then(parse_name) {
-                found.push((entry.metadata()?.modified()?, id, side));
+        for (name, modified) in self.folder.list()? {
+            if let Some((id, side)) = parse_name(&name) {
+                found.push((modified, id, side));
             }
         }
         found.sort_by_key(|(modified, id, _)| (*modified, *id));
@@ -151,7 +141,7 @@ impl Journals {
             }
         }
         for (id, side) in ended.iter().take(ended.len().saturating_sub(keep)) {
-            fs::remove_file(self.path(*id, *side))?;
+            self.folder.remove(&name(*id, *side))?;
         }
         Ok(())
     }
@@ -161,29 +151,28 @@ impl Journals {
     /// # Errors
     /// The disk refused.
     pub fn keep_settings(&self, id: MigrationId, settings: &Settings) -> io::Result<()> {
-        write_json(&self.settings_path(id), settings)
+        self.folder.write_json(&settings_name(id), settings)
     }
 
     /// What QEMU had set before the migration `id`, if it was not put back yet.
     pub fn settings(&self, id: MigrationId) -> Option<Settings> {
-        read_json(&self.settings_path(id)).ok().flatten()
+        self.folder.read_json(&settings_name(id)).ok().flatten()
     }
 
     /// The settings were put back, or QEMU is gone.
     pub fn forget_settings(&self, id: MigrationId) {
         // It may never have been written.
-        let _ = fs::remove_file(self.settings_path(id));
+        let _ = self.folder.remove(&settings_name(id));
     }
+}
 
-    fn path(&self, id: MigrationId, side: Side) -> PathBuf {
-        self.dir
-            .join(format!("{}.{}", Uuid::from_bytes(id.0), side_name(side)))
-    }
+/// The name of a journal. An id is 16 bytes, whoever chose them, so this is 36 hexadecimal digits and hyphens and a word.
+fn name(id: MigrationId, side: Side) -> String {
+    format!("{}.{}", Uuid::from_bytes(id.0), side_name(side))
+}
 
-    fn settings_path(&self, id: MigrationId) -> PathBuf {
-        self.dir
-            .join(format!("{}.settings", Uuid::from_bytes(id.0)))
-    }
+fn settings_name(id: MigrationId) -> String {
+    format!("{}.settings", Uuid::from_bytes(id.0))
 }
 
 /// Whether nothing will ever be asked of a journal again.
@@ -214,6 +203,9 @@ fn parse_name(name: &str) -> Option<(MigrationId, Side)> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::fs::{self, OpenOptions};
+    use std::path::Path;
+
     use super::super::test_dir;
     use super::*;
 
@@ -227,11 +219,15 @@ mod tests {
         }
     }
 
+    fn journals_in(dir: &Path) -> Journals {
+        Journals::open(Folder::open(dir).unwrap())
+    }
+
     #[test]
     fn a_journal_survives_a_restart_and_a_torn_line() {
         let dir = test_dir("journal");
         let id = MigrationId([9; 16]);
-        let journals = Journals::open(&dir).unwrap();
+        let journals = journals_in(&dir);
         let first = begun(id, Side::Source);
         let mut journal = journals.create(id, Side::Source, &first).unwrap();
         journal.append(&Record::CommitIntent).unwrap();
@@ -241,7 +237,7 @@ mod tests {
             "a journal is never begun anew"
         );
 
-        let path = journals.path(id, Side::Source);
+        let path = dir.join(name(id, Side::Source));
         let mut torn = encode(&Record::GuestMoved);
         torn.truncate(torn.len() - 3);
         OpenOptions::new()
@@ -268,13 +264,13 @@ mod tests {
     fn a_damaged_journal_decides_nothing() {
         let dir = test_dir("damaged");
         let id = MigrationId([3; 16]);
-        let journals = Journals::open(&dir).unwrap();
+        let journals = journals_in(&dir);
         drop(
             journals
                 .create(id, Side::Destination, &begun(id, Side::Destination))
                 .unwrap(),
         );
-        let path = journals.path(id, Side::Destination);
+        let path = dir.join(name(id, Side::Destination));
         let mut bytes = fs::read(&path).unwrap();
         bytes[12] ^= 1;
         fs::write(&path, bytes).unwrap();
@@ -286,7 +282,7 @@ mod tests {
     #[test]
     fn only_ended_journals_are_pruned() {
         let dir = test_dir("prune");
-        let journals = Journals::open(&dir).unwrap();
+        let journals = journals_in(&dir);
         let ids: Vec<MigrationId> = (0..6).map(|n| MigrationId([n; 16])).collect();
         for id in &ids {
             let mut journal = journals

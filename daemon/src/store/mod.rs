@@ -14,14 +14,16 @@ mod files;
 mod journal;
 mod receivers;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 pub use downtime::FixedDowntime;
 pub use journal::{JournalFile, Journals};
 pub use receivers::{Receiver, Receivers};
 
 use crate::failure::{Failure, host, operator};
+use files::Folder;
 
 /// The state directory, held by this daemon alone.
 #[derive(Debug)]
@@ -45,12 +47,13 @@ impl Store {
         let cannot = |what: &str, error: &dyn std::fmt::Display| {
             host(
                 format!("state-dir {}: {what}: {error}", dir.display()),
-                "give a directory that pagecopyd may write, on a disk that is not full",
+                "give a directory that belongs to the user that pagecopyd runs as, on a disk that is not full",
             )
         };
-        fs::create_dir_all(dir).map_err(|error| cannot("cannot be made", &error))?;
-        let lock =
-            File::create(dir.join("lock")).map_err(|error| cannot("cannot be written", &error))?;
+        let folder = Folder::open(dir).map_err(|error| cannot("cannot be used", &error))?;
+        let lock = folder
+            .create("lock")
+            .map_err(|error| cannot("cannot be written", &error))?;
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
             |_| {
                 operator(
@@ -59,12 +62,15 @@ impl Store {
                 )
             },
         )?;
+        let journal = folder
+            .folder("journal")
+            .map_err(|error| cannot("journal", &error))?;
+        let folder = Arc::new(folder);
         Ok(Store {
-            journals: Journals::open(&dir.join("journal"))
-                .map_err(|error| cannot("journal", &error))?,
-            receivers: Receivers::open(dir.join("receivers.json"))
+            journals: Journals::open(journal),
+            receivers: Receivers::open(Arc::clone(&folder))
                 .map_err(|error| cannot("receivers.json", &error))?,
-            downtime: FixedDowntime::open(dir.join("fixed-downtime.json")),
+            downtime: FixedDowntime::open(folder),
             _lock: lock,
         })
     }
@@ -74,7 +80,7 @@ impl Store {
 pub(crate) fn test_dir(name: &str) -> std::path::PathBuf {
     let dir = std::env::temp_dir().join(format!("pagecopy-test-{name}-{}", uuid::Uuid::new_v4()));
     #[allow(clippy::unwrap_used)] // A test without its directory cannot go on.
-    fs::create_dir_all(&dir).unwrap();
+    std::fs::create_dir_all(&dir).unwrap();
     dir
 }
 
@@ -91,6 +97,6 @@ mod tests {
         assert!(second.what.contains("another pagecopyd"), "{second:?}");
         drop(first);
         Store::open(&dir).unwrap();
-        fs::remove_dir_all(dir).unwrap();
+        std::fs::remove_dir_all(dir).unwrap();
     }
 }

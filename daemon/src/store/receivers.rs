@@ -3,11 +3,14 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::files::{read_json, write_json};
+use super::files::Folder;
+
+/// The file.
+const NAME: &str = "receivers.json";
 
 /// A QEMU that waits for a guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,7 +24,7 @@ pub struct Receiver {
 /// All waiting QEMUs, by the name of the guest.
 #[derive(Debug)]
 pub struct Receivers {
-    path: PathBuf,
+    folder: Arc<Folder>,
     map: Mutex<BTreeMap<String, Receiver>>,
 }
 
@@ -30,14 +33,14 @@ impl Receivers {
     ///
     /// # Errors
     /// It cannot be read, or is none of ours.
-    pub fn open(path: PathBuf) -> io::Result<Receivers> {
-        let list: Vec<Receiver> = read_json(&path)?.unwrap_or_default();
+    pub(crate) fn open(folder: Arc<Folder>) -> io::Result<Receivers> {
+        let list: Vec<Receiver> = folder.read_json(NAME)?.unwrap_or_default();
         let map = list
             .into_iter()
             .map(|receiver| (receiver.vm.clone(), receiver))
             .collect();
         Ok(Receivers {
-            path,
+            folder,
             map: Mutex::new(map),
         })
     }
@@ -81,7 +84,8 @@ impl Receivers {
     }
 
     fn write(&self, map: &BTreeMap<String, Receiver>) -> io::Result<()> {
-        write_json(&self.path, &map.values().collect::<Vec<_>>())
+        self.folder
+            .write_json(NAME, &map.values().collect::<Vec<_>>())
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Receiver>> {
@@ -98,8 +102,8 @@ mod tests {
     #[test]
     fn receivers_survive_a_restart() {
         let dir = test_dir("receivers");
-        let path = dir.join("receivers.json");
-        let receivers = Receivers::open(path.clone()).unwrap();
+        let folder = Arc::new(Folder::open(&dir).unwrap());
+        let receivers = Receivers::open(Arc::clone(&folder)).unwrap();
         let web = Receiver {
             vm: "web".into(),
             qmp: "/run/web.qmp".into(),
@@ -113,7 +117,7 @@ mod tests {
             .unwrap();
         assert!(receivers.remove("db").unwrap());
         assert!(!receivers.remove("db").unwrap());
-        let again = Receivers::open(path).unwrap();
+        let again = Receivers::open(folder).unwrap();
         assert_eq!(again.get("web"), Some(web.clone()));
         assert_eq!(again.list(), [web]);
         std::fs::remove_dir_all(dir).unwrap();
