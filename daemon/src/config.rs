@@ -22,6 +22,8 @@ pub struct Config {
     pub api: PathBuf,
     /// Where journals, receivers and measured figures are kept.
     pub state_dir: PathBuf,
+    /// The user that the daemon becomes when root starts it. Without one it stays root, with the same few capabilities.
+    pub user: Option<String>,
     /// Whether to run without TLS. Guest memory then crosses the network in the clear and any host may connect.
     #[serde(default)]
     pub insecure_plaintext: bool,
@@ -89,6 +91,9 @@ impl Config {
                 "name must have 1 to {} bytes",
                 pagecopy::limits::MAX_NAME
             ));
+        }
+        if self.user.as_ref().is_some_and(String::is_empty) {
+            return Err("user is empty: name a user, or remove the key".to_owned());
         }
         let has_port = |listen: &str| {
             listen

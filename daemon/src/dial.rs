@@ -1,6 +1,7 @@
 //! Reaching the other daemon.
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -32,22 +33,26 @@ pub async fn resolve(to: &str) -> Result<Vec<Address>, Failure> {
         return Ok(vec![Address::Unix(PathBuf::from(path))]);
     }
     check_host_port(to)?;
-    look_up(to).await
+    known(to, tokio::net::lookup_host(to).await)
 }
 
 /// The addresses to listen on. As [`resolve`], and port 0 lets the kernel choose.
 ///
 /// # Errors
 /// As [`resolve`].
-pub async fn resolve_to_listen(listen: &str) -> Result<Vec<Address>, Failure> {
+pub fn resolve_to_listen(listen: &str) -> Result<Vec<Address>, Failure> {
     match listen.strip_prefix("unix:") {
         Some(path) => Ok(vec![Address::Unix(PathBuf::from(path))]),
-        None => look_up(listen).await,
+        None => known(listen, listen.to_socket_addrs()),
     }
 }
 
-async fn look_up(to: &str) -> Result<Vec<Address>, Failure> {
-    let found: Vec<Address> = match tokio::net::lookup_host(to).await {
+/// What was found out about the name in `to`.
+fn known(
+    to: &str,
+    found: io::Result<impl Iterator<Item = SocketAddr>>,
+) -> Result<Vec<Address>, Failure> {
+    let found: Vec<Address> = match found {
         Ok(found) => found.map(Address::Tcp).collect(),
         Err(error) => {
             return Err(operator(

@@ -436,7 +436,8 @@ fn connect_failure(path: &Path, error: &io::Error) -> Failure {
         io::ErrorKind::NotFound => operator(format!("there is no QMP socket {shown}"), start),
         io::ErrorKind::PermissionDenied => operator(
             format!("not permitted to open the QMP socket {shown}"),
-            "run pagecopyd as root, or as the user that runs QEMU",
+            "pagecopyd's user needs write permission on that socket, and search permission on its directory: put the user \
+             into the socket's group and let the group write (QEMU's umask), or use setfacl",
         ),
         io::ErrorKind::ConnectionRefused if !is_socket(path) => {
             operator(format!("{shown} is not a socket"), start)

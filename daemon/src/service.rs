@@ -7,30 +7,26 @@ use std::time::Duration;
 
 use pagecopy::engine::MigrationId;
 use pagecopy::engine::journal::Side;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
-use transport::connect::Identity;
 use transport::{Listener, Security};
 use uuid::Uuid;
 
 use crate::api;
 use crate::api::types::MigrationRequest;
 use crate::config::Config;
-use crate::dial;
 use crate::failure::{Failure, host, operator};
 use crate::listener;
 use crate::migrations::{Migration, Migrations, Request, Shown};
 use crate::qemu::discover;
 use crate::qmp::Qmp;
-use crate::session::{begin, link_failure, recover};
+use crate::session::{begin, recover};
+use crate::start::Start;
 use crate::store::{Receiver, Store};
 
 /// How long running migrations may take to end when the daemon does.
 const END_LIMIT: Duration = Duration::from_secs(15);
-/// Open files that the daemon asks for: channels, RAM files, QMP and API connections.
-const OPEN_FILES: u64 = 65_536;
 
 /// What everything in the daemon shares.
 #[derive(Debug)]
@@ -46,23 +42,11 @@ pub struct Service {
 }
 
 impl Service {
-    /// Opens the state directory and the certificates.
+    /// Opens the state directory.
     ///
     /// # Errors
-    /// One of them cannot be used.
-    pub fn open(config: Config) -> Result<Service, Failure> {
-        let security = match &config.tls {
-            None => Security::Plaintext,
-            Some(tls) => {
-                let identity = Identity::load(&tls.ca, &tls.cert, &tls.key, tls.allow.clone());
-                Security::Tls(identity.map_err(|error| {
-                    operator(
-                        format!("[tls]: {error}"),
-                        "see the files that [tls] names in the configuration",
-                    )
-                })?)
-            }
-        };
+    /// It cannot be used.
+    fn open(config: Config, security: Security) -> Result<Service, Failure> {
         let store = Store::open(&config.state_dir)?;
         Ok(Service {
             config,
@@ -215,22 +199,13 @@ fn not_kept(error: &std::io::Error) -> Failure {
 ///
 /// # Errors
 /// It cannot start, and why.
-pub async fn run(config_file: &Path) -> Result<(), Failure> {
-    let config = Config::load(config_file)?;
-    raise_limits();
-    if config.tls.is_none() {
-        tracing::warn!(
-            "INSECURE: insecure-plaintext = true. Guest memory crosses the network unencrypted, and every host that \
-             reaches {} may send guests here or take them. Use [tls] on any network that is not yours alone.",
-            config.listen
-        );
-    }
-    let service = Arc::new(Service::open(config)?);
+pub async fn run(start: Start) -> Result<(), Failure> {
+    let listener = start.listener;
+    let service = Arc::new(Service::open(start.config, start.security)?);
     let (mut terminate, mut interrupt) = (
         on_signal(SignalKind::terminate())?,
         on_signal(SignalKind::interrupt())?,
     );
-    let listener = bind(&service.config.listen).await?;
     let api_socket = api::listen(&service.config.api)?;
     recover::recover(&service);
     service.prune();
@@ -249,7 +224,8 @@ pub async fn run(config_file: &Path) -> Result<(), Failure> {
     let accepting = accept(&service, listener, &end)?;
     tracing::info!(
         name = service.config.name, listen = service.config.listen, api = %service.config.api.display(),
-        state_dir = %service.config.state_dir.display(), tls = service.config.tls.is_some(), "ready"
+        state_dir = %service.config.state_dir.display(), tls = service.config.tls.is_some(),
+        user = service.config.user, "ready"
     );
     tell_systemd(NotifyState::Ready);
 
@@ -280,27 +256,6 @@ fn on_signal(kind: SignalKind) -> Result<tokio::signal::unix::Signal, Failure> {
     signal(kind).map_err(|error| host(format!("signals cannot be taken: {error}"), "report this"))
 }
 
-async fn bind(listen: &str) -> Result<Listener, Failure> {
-    let mut last = None;
-    for address in dial::resolve_to_listen(listen).await? {
-        match Listener::bind(&address) {
-            Ok(listener) => return Ok(listener),
-            Err(error) => last = Some(error),
-        }
-    }
-    let failure = last.map_or_else(
-        || host("there is no address", ""),
-        |error| link_failure(&error),
-    );
-    Err(operator(
-        format!(
-            "listen = {listen:?} cannot be listened on: {}",
-            failure.what
-        ),
-        "choose an address of this host and a port that is free",
-    ))
-}
-
 fn accept(
     service: &Arc<Service>,
     listener: Listener,
@@ -320,37 +275,6 @@ fn accept(
                 "raise the limit of processes",
             )
         })
-}
-
-/// Raises what the daemon may raise by itself: locked memory for io_uring's buffers, and open files.
-fn raise_limits() {
-    let raise = |resource, wanted: Option<u64>| {
-        let Rlimit { current, maximum } = getrlimit(resource);
-        let enough = |limit: Option<u64>| match (limit, wanted) {
-            (None, _) => true,
-            (Some(limit), Some(wanted)) => limit >= wanted,
-            (Some(_), None) => false,
-        };
-        if enough(current) {
-            return;
-        }
-        let all = Rlimit {
-            current: wanted,
-            maximum: if enough(maximum) { maximum } else { wanted },
-        };
-        let own = Rlimit {
-            current: maximum,
-            maximum,
-        };
-        if setrlimit(resource, all)
-            .or_else(|_| setrlimit(resource, own))
-            .is_err()
-        {
-            tracing::debug!(?resource, ?current, "this limit could not be raised");
-        }
-    };
-    raise(Resource::Memlock, None);
-    raise(Resource::Nofile, Some(OPEN_FILES));
 }
 
 fn tell_systemd(state: NotifyState<'_>) {

@@ -5,11 +5,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use daemon::failure::Shown;
+use daemon::failure::{Failure, Shown};
 use daemon::service;
+use daemon::start::Start;
 use tracing_subscriber::EnvFilter;
 
 /// The migration service of a host: sends running QEMU guests to other hosts and receives them.
+///
+/// Started as root it gives up, before it serves anybody, all privileges but CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (the
+/// second one put into effect only to open QEMU's files under /proc), and becomes the user that the configuration names.
+/// Any other user must give it these two.
 ///
 /// RUST_LOG sets what is logged to standard error ("info" by default).
 #[derive(Debug, Parser)]
@@ -28,6 +33,11 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
+    // Before there is any other thread: capabilities belong to threads.
+    let start = match Start::from_file(&arguments.config) {
+        Ok(start) => start,
+        Err(failure) => return failed(&failure),
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -38,11 +48,13 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(service::run(&arguments.config)) {
+    match runtime.block_on(service::run(start)) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            eprintln!("pagecopyd: {}", Shown(&failure));
-            ExitCode::FAILURE
-        }
+        Err(failure) => failed(&failure),
     }
+}
+
+fn failed(failure: &Failure) -> ExitCode {
+    eprintln!("pagecopyd: {}", Shown(failure));
+    ExitCode::FAILURE
 }

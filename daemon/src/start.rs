@@ -1,0 +1,166 @@
+//! The start, while there is one thread and perhaps root's privileges: what only root can do is done, and then given up.
+//!
+//! As root: limits are raised, the TLS key is read, TCP is listened on (a port below 1024 may be wanted), and folders that
+//! are missing are made and given to the user. Everything later is done as that user.
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
+
+use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use transport::connect::Identity;
+use transport::{Listener, Security};
+
+use crate::config::Config;
+use crate::dial;
+use crate::failure::{Failure, host, operator};
+use crate::privilege::{self, User};
+use crate::session::link_failure;
+
+/// Open files that the daemon asks for: channels, RAM files, QMP and API connections.
+const OPEN_FILES: u64 = 65_536;
+/// The priority that an attach runs at, the lowest real-time one.
+const ATTACH_PRIORITY: u64 = 1;
+
+/// A daemon that has its configuration, its certificates and its socket, and no privilege that it does not need.
+#[derive(Debug)]
+pub struct Start {
+    pub(crate) config: Config,
+    pub(crate) security: Security,
+    pub(crate) listener: Listener,
+}
+
+impl Start {
+    /// Reads the configuration and does everything that may need privileges. To be called by the only thread.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration, the files that it names, or the privileges.
+    pub fn from_file(config_file: &Path) -> Result<Start, Failure> {
+        let config = Config::load(config_file)?;
+        let user = config.user.as_deref().map(User::look_up).transpose()?;
+        raise_limits();
+        let security = security(&config)?;
+        if let Some(user) = user.as_ref().filter(|_| privilege::is_root()) {
+            give_folder(&config.state_dir, 0o700, user)?;
+            if let Some(folder) = config.api.parent() {
+                give_folder(folder, 0o755, user)?;
+            }
+        }
+        // A socket file is to be the user's own.
+        let is_file = config.listen.starts_with("unix:");
+        let early = (!is_file).then(|| bind(&config.listen)).transpose()?;
+        privilege::give_up(user.as_ref())?;
+        // Sockets, too, are made with the permissions that they shall have.
+        rustix::process::umask(Mode::RWXG | Mode::RWXO);
+        let listener = match early {
+            Some(listener) => listener,
+            None => bind(&config.listen)?,
+        };
+        Ok(Start {
+            config,
+            security,
+            listener,
+        })
+    }
+}
+
+fn security(config: &Config) -> Result<Security, Failure> {
+    let Some(tls) = &config.tls else {
+        tracing::warn!(
+            "INSECURE: insecure-plaintext = true. Guest memory crosses the network unencrypted, and every host that \
+             reaches {} may send guests here or take them. Use [tls] on any network that is not yours alone.",
+            config.listen
+        );
+        return Ok(Security::Plaintext);
+    };
+    let identity = Identity::load(&tls.ca, &tls.cert, &tls.key, tls.allow.clone());
+    Ok(Security::Tls(identity.map_err(|error| {
+        operator(
+            format!("[tls]: {error}"),
+            "see the files that [tls] names in the configuration",
+        )
+    })?))
+}
+
+/// Makes a folder for `user` if it is not there. One that is there stays as it is: whether it will do is found out as that
+/// user.
+fn give_folder(path: &Path, mode: u32, user: &User) -> Result<(), Failure> {
+    let make = || {
+        if std::fs::symlink_metadata(path).is_ok() {
+            return Ok(());
+        }
+        if let Some(parent) = path.parent() {
+            let mut builder = std::fs::DirBuilder::new();
+            builder.recursive(true).mode(0o755).create(parent)?;
+        }
+        std::fs::DirBuilder::new().mode(0o700).create(path)?;
+        // What was made just now, and no link that took its place.
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let folder = rustix::fs::open(path, flags, Mode::empty())?;
+        let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+        rustix::fs::fchown(&folder, Some(uid), Some(gid))?;
+        let folder = std::fs::File::from(folder);
+        folder.set_permissions(std::fs::Permissions::from_mode(mode))
+    };
+    make().map_err(|error: io::Error| {
+        host(
+            format!("the folder {} cannot be made: {error}", path.display()),
+            format!("make it, and give it to user {}", user.name),
+        )
+    })
+}
+
+fn bind(listen: &str) -> Result<Listener, Failure> {
+    let mut last = None;
+    for address in dial::resolve_to_listen(listen)? {
+        match Listener::bind(&address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => last = Some(error),
+        }
+    }
+    let failure = last.map_or_else(
+        || host("there is no address", ""),
+        |error| link_failure(&error),
+    );
+    Err(operator(
+        format!(
+            "listen = {listen:?} cannot be listened on: {}",
+            failure.what
+        ),
+        "choose an address of this host and a port that is free",
+    ))
+}
+
+/// Raises what the daemon may raise by itself: locked memory for io_uring's buffers, open files, and the priority of an
+/// attach, which root could take without.
+fn raise_limits() {
+    let raise = |resource, wanted: Option<u64>| {
+        let Rlimit { current, maximum } = getrlimit(resource);
+        let enough = |limit: Option<u64>| match (limit, wanted) {
+            (None, _) => true,
+            (Some(limit), Some(wanted)) => limit >= wanted,
+            (Some(_), None) => false,
+        };
+        if enough(current) {
+            return;
+        }
+        let all = Rlimit {
+            current: wanted,
+            maximum: if enough(maximum) { maximum } else { wanted },
+        };
+        let own = Rlimit {
+            current: maximum,
+            maximum,
+        };
+        if setrlimit(resource, all)
+            .or_else(|_| setrlimit(resource, own))
+            .is_err()
+        {
+            tracing::debug!(?resource, ?current, "this limit could not be raised");
+        }
+    };
+    raise(Resource::Memlock, None);
+    raise(Resource::Nofile, Some(OPEN_FILES));
+    raise(Resource::Rtprio, Some(ATTACH_PRIORITY));
+}
