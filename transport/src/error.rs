@@ -53,3 +53,11 @@ impl Error {
         }
     }
 }
+
+/// What a peer says to people: text on one line, for a log and a terminal. Control characters become blanks.
+pub(crate) fn peer_text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes)
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}

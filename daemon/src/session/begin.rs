@@ -79,12 +79,12 @@ pub(crate) fn check(request: &MigrationRequest) -> Result<(), Failure> {
 /// Checks a guest's name.
 ///
 /// # Errors
-/// It is empty or too long.
+/// It is empty or too long, or no text for a log and a terminal. It may look like a path: nothing takes it for one.
 pub(crate) fn check_name(vm: &str) -> Result<(), Failure> {
-    if vm.is_empty() || vm.len() > MAX_NAME {
+    if vm.is_empty() || vm.len() > MAX_NAME || vm.chars().any(char::is_control) {
         return Err(operator(
-            "the name of the guest is empty or too long",
-            format!("use 1 to {MAX_NAME} bytes"),
+            "the name of the guest is empty or too long, or has control characters in it",
+            format!("use 1 to {MAX_NAME} bytes of text"),
         ));
     }
     Ok(())

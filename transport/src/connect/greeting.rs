@@ -4,6 +4,7 @@
 //! uses TLS.
 
 use crate::connect::Greeting;
+use crate::error::peer_text;
 use crate::limits::{MAX_CHANNELS, MAX_REASON};
 
 /// First bytes of greeting and answer.
@@ -184,7 +185,7 @@ impl Answer {
         Ok(Answer {
             code,
             version,
-            text: String::from_utf8_lossy(text).into_owned(),
+            text: peer_text(text),
         })
     }
 }

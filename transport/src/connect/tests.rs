@@ -131,3 +131,16 @@ fn long_reasons_are_cut_at_a_character() {
     let answer = Answer::refusal(Code::Refused, &long);
     assert!(answer.encode().len() <= 16 + MAX_REASON);
 }
+
+/// A peer that is not trusted yet writes neither lines of its own into a log nor commands to a terminal.
+#[test]
+fn text_of_a_peer_has_no_control_characters() {
+    let answer = Answer {
+        code: Code::Refused,
+        version: 0,
+        text: "no\nERROR forged\u{1b}[2J\u{9b}2J\r\0".to_owned(),
+    };
+    let bytes = answer.encode();
+    let read = Answer::decode(bytes.first_chunk().unwrap(), &bytes[16..]).unwrap();
+    assert_eq!(read.text, "no ERROR forged [2J 2J  ");
+}

@@ -10,7 +10,7 @@ use std::io;
 use bytes::Bytes;
 
 use crate::channel::{Event, Token};
-use crate::error::Error;
+use crate::error::{Error, peer_text};
 use crate::limits::INBOX_LEN;
 use crate::region::{Extent, Region, RegionId, Regions};
 use crate::stream::frame::{self, HEADER_LEN, Header, Kind};
@@ -325,9 +325,7 @@ impl Receiver {
         }
         self.state = State::Head;
         if header.kind == Kind::Fault {
-            return Err(Error::Refused(
-                String::from_utf8_lossy(&self.partial).into_owned(),
-            ));
+            return Err(Error::Refused(peer_text(&self.partial)));
         }
         // A short message is copied out, so that the collecting buffer is kept; a long one is handed over.
         let message = if self.partial.len() <= INBOX_LEN {
