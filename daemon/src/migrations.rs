@@ -19,8 +19,9 @@ use crate::session::arrive::Visit;
 
 /// Ended migrations that stay visible.
 const KEPT: usize = 200;
-/// Live events kept for a reader that is behind.
-const EVENT_BACKLOG: usize = 1024;
+/// Live events kept for a reader that is behind: ten seconds of them. Every migration that stays visible has room for so
+/// many, about 80 bytes each.
+const EVENT_BACKLOG: usize = 128;
 
 /// What becomes of an operator's decision: what is done, or why it is refused.
 pub(crate) type Decided = Result<String, Failure>;
