@@ -1,6 +1,7 @@
 //! Certificates made for one test: an authority, a certificate for each host, and the wrong ones.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -79,6 +80,8 @@ impl Certs {
         };
         fs::write(&identity.cert, certificate.pem()).expect("a certificate file");
         fs::write(&identity.key, key.serialize_pem()).expect("a key file");
+        fs::set_permissions(&identity.key, Permissions::from_mode(0o600))
+            .expect("a key file takes a mode");
         identity
     }
 }

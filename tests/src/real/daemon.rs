@@ -1,6 +1,7 @@
 //! A `pagecopyd` for a test, started from a configuration and ready when the call returns.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::{Identity, Net, PATIENCE, Process, Side};
+use super::{Identity, Net, PATIENCE, Process, RunAs, Side};
 
 /// Port on which every test's daemons listen; the namespaces keep them apart.
 pub(super) const PORT: u16 = 7700;
@@ -30,32 +31,38 @@ pub struct Daemon {
     api: PathBuf,
     config: PathBuf,
     side: Side,
+    run_as: RunAs,
 }
 
 impl Daemon {
     /// Starts the daemon of `side`, with its files in `folder`, and waits until it says that it is ready.
-    pub fn start(net: &Net, side: Side, folder: &Path, trust: &Trust) -> Daemon {
+    pub fn start(net: &Net, side: Side, folder: &Path, trust: &Trust, run_as: RunAs) -> Daemon {
         let api = folder.join("api.sock");
         let config = folder.join("pagecopyd.toml");
-        fs::write(&config, configuration(side, folder, trust)).expect("a configuration file");
-        Self::start_from(net, side, &config, &api)
+        let text = configuration(side, folder, trust);
+        fs::write(&config, run_as.configuration() + &text).expect("a configuration file");
+        Self::start_from(net, side, &config, &api, run_as)
     }
 
     /// Starts the daemon again after its end, from the same files.
     pub fn restart(&mut self, net: &Net) {
         self.process.kill();
         let (config, api) = (self.config.clone(), self.api.clone());
-        *self = Self::start_from(net, self.side, &config, &api);
+        *self = Self::start_from(net, self.side, &config, &api, self.run_as);
     }
 
-    fn start_from(net: &Net, side: Side, config: &Path, api: &Path) -> Daemon {
+    fn start_from(net: &Net, side: Side, config: &Path, api: &Path, run_as: RunAs) -> Daemon {
         let notify_path = config.with_extension("notify");
         let _ = fs::remove_file(&notify_path);
         let notify = UnixDatagram::bind(&notify_path).expect("a socket for sd_notify");
+        // Anybody may tell systemd's.
+        fs::set_permissions(&notify_path, Permissions::from_mode(0o777))
+            .expect("a socket takes a mode");
         notify
             .set_read_timeout(Some(Duration::from_millis(200)))
             .expect("a socket takes a time-out");
-        let mut command = net.command(side, program("pagecopyd"));
+        let folder = config.parent().expect("a file is in a folder");
+        let mut command = run_as.command(net, side, folder, &program("pagecopyd"));
         command
             .arg("--config")
             .arg(config)
@@ -88,6 +95,7 @@ impl Daemon {
             api: api.to_owned(),
             config: config.to_owned(),
             side,
+            run_as,
         }
     }
 

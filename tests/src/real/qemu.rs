@@ -1,11 +1,14 @@
 //! A stock QEMU with the test guest in it, started the way that a user would start one that can be moved.
 
 use std::ffi::OsString;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use super::user::{open_to_group, unprivileged_qemu};
 use super::{PATIENCE, Process, Qmp, Scratch, Serial, guest_elf};
 
 /// A QEMU release that the tests run.
@@ -114,7 +117,7 @@ impl Machine {
         self
     }
 
-    fn arguments(&self, role: Role, name: &str, ram: &Path) -> Vec<OsString> {
+    fn arguments(&self, role: Role, name: &str, ram: &Path, elf: &Path) -> Vec<OsString> {
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
         add(&[
@@ -151,7 +154,7 @@ impl Machine {
             Role::Destination => add(&["-S", "-incoming", "defer"]),
             Role::EagerDestination => add(&["-incoming", "defer"]),
         }
-        let elf = guest_elf().to_str().expect("a path in UTF-8");
+        let elf = elf.to_str().expect("a path in UTF-8");
         add(&["-kernel", elf, "-append", &self.guest]);
         arguments.extend(self.extra.iter().map(OsString::from));
         arguments
@@ -213,6 +216,18 @@ impl Qemu {
         )
     }
 
+    /// The same as a user of its own, who owns the folder for RAM, and lets no other user read its files.
+    pub fn start_unprivileged(
+        scratch: &Scratch,
+        name: &str,
+        machine: &Machine,
+        role: Role,
+    ) -> Qemu {
+        let folder = scratch.folder(&format!("qemu-{name}"));
+        let command = unprivileged_qemu(scratch, machine.version, &folder);
+        Self::start_with(scratch, name, machine, role, command)
+    }
+
     /// The same with a command that runs QEMU in some other place, such as a network namespace.
     pub fn start_with(
         scratch: &Scratch,
@@ -224,11 +239,18 @@ impl Qemu {
         let folder = scratch.folder(&format!("qemu-{name}"));
         let at = |file: &str| folder.join(file);
         // QEMU connects to the test, so that the test has not to wait until QEMU listens.
-        let listen = |path: &Path| UnixListener::bind(path).expect("a unix socket to listen on");
+        let listen = |path: &Path| {
+            let listener = UnixListener::bind(path).expect("a unix socket to listen on");
+            fs::set_permissions(path, Permissions::from_mode(0o777))
+                .expect("a socket takes a mode");
+            listener
+        };
         let (monitor, serial) = (listen(&at("test.qmp")), listen(&at("serial")));
         let connect =
             |id: &str, file: &str| format!("socket,id={id},path={},server=off", at(file).display());
-        command.args(machine.arguments(role, name, scratch.ram()));
+        let guest = at("guest.elf");
+        fs::copy(guest_elf(), &guest).expect("the guest's image is copied");
+        command.args(machine.arguments(role, name, scratch.ram(), &guest));
         command.args([
             "-qmp",
             &format!("unix:{},server=on,wait=off", at("qmp").display()),
@@ -248,6 +270,8 @@ impl Qemu {
         let mut process = Process::spawn(&format!("QEMU {name}"), &mut command, &at("log"));
         accept_or_die(&monitor, &mut process);
         let qmp = Qmp::accept(&monitor);
+        // The daemon is not root: its user is let in by a group.
+        open_to_group(&at("qmp"));
         let ram = scratch.ram().join(format!("{name}-{}", machine.ram[0].id));
         Qemu {
             serial: Serial::accept(&serial),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::{
-    Certs, Cli, Daemon, Machine, Migration, Net, Outcome, Qemu, Role, Scratch, Side, Trust,
+    Certs, Cli, Daemon, Machine, Migration, Net, Outcome, Qemu, Role, RunAs, Scratch, Side, Trust,
     assert_nothing_left_in, outside_downtime,
 };
 
@@ -21,6 +21,11 @@ pub struct World {
 impl World {
     /// Two hosts that trust each other by certificates.
     pub fn tls() -> World {
+        Self::tls_as(RunAs::User)
+    }
+
+    /// The same, with daemons that are started in another way.
+    pub fn tls_as(run_as: RunAs) -> World {
         let scratch = Scratch::new();
         let certs = Certs::new(scratch.files(), "authority");
         let trust = |side: Side| {
@@ -30,7 +35,7 @@ impl World {
             )
         };
         let (a, b) = (trust(Side::A), trust(Side::B));
-        Self::with(scratch, &a, &b)
+        Self::with_as(scratch, &a, &b, run_as)
     }
 
     /// Two hosts that talk in the clear.
@@ -40,9 +45,13 @@ impl World {
 
     /// Two hosts that trust each other as given.
     pub fn with(scratch: Scratch, a: &Trust, b: &Trust) -> World {
+        Self::with_as(scratch, a, b, RunAs::User)
+    }
+
+    fn with_as(scratch: Scratch, a: &Trust, b: &Trust, run_as: RunAs) -> World {
         let net = Net::new();
         let start = |side: Side, trust: &Trust| {
-            Daemon::start(&net, side, &scratch.folder(side.name()), trust)
+            Daemon::start(&net, side, &scratch.folder(side.name()), trust, run_as)
         };
         let daemons = [start(Side::A, a), start(Side::B, b)];
         World {
