@@ -181,11 +181,20 @@ impl Folder {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let mut file = self.create_new(&new)?;
-        file.write_all(&serde_json::to_vec_pretty(value).map_err(io::Error::other)?)?;
-        file.sync_all()?;
-        rustix::fs::renameat(&self.fd, new.as_str(), &self.fd, name)?;
+        let bytes = serde_json::to_vec_pretty(value).map_err(io::Error::other)?;
+        if let Err(error) = self.replace(name, &new, &bytes) {
+            // A full disk has better uses for the half of it.
+            let _ = self.remove(&new);
+            return Err(error);
+        }
         self.sync()
+    }
+
+    fn replace(&self, name: &str, new: &str, bytes: &[u8]) -> io::Result<()> {
+        let mut file = self.create_new(new)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        Ok(rustix::fs::renameat(&self.fd, new, &self.fd, name)?)
     }
 
     /// Reads JSON; an absent file is `None`.

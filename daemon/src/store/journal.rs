@@ -71,14 +71,18 @@ impl Journals {
     /// # Errors
     /// The disk refused, or there is one already.
     pub fn create(&self, id: MigrationId, side: Side, begun: &Record) -> io::Result<JournalFile> {
-        let file = self.folder.create_new(&name(id, side))?;
+        let name = name(id, side);
+        let file = self.folder.create_new(&name)?;
         let mut journal = JournalFile {
             file,
             records: Vec::new(),
             damaged: false,
         };
-        journal.append(begun)?;
-        self.folder.sync()?;
+        if let Err(error) = journal.append(begun).and_then(|()| self.folder.sync()) {
+            // What was never begun has no journal. Should the file stay all the same, it says nothing that counts.
+            let _ = self.folder.remove(&name);
+            return Err(error);
+        }
         Ok(journal)
     }
 
