@@ -36,6 +36,25 @@ as_root() {
     fi
 }
 
+# private_apt DIR SUITE...: an apt directory of its own in DIR, with the package lists of these suites. apt_options is set
+# for apt-get and apt-cache to use it: neither the machine's package lists nor its installed packages change.
+private_apt() {
+    local dir=$1 suite keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    shift
+    [[ $(dpkg --print-architecture 2>/dev/null) == amd64 ]] || die "what is missing here is fetched from Debian's amd64 packages"
+    [[ -f $keyring ]] || die "$keyring is missing: install the package debian-archive-keyring"
+    mkdir -p "$dir"/{lists,archives}/partial "$dir/parts"
+    for suite in "$@"; do
+        echo "deb [signed-by=$keyring] ${PAGECOPY_DEBIAN_MIRROR:-http://deb.debian.org/debian} $suite main"
+    done >"$dir/sources.list"
+    apt_options=(
+        -o "Dir::Etc::SourceList=$dir/sources.list" -o "Dir::Etc::SourceParts=$dir/parts"
+        -o "Dir::State::Lists=$dir/lists" -o "Dir::Cache=$dir" -o "Dir::Cache::Archives=$dir/archives"
+        -o APT::Sandbox::User=root -o Debug::NoLocking=true -o APT::Get::List-Cleanup=0 -qq
+    )
+    apt-get "${apt_options[@]}" update >&2
+}
+
 # run_and_clean_up COMMAND...: runs a program that starts QEMUs, daemons and namespaces. However it ends, by Ctrl-C too,
 # its processes end with it, and what it named after its pid is removed (tests/src/real/scratch.rs has the names).
 run_and_clean_up() {
