@@ -110,6 +110,44 @@ impl Net {
         run(nft.args(["delete", "table", "inet", "cut"]));
     }
 
+    /// Makes the link slow and lossy in both directions, as `tc-netem(8)` understands it: `delay 20ms loss 0.5%`.
+    ///
+    /// # Errors
+    /// That this kernel has no netem.
+    pub fn impair(&self, netem: &[&str]) -> Result<(), String> {
+        for side in [Side::A, Side::B] {
+            // One packet at a time: netem would else drop or pass the 64 KiB that a veth hands over at once.
+            self.ip(side, &["link", "set", "veth0", "gso_max_segs", "1"]);
+            let mut tc = self.command(side, "tc");
+            // The queue holds what a fast sender has under way; the default of 1000 packets would drop more than asked.
+            tc.args(["qdisc", "replace", "dev", "veth0", "root", "netem"]);
+            let output = tc
+                .args(["limit", "10000"])
+                .args(netem)
+                .output()
+                .map_err(|error| format!("tc does not start: {error}"))?;
+            if !output.status.success() {
+                return Err(format!(
+                    "this kernel has no netem: {}",
+                    String::from_utf8_lossy(&output.stderr).trim()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Packets that [`impair`](Self::impair) has dropped so far of those that `side` sent.
+    pub fn dropped(&self, side: Side) -> u64 {
+        let mut tc = self.command(side, "tc");
+        let output = tc
+            .args(["-s", "-j", "qdisc", "show", "dev", "veth0"])
+            .output()
+            .expect("tc can be called");
+        let shown: serde_json::Value =
+            serde_json::from_slice(&output.stdout).expect("tc prints JSON");
+        shown[0]["drops"].as_u64().expect("the queue's count")
+    }
+
     /// Bytes that `side` has sent over the link so far, with all headers.
     pub fn bytes_sent(&self, side: Side) -> u64 {
         let output = self

@@ -44,6 +44,15 @@ impl Version {
     }
 }
 
+/// What runs the guest's code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// QEMU's emulation.
+    Tcg,
+    /// The kernel, with the CPU's help; see [`hardware_kvm`](super::hardware_kvm).
+    Kvm,
+}
+
 /// What one memory back end is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Backing {
@@ -75,6 +84,8 @@ pub struct Ram {
 pub struct Machine {
     /// QEMU's release.
     pub version: Version,
+    /// What runs the guest's code.
+    pub accel: Accel,
     /// `-machine` type.
     pub machine: String,
     /// Memory back ends; two or more become NUMA nodes.
@@ -95,6 +106,7 @@ impl Machine {
     pub fn new(version: Version, mib: u64, guest: &str) -> Machine {
         Machine {
             version,
+            accel: Accel::Tcg,
             machine: "q35".to_owned(),
             ram: vec![Ram {
                 id: "ram0".to_owned(),
@@ -122,7 +134,10 @@ impl Machine {
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
         add(&[
             "-accel",
-            "tcg",
+            match self.accel {
+                Accel::Tcg => "tcg",
+                Accel::Kvm => "kvm",
+            },
             "-nodefaults",
             "-no-user-config",
             "-display",

@@ -76,6 +76,28 @@ impl Serial {
         self.command(&format!("R{mb_s}\n"));
     }
 
+    /// Waits until the guest has dirtied so many pages in all.
+    pub fn wait_dirtied(&self, pages: u64) {
+        self.wait_for("pages dirtied", PATIENCE, |record| {
+            (record.dirtied() >= pages).then_some(())
+        });
+    }
+
+    /// Has the guest dirty nothing, and waits until it does so. Returns how many pages it has dirtied so far.
+    pub fn rest(&self) -> u64 {
+        self.set_rate(0);
+        // While it dirties at any rate, no two of its lines, a tenth of a second apart, agree.
+        let mut before = None;
+        loop {
+            self.wait_line("OK ", self.lines(), PATIENCE);
+            let dirtied = Some(self.dirtied());
+            if dirtied == before {
+                return self.dirtied();
+            }
+            before = dirtied;
+        }
+    }
+
     /// Panics if the guest has ever found a wrong word here.
     pub fn assert_whole(&self) {
         let record = self.lock();
@@ -124,17 +146,7 @@ impl Serial {
 
     /// Pages that the guest said it had dirtied by its last line of state.
     pub fn dirtied(&self) -> u64 {
-        let record = self.lock();
-        let state = record
-            .lines
-            .iter()
-            .rev()
-            .find(|line| line.starts_with("OK "));
-        let field = state.and_then(|line| {
-            line.split(' ')
-                .find_map(|field| field.strip_prefix("dirtied="))
-        });
-        field.and_then(|number| number.parse().ok()).unwrap_or(0)
+        self.lock().dirtied()
     }
 
     fn command(&self, text: &str) {
@@ -211,6 +223,16 @@ fn read_all(mut stream: UnixStream, shared: &Shared) {
 }
 
 impl Record {
+    fn dirtied(&self) -> u64 {
+        let mut lines = self.lines.iter().rev();
+        let state = lines.find(|line| line.starts_with("OK "));
+        let field = state.and_then(|line| {
+            line.split(' ')
+                .find_map(|field| field.strip_prefix("dirtied="))
+        });
+        field.and_then(|number| number.parse().ok()).unwrap_or(0)
+    }
+
     fn take(&mut self, now: Instant, byte: u8) {
         if byte & 0x80 != 0 {
             self.beats.push((now, byte & 0x7f));
