@@ -1,6 +1,6 @@
 //! What needs more of a kernel than most machines of a test have: guests under KVM, a slow and lossy link, kernel TLS.
 //!
-//! `scripts/vm-tests` runs these in the virtual machine of `scripts/vm`, where none may be skipped. Elsewhere each asks
+//! `scripts/test-vm` runs these in the virtual machine of `scripts/vm`, where none may be skipped. Elsewhere each asks
 //! for what it needs, and is skipped without it.
 
 #![allow(clippy::unwrap_used)]
