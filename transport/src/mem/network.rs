@@ -74,13 +74,38 @@ impl Network {
 
     /// Cuts every channel there is: both ends report an error. Channels made later are sound.
     pub fn cut(&self) {
-        self.lock().cut();
+        self.cut_where(|_, _| true);
+    }
+
+    /// Cuts the ends for which `which` is true of the channel's number, from 0 in the order in which they were made, and
+    /// of the end, 0 for the first and 1 for the second. The other end of a channel of which only one is cut hears nothing
+    /// more and is told nothing.
+    pub fn cut_where(&self, which: impl Fn(usize, usize) -> bool) {
+        self.lock().cut_where(which);
+    }
+
+    /// How many channels have been made.
+    pub fn channels(&self) -> usize {
+        self.lock().ends.len() / 2
+    }
+
+    /// How many writes had left in part, and not whole, when their end of the channel failed or was dropped.
+    pub fn partial_writes(&self) -> u64 {
+        self.lock().partial_writes
     }
 
     /// While on, nothing arrives, and nobody is told. Senders go on until 4 MiB are on their way in each direction of a
     /// channel. When it ends, what was held up arrives, as TCP sends lost segments again.
     pub fn blackhole(&self, on: bool) {
-        self.lock().blackhole = on;
+        self.lock().set_blackhole([on; 2]);
+    }
+
+    /// The same for what is sent by one end of each channel only, 0 for the first and 1 for the second.
+    pub fn blackhole_from(&self, end: usize, on: bool) {
+        let mut state = self.lock();
+        let mut blackhole = state.blackhole();
+        blackhole[end % 2] = on;
+        state.set_blackhole(blackhole);
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {

@@ -47,20 +47,17 @@ pub(super) struct State {
     now: u64,
     random: Random,
     faults: Faults,
-    pub(super) blackhole: bool,
+    /// Whether nothing arrives of what the first ends send, and the second.
+    blackhole: [bool; 2],
     pub(super) ends: Vec<End>,
+    /// Writes that were cut off when part of them had left.
+    pub(super) partial_writes: u64,
+    /// The next step, if it was looked for since anything changed.
+    next: Option<Option<Next>>,
 }
 
-impl End {
-    /// Ends the channel here. What has arrived can still be taken; what has not left is lost.
-    fn fail(&mut self, error: Error) {
-        if self.failed.is_none() {
-            self.failed = Some(error);
-        }
-        self.pipe.queue.clear();
-        self.pipe.leaving = None;
-    }
-}
+/// When a step is taken, by the pipe of which end, and which.
+type Next = (u64, usize, Step);
 
 impl State {
     pub(super) fn new(seed: u64, faults: Faults) -> State {
@@ -68,8 +65,10 @@ impl State {
             now: 0,
             random: Random::new(seed),
             faults,
-            blackhole: false,
+            blackhole: [false; 2],
             ends: Vec::new(),
+            partial_writes: 0,
+            next: None,
         }
     }
 
@@ -97,20 +96,48 @@ impl State {
     }
 
     /// See [`Network::next_event`](crate::mem::Network::next_event).
-    pub(super) fn next_event(&self) -> Option<u64> {
+    pub(super) fn next_event(&mut self) -> Option<u64> {
         self.next_step().map(|(at, ..)| at)
     }
 
-    /// See [`Network::cut`](crate::mem::Network::cut).
-    pub(super) fn cut(&mut self) {
-        for end in &mut self.ends {
-            end.fail(Error::Io {
+    /// See [`Network::cut_where`](crate::mem::Network::cut_where).
+    pub(super) fn cut_where(&mut self, which: impl Fn(usize, usize) -> bool) {
+        for end in (0..self.ends.len()).filter(|end| which(end / 2, end % 2)) {
+            let error = Error::Io {
                 what: "receiving from the peer",
                 kind: std::io::ErrorKind::ConnectionReset,
                 message: "the simulated link was cut".to_owned(),
-            });
-            end.pipe.flying.clear();
-            end.pipe.flying_bytes = 0;
+            };
+            self.fail(end, error);
+            let pipe = &mut self.ends[end].pipe;
+            pipe.flying.clear();
+            pipe.flying_bytes = 0;
+        }
+    }
+
+    /// See [`Network::blackhole_from`](crate::mem::Network::blackhole_from).
+    pub(super) fn blackhole(&self) -> [bool; 2] {
+        self.blackhole
+    }
+
+    /// See [`Network::blackhole_from`](crate::mem::Network::blackhole_from).
+    pub(super) fn set_blackhole(&mut self, blackhole: [bool; 2]) {
+        self.blackhole = blackhole;
+        self.next = None;
+    }
+
+    /// Ends the channel at `end`. What has arrived can still be taken; what has not left is lost.
+    fn fail(&mut self, end: usize, error: Error) {
+        self.next = None;
+        let end = &mut self.ends[end];
+        if end.failed.is_none() {
+            end.failed = Some(error);
+        }
+        end.pipe.queue.clear();
+        if let Some(leaving) = end.pipe.leaving.take() {
+            let begun = leaving.extent > 0 || leaving.skip > 0;
+            let write = matches!(leaving.item, Item::Write { .. });
+            self.partial_writes += u64::from(begun && write);
         }
     }
 
@@ -124,7 +151,7 @@ impl State {
     pub(super) fn close(&mut self, end: usize) {
         self.ends[end].events.clear();
         if self.ends[end].failed.is_none() {
-            self.ends[end].fail(Error::Closed);
+            self.fail(end, Error::Closed);
             self.fly(end, Load::End, 0);
         }
     }
@@ -135,6 +162,7 @@ impl State {
             && let Some(item) = self.ends[end].pipe.queue.pop_front()
         {
             let at = self.leave_time(0);
+            self.next = None;
             self.ends[end].pipe.leaving = Some(Leaving {
                 item,
                 at,
@@ -145,22 +173,29 @@ impl State {
     }
 
     /// The earliest step, and the end whose pipe takes it.
-    fn next_step(&self) -> Option<(u64, usize, Step)> {
-        let leaving = |(index, end): (usize, &End)| {
+    fn next_step(&mut self) -> Option<Next> {
+        if let Some(next) = self.next {
+            return next;
+        }
+        let mut next: Option<Next> = None;
+        for (index, end) in self.ends.iter().enumerate() {
+            let leaving = end.pipe.leaving.as_ref();
             let room = end.pipe.flying_bytes < BUFFER;
-            end.pipe
-                .leaving
-                .as_ref()
+            let leaves = leaving
                 .filter(|_| room)
-                .map(|leaving| (leaving.at, index, Step::Leave))
-        };
-        let flying = |(index, end): (usize, &End)| {
-            let first = end.pipe.flying.front().filter(|_| !self.blackhole);
-            first.map(|flying| (flying.at, index, Step::Arrive))
-        };
-        let first_leaving = self.ends.iter().enumerate().filter_map(leaving).min();
-        let first_flying = self.ends.iter().enumerate().filter_map(flying).min();
-        [first_leaving, first_flying].into_iter().flatten().min()
+                .map(|leaving| (leaving.at, index, Step::Leave));
+            let flying = end.pipe.flying.front();
+            let arrives = flying
+                .filter(|_| !self.blackhole[index % 2])
+                .map(|flying| (flying.at, index, Step::Arrive));
+            for step in [arrives, leaves].into_iter().flatten() {
+                if next.is_none_or(|next| step < next) {
+                    next = Some(step);
+                }
+            }
+        }
+        self.next = Some(next);
+        next
     }
 
     /// When a piece leaves that comes after one of `bytes` bytes.
@@ -178,6 +213,7 @@ impl State {
         let delay = self
             .random
             .between(self.faults.delay_min, self.faults.delay_max);
+        self.next = None;
         let pipe = &mut self.ends[end].pipe;
         let last = pipe.flying.back().map_or(0, |flying| flying.at);
         pipe.flying.push_back(Flying {
@@ -191,6 +227,7 @@ impl State {
 
     /// The next piece of what `end` sends leaves.
     fn leave(&mut self, end: usize) {
+        self.next = None;
         let Some(mut leaving) = self.ends[end].pipe.leaving.take() else {
             return;
         };
@@ -295,6 +332,7 @@ impl State {
 
     /// The first load that `end` has sent arrives at the other end.
     fn arrive(&mut self, end: usize) {
+        self.next = None;
         let Some(flying) = self.ends[end].pipe.flying.pop_front() else {
             return;
         };
@@ -338,16 +376,16 @@ impl State {
                 )
             }),
             Load::Fault(text) => {
-                self.ends[other].fail(Error::Refused(text));
+                self.fail(other, Error::Refused(text));
                 Ok(())
             }
             Load::End => {
-                self.ends[other].fail(Error::Closed);
+                self.fail(other, Error::Closed);
                 Ok(())
             }
         };
         if let Err(text) = done {
-            self.ends[other].fail(Error::PeerMisbehaved(text.to_owned()));
+            self.fail(other, Error::PeerMisbehaved(text.to_owned()));
             self.fly(other, Load::Fault(text.to_owned()), 0);
         }
     }
