@@ -31,6 +31,8 @@ pub struct Journals {
 pub struct JournalFile {
     file: File,
     records: Vec<Record>,
+    /// Bytes of those records.
+    whole: u64,
     /// A write failed, and what the disk holds of it is not known.
     damaged: bool,
 }
@@ -44,15 +46,19 @@ impl JournalFile {
     /// Adds a record and waits until the disk has it.
     ///
     /// # Errors
-    /// The disk refused. Part of the record may be there; the journal takes nothing more.
+    /// The disk refused. The record may be there all the same, whole or in part, and is taken off before the next is added:
+    /// a disk that was full for a moment does not make the journal useless.
     pub fn append(&mut self, record: &Record) -> io::Result<()> {
         if self.damaged {
-            return Err(io::Error::other("an earlier record could not be written"));
+            self.file.set_len(self.whole)?;
+            self.file.sync_all()?;
         }
         self.damaged = true;
-        self.file.write_all(&encode(record))?;
+        let line = encode(record);
+        self.file.write_all(&line)?;
         self.file.sync_data()?;
         self.damaged = false;
+        self.whole += line.len() as u64;
         self.records.push(record.clone());
         Ok(())
     }
@@ -76,6 +82,7 @@ impl Journals {
         let mut journal = JournalFile {
             file,
             records: Vec::new(),
+            whole: 0,
             damaged: false,
         };
         if let Err(error) = journal.append(begun).and_then(|()| self.folder.sync()) {
@@ -99,6 +106,7 @@ impl Journals {
         Ok(JournalFile {
             file,
             records: decoded.records,
+            whole: decoded.whole_bytes as u64,
             damaged: false,
         })
     }
@@ -261,6 +269,29 @@ mod tests {
         assert_eq!(records, [first, Record::CommitIntent, Record::RolledBack]);
         assert_eq!(journals.read(id, Side::Destination).unwrap(), None);
         assert_eq!(journals.list().unwrap(), [(id, Side::Source)]);
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_record_that_was_refused_is_taken_off_before_the_next() {
+        let dir = test_dir("refused");
+        let id = MigrationId([4; 16]);
+        let journals = journals_in(&dir);
+        let first = begun(id, Side::Source);
+        let mut journal = journals.create(id, Side::Source, &first).unwrap();
+        let path = dir.join(name(id, Side::Source));
+        let sound = std::mem::replace(&mut journal.file, File::open(&path).unwrap());
+        assert!(journal.append(&Record::CommitIntent).is_err());
+        assert!(journal.append(&Record::RolledBack).is_err());
+        // The disk kept part of what it refused.
+        (&sound)
+            .write_all(&encode(&Record::CommitIntent)[..9])
+            .unwrap();
+        journal.file = sound;
+        journal.append(&Record::RolledBack).unwrap();
+        let records = journals.read(id, Side::Source).unwrap().unwrap();
+        assert_eq!(records, [first, Record::RolledBack]);
+        assert_eq!(records, journal.records());
         fs::remove_dir_all(dir).unwrap();
     }
 
