@@ -1,27 +1,37 @@
-//! Thousands of simulated migrations, each decided by its seed, with the checker of `tests::sim` always on.
+//! Many thousands of simulated migrations, each decided by its seed, with the checker of `tests::sim` always on.
 //!
-//! `PAGECOPY_SEEDS=n` runs about `n` seeds instead of the default. A seed that breaks an invariant is printed with the reason
-//! and the end of its trace; `PAGECOPY_SEED=n cargo test -p tests --test simulation THEME -- --nocapture` replays it with
-//! the whole trace.
+//! `PAGECOPY_SEEDS=n` runs `n` seeds instead of 100,000: the first few thousand are always the same, the others follow a
+//! base that is taken from the clock and printed, so that each run sees others; `PAGECOPY_BASE_SEED=n` repeats them. A
+//! seed that breaks an invariant is printed with the reason, the smallest plan that still breaks it, the end of its
+//! trace, and the commands that replay both.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::{Duration, Instant, SystemTime};
 
-use pagecopy::engine::Fault;
 use pagecopy::engine::event::State;
-use tests::sim::{Mistake, Outcome, Side, Theme, run, run_traced};
+use tests::sim::{
+    Broken, CHANNEL_LIMIT, Happened, Mistake, OUTPUTS, Outcome, Plan, Side, Survey, Theme, Wish,
+    broken, run, run_traced, shrink,
+};
 
-/// Seeds of all themes together, unless `PAGECOPY_SEEDS` says otherwise.
-const SEEDS: u64 = 3_000;
-/// Themes that share them.
-const THEMES: u64 = 5;
+mod kept;
+
+/// Seeds, unless `PAGECOPY_SEEDS` says otherwise.
+const SEEDS: u64 = 100_000;
+/// So many of them are the same in every run.
+const FIXED: u64 = 5_000;
+/// With fewer seeds than this, chance alone could leave something out.
+const ENOUGH: u64 = 50_000;
 /// Lines of the trace that are printed for a seed that fails.
-const LAST_LINES: usize = 50;
-/// Within so many seeds every planted mistake must be found.
-const SEEDS_FOR_A_MISTAKE: u64 = 3_000;
-
-/// Ends of migrations, counted.
-type Ends = BTreeMap<(String, Option<Side>), u64>;
+const LAST_LINES: usize = 60;
+/// How long a failing plan is made smaller.
+const SHRINK: Duration = Duration::from_secs(20);
+/// Within so long every planted mistake must be found.
+const LIMIT_FOR_A_MISTAKE: Duration = Duration::from_secs(60);
+/// The command that replays a run.
+const REPLAY: &str = "cargo test -p tests --test simulation replay -- --nocapture";
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| {
@@ -30,238 +40,361 @@ fn number(variable: &str) -> Option<u64> {
     })
 }
 
-/// Prints why a seed failed.
-fn explain(theme: Theme, seed: u64, what: &str) {
-    let outcome = run_traced(theme, seed, None);
+/// The words of a complaint, without its figures.
+fn kind(what: &str) -> String {
+    what.chars().filter(|c| !c.is_ascii_digit()).collect()
+}
+
+/// How to see a plan's run again, and the end of it.
+fn show(text: &mut String, plan: &Plan, mistake: Option<Mistake>) {
+    let outcome = run_traced(plan, mistake);
     let first = outcome.trace.len().saturating_sub(LAST_LINES);
-    println!(
-        "{theme:?}, seed {seed}: {what}\n{}",
+    let _ = writeln!(
+        text,
+        "{}\nreplay it: PAGECOPY_PLAN='{0}' {REPLAY}\nthe end of its trace:\n{}",
+        plan.write(),
         outcome.trace[first..].join("\n")
     );
+}
+
+/// All about a seed that failed.
+fn explain(failed: &Broken) -> String {
+    let (theme, seed) = (Theme::of(failed.seed), failed.seed);
+    let wanted = kind(&failed.what);
+    let small = shrink(&Plan::of(seed), None, SHRINK, |outcome| {
+        broken(theme, outcome).is_some_and(|what| kind(&what) == wanted)
+    });
+    let mut text = format!(
+        "{theme:?}, seed {seed}: {}\nreplay it: PAGECOPY_SEED={seed} {REPLAY}\nthe smallest plan that does the same: ",
+        failed.what
+    );
+    show(&mut text, &small, None);
+    text
+}
+
+/// `PAGECOPY_SEED=n` or `PAGECOPY_PLAN=json`: runs that one, with its whole trace. Does nothing otherwise.
+#[test]
+fn replay() {
+    let seed = number("PAGECOPY_SEED");
+    let plan = match (std::env::var("PAGECOPY_PLAN"), seed) {
+        (Ok(text), _) => Plan::read(&text).unwrap(),
+        (Err(_), Some(seed)) => Plan::of(seed),
+        _ => return,
+    };
+    let theme = seed.map_or(Theme::Chaos, Theme::of);
+    let outcome = run_traced(&plan, None);
+    println!("{}\n{}", plan.write(), outcome.trace.join("\n"));
     println!(
-        "replay: PAGECOPY_SEED={seed} cargo test -p tests --test simulation {theme:?} -- --nocapture\n"
+        "{theme:?}: {:?} after {} events and {:?}, the guest runs at {:?}; {:?}",
+        outcome.state, outcome.steps, outcome.time, outcome.guest, outcome.tally
     );
+    assert_eq!(broken(theme, &outcome), None);
 }
 
-/// What is wrong with the end of a run, if anything is.
-fn broken(theme: Theme, outcome: &Outcome) -> Option<String> {
-    if let Some(violation) = &outcome.violation {
-        return Some(violation.what.clone());
-    }
-    let failure = outcome.failure.as_ref()?;
-    match theme {
-        Theme::Quiet if failure.fault != Fault::Guest => {
-            Some(format!("nothing went wrong, and yet: {failure:?}"))
-        }
-        _ if failure.what.contains("differ") => Some(format!("the RAMs differ: {failure:?}")),
-        _ => None,
-    }
-}
-
-/// Runs the theme's share of the seeds.
-fn run_theme(theme: Theme) -> Ends {
-    if let Some(seed) = number("PAGECOPY_SEED") {
-        let outcome = run_traced(theme, seed, None);
-        println!("{}", outcome.trace.join("\n"));
-        println!(
-            "{theme:?}, seed {seed}: {:?}, the guest runs at {:?}",
-            outcome.state, outcome.guest
+#[test]
+fn a_hundred_thousand_seeds() {
+    let seeds = number("PAGECOPY_SEEDS").unwrap_or(SEEDS);
+    let base = number("PAGECOPY_BASE_SEED").unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        now.unwrap().as_secs() << 24
+    });
+    println!("the same again: PAGECOPY_SEEDS={seeds} PAGECOPY_BASE_SEED={base}");
+    let fixed = seeds.min(FIXED);
+    let survey = Survey::of(&[0..fixed, base..base + (seeds - fixed)]);
+    print(&survey);
+    if let Some(first) = survey.broken.first() {
+        let failed: Vec<String> = survey
+            .broken
+            .iter()
+            .map(|broken| format!("{}: {}", broken.seed, broken.what))
+            .collect();
+        panic!(
+            "{} of {seeds} seeds failed, such as\n{}\n\n{}",
+            survey.failures,
+            failed.join("\n"),
+            explain(first)
         );
-        assert_eq!(broken(theme, &outcome), None, "{theme:?}, seed {seed}");
-        return Ends::new();
     }
-    let seeds = number("PAGECOPY_SEEDS").unwrap_or(SEEDS).div_ceil(THEMES);
-    let mut ends = Ends::new();
-    let mut failed = Vec::new();
-    for seed in 0..seeds {
-        let outcome = run(theme, seed, None);
-        *ends
-            .entry((format!("{:?}", outcome.state), outcome.guest))
-            .or_default() += 1;
-        if let Some(what) = broken(theme, &outcome) {
-            if failed.is_empty() {
-                explain(theme, seed, &what);
-            }
-            failed.push(seed);
+    assert_eq!(survey.total(), seeds);
+    assert_ends(&survey);
+    if seeds >= ENOUGH {
+        assert_happened(&survey);
+        assert_crashes(&survey);
+    }
+}
+
+fn print(survey: &Survey) {
+    let seconds = survey.took.as_secs_f64();
+    println!(
+        "{} seeds in {seconds:.1} s, {:.0} a second; {:.1} h of virtual time; for one run at most {} events and {:.0} s",
+        survey.total(),
+        survey.total() as f64 / seconds,
+        survey.virtual_time.as_secs_f64() / 3600.0,
+        survey.most_steps,
+        survey.most_time.as_secs_f64()
+    );
+    for ((theme, state, guest), count) in &survey.ends {
+        println!("{count:>8} {theme:?}: {state}, the guest at {guest:?}");
+    }
+    for (what, count) in &survey.happened {
+        println!("{count:>8} {what:?}");
+    }
+    println!("daemons that died before, after, and some time after an output:");
+    for ((side, output), counts) in crashes(survey) {
+        println!(
+            "{:>8} {:>5} {:>5} {side:?} {output}",
+            counts[0], counts[1], counts[2]
+        );
+    }
+}
+
+/// How often daemons died at each output: before it was carried out, right after, and some time after.
+fn crashes(survey: &Survey) -> BTreeMap<(Side, String), [u64; 3]> {
+    let mut table = BTreeMap::<_, [u64; 3]>::new();
+    for ((side, output, moment), count) in &survey.crashes {
+        let column = ["before", "after", "later"]
+            .iter()
+            .position(|column| column == moment);
+        table.entry((*side, output.to_string())).or_default()[column.unwrap()] += count;
+    }
+    table
+}
+
+/// No theme is empty: at least so many in a thousand of its migrations ended so.
+fn assert_ends(survey: &Survey) {
+    use State::{Cancelled, Completed, Failed};
+    use Theme::{Chaos, Crashes, DirectIo, Faults, Quiet, Verify};
+    let (source, destination) = (Some(Side::Source), Some(Side::Destination));
+    if survey.total() < 1_000 {
+        return;
+    }
+    for (theme, state, guest, least) in [
+        (Quiet, Completed, destination, 700),
+        (Quiet, Failed, source, 5),
+        (Faults, Completed, destination, 200),
+        (Faults, Failed, source, 100),
+        (Faults, Cancelled, source, 20),
+        (Crashes, Completed, destination, 150),
+        (Crashes, Failed, source, 150),
+        (Chaos, Completed, destination, 100),
+        (Chaos, Failed, source, 150),
+        (DirectIo, Completed, destination, 400),
+        (Verify, Completed, destination, 400),
+    ] {
+        let share = survey.share(theme, state, guest);
+        assert!(
+            share >= least,
+            "{theme:?}, {state:?} with the guest at {guest:?}: only {share} in a thousand"
+        );
+    }
+}
+
+/// Every fault and every rare way really occurs: in at least so many of 100,000 runs.
+fn assert_happened(survey: &Survey) {
+    use Happened::*;
+    let both = |what: fn(Side) -> Happened, least| {
+        [
+            (what(Side::Source), least),
+            (what(Side::Destination), least),
+        ]
+    };
+    let single = [
+        (Cut, 500),
+        (ChannelCut, 300),
+        (PartialWrite, 1_000),
+        (Stalled, 300),
+        (Silence, 800),
+        (ReconnectFailed, 300),
+        (ChannelsOvertook, 20_000),
+        (StoppedOvertaken, 300),
+        (ClocksDrifted, 500),
+        (Doubted, 1_500),
+        (DoubtedForGood, 20),
+        (NearlyFullChannel, 20),
+        (AskedFenced(Side::Source, Wish::RunHere), 30),
+        (AskedUnfenced(Side::Source, Wish::RunHere), 100),
+        (AskedUnfenced(Side::Source, Wish::LetGo), 100),
+        (AskedUnfenced(Side::Destination, Wish::RunHere), 2),
+        (AskedUnfenced(Side::Destination, Wish::LetGo), 2),
+        (AskedFenced(Side::Destination, Wish::RunHere), 1),
+    ];
+    let sides = [
+        both(CutSeenOnlyBy, 100),
+        both(OneWaySilence, 100),
+        both(Cancelled, 500),
+        both(QemuDied, 500),
+        both(DaemonDied, 2_000),
+        both(HostDied, 300),
+        both(TornLine, 80),
+        both(LostRecord, 80),
+        both(DiskRefused, 100),
+        both(DiskFull, 50),
+        both(SlowDisk, 30),
+        both(HostFailed, 200),
+        both(QemuFailed, 50),
+        both(Frozen, 300),
+        both(SleptClockStood, 80),
+        both(SleptClockWent, 80),
+        both(ClockJumped, 150),
+    ];
+    let rare: Vec<String> = single
+        .into_iter()
+        .chain(sides.into_iter().flatten())
+        .filter(|(what, least)| survey.count(*what) * 100_000 < least * survey.total())
+        .map(|(what, least)| format!("{what:?}: {}, and {least} expected", survey.count(what)))
+        .collect();
+    assert!(rare.is_empty(), "too seldom: {rare:#?}");
+}
+
+/// Daemons die at every output there is: before it is carried out, right after, and later.
+fn assert_crashes(survey: &Survey) {
+    let table = crashes(survey);
+    let missing: Vec<String> = OUTPUTS
+        .iter()
+        .filter(|(side, output)| {
+            let counts = table.get(&(*side, (*output).to_owned()));
+            counts.is_none_or(|counts| counts.contains(&0))
+        })
+        .map(|(side, output)| format!("{side:?} {output}"))
+        .collect();
+    assert!(missing.is_empty(), "no daemon died at {missing:#?}");
+}
+
+/// What failed once does not fail again. The plans are data, made small when they were found, so that a change of what
+/// seeds are made of does not change them; each is run with other chances, too.
+#[test]
+fn what_failed_once() {
+    for (theme, story, plan) in kept::KEPT {
+        let mut plan = Plan::read(plan).unwrap();
+        for chance in [plan.chance].into_iter().chain(0..kept::CHANCES) {
+            plan.chance = chance;
+            let Some(what) = broken(*theme, &run(&plan, None)) else {
+                continue;
+            };
+            let mut text = format!("{theme:?}: {what}. Its story: {story}\n");
+            show(&mut text, &plan, None);
+            panic!("{text}");
         }
     }
-    println!("{theme:?}, {seeds} seeds: {ends:?}");
-    assert!(
-        failed.is_empty(),
-        "{theme:?}: {} of {seeds} seeds failed: {failed:?}",
-        failed.len()
-    );
-    ends
 }
 
-/// That a theme is not empty: at least `least` in a thousand migrations ended so.
-fn assert_share(ends: &Ends, state: State, guest: Option<Side>, least: u64) {
-    let all: u64 = ends.values().sum();
-    let count = ends
-        .get(&(format!("{state:?}"), guest))
-        .copied()
-        .unwrap_or(0);
-    assert!(
-        all == 0 || count * 1000 >= least * all,
-        "{state:?} with the guest at {guest:?}: only {count} of {all}"
-    );
-}
-
-#[test]
-fn quiet() {
-    let ends = run_theme(Theme::Quiet);
-    assert_share(&ends, State::Completed, Some(Side::Destination), 700);
-    assert_share(&ends, State::Failed, Some(Side::Source), 5);
-}
-
-#[test]
-fn faults() {
-    let ends = run_theme(Theme::Faults);
-    assert_share(&ends, State::Completed, Some(Side::Destination), 200);
-    assert_share(&ends, State::Failed, Some(Side::Source), 200);
-    assert_share(&ends, State::Cancelled, Some(Side::Source), 20);
-}
-
-#[test]
-fn crashes() {
-    let ends = run_theme(Theme::Crashes);
-    assert_share(&ends, State::Completed, Some(Side::Destination), 150);
-    assert_share(&ends, State::Failed, Some(Side::Source), 200);
-}
-
-#[test]
-fn direct_io() {
-    let ends = run_theme(Theme::DirectIo);
-    assert_share(&ends, State::Completed, Some(Side::Destination), 400);
-}
-
-#[test]
-fn verify() {
-    let ends = run_theme(Theme::Verify);
-    assert_share(&ends, State::Completed, Some(Side::Destination), 400);
-}
-
-/// Doubt is where a guest could run twice or nowhere: many runs must go through it, and it must end both ways.
+/// Doubt is where a guest could run twice or nowhere: many runs must go through it, and it must end in every way.
 #[test]
 fn doubt_ends_both_ways() {
     let mut ends = BTreeMap::new();
-    for seed in 0..300 {
-        let outcome = run(Theme::Crashes, seed, None);
+    for seed in (0..4_000).filter(|seed| matches!(Theme::of(*seed), Theme::Crashes | Theme::Chaos))
+    {
+        let outcome = run(&Plan::of(seed), None);
         if outcome.doubted {
             *ends.entry(format!("{:?}", outcome.state)).or_insert(0) += 1;
         }
     }
-    for state in ["Completed", "Failed"] {
+    for (state, least) in [("Completed", 5), ("Failed", 5), ("InDoubt", 1)] {
         assert!(
-            ends.get(state).is_some_and(|count| *count >= 5),
-            "of 300 runs, in doubt and then {state}: {ends:?}"
+            ends.get(state).is_some_and(|count| *count >= least),
+            "of 2000 runs, in doubt and then {state}: {ends:?}"
         );
-    }
-}
-
-/// Seeds that once failed, each with its story.
-const KEPT: &[(Theme, u64, &str)] = &[
-    (
-        Theme::Quiet,
-        39,
-        "With --verify the digests were ordered together with the last scan. They were ready before it, went out ahead of \
-         Stopped, and the destination refused them as out of place.",
-    ),
-    (
-        Theme::Quiet,
-        119,
-        "Populate came on the control channel after the barriers of round 0 had come on all data channels, and the \
-         destination refused it as out of place.",
-    ),
-];
-
-#[test]
-fn kept_seeds() {
-    for (theme, seed, story) in KEPT {
-        let outcome = run(*theme, *seed, None);
-        if let Some(what) = broken(*theme, &outcome) {
-            explain(*theme, *seed, &what);
-            panic!("{theme:?}, seed {seed} fails again: {what}. Its story: {story}");
-        }
     }
 }
 
 #[test]
 fn a_seed_decides_everything() {
-    for theme in [
-        Theme::Quiet,
-        Theme::Faults,
-        Theme::Crashes,
-        Theme::DirectIo,
-        Theme::Verify,
-    ] {
-        for seed in 0..5 {
-            let (one, other) = (run_traced(theme, seed, None), run_traced(theme, seed, None));
-            assert!(one.trace.len() > 5, "{theme:?}, seed {seed} has a trace");
-            assert_eq!(one.trace, other.trace, "{theme:?}, seed {seed}");
-        }
+    for seed in 0..40 {
+        let plan = Plan::of(seed);
+        let (one, other) = (run_traced(&plan, None), run_traced(&plan, None));
+        assert!(one.trace.len() > 2, "seed {seed} has a trace");
+        assert_eq!(one.trace, other.trace, "seed {seed}");
     }
 }
 
-/// The checker finds a planted mistake.
-fn finds(mistake: Mistake, theme: Theme) {
-    let found = (0..SEEDS_FOR_A_MISTAKE)
-        .find_map(|seed| Some((seed, run(theme, seed, Some(mistake)).violation?)));
-    let (seed, violation) = found.unwrap_or_else(|| panic!("{mistake:?} was not found"));
-    println!("{mistake:?} was found with seed {seed}: {}", violation.what);
+#[test]
+fn a_plan_reads_as_it_was_written() {
+    for seed in 0..500 {
+        let plan = Plan::of(seed);
+        assert_eq!(Plan::read(&plan.write()), Ok(plan), "seed {seed}");
+    }
+    assert_eq!(Plan::default().write(), "{}");
+    assert!(Plan::read(r#"{"no_such_thing":1}"#).is_err());
 }
 
+/// A failure is made small, and the small plan fails in the same way.
 #[test]
-fn finds_a_dirty_bit_cleared_after_reading() {
-    finds(Mistake::ClearAfterRead, Theme::Quiet);
+fn a_failing_plan_is_made_smaller() {
+    let mistake = Some(Mistake::ResumeAfterCommit);
+    let fails = |outcome: &Outcome| {
+        let violation = outcome.violation.as_ref();
+        violation.is_some_and(|violation| violation.what == "two guests run")
+    };
+    let plan = (0..)
+        .map(Plan::of)
+        .find(|plan| fails(&run(plan, mistake)) && plan.write().len() > 1_000)
+        .unwrap();
+    let small = shrink(&plan, mistake, SHRINK / 4, fails);
+    assert!(fails(&run(&small, mistake)));
+    assert!(
+        small.write().len() * 2 < plan.write().len(),
+        "{}\nbecame only\n{}",
+        plan.write(),
+        small.write()
+    );
 }
 
+/// The limit on bytes in flight, as the README states it.
 #[test]
-fn finds_a_barrier_that_overtakes_writes() {
-    finds(Mistake::EarlyBarrier, Theme::Quiet);
+fn bytes_in_flight_are_bounded() {
+    assert_eq!(CHANNEL_LIMIT, 8 << 20);
 }
 
-#[test]
-fn finds_a_zero_run_placed_late() {
-    finds(Mistake::LateZero, Theme::Quiet);
+/// The checker finds each planted mistake.
+fn finds(mistake: Mistake) {
+    let begun = Instant::now();
+    let found = (0..)
+        .take_while(|_| begun.elapsed() < LIMIT_FOR_A_MISTAKE)
+        .find_map(|seed| Some((seed, run(&Plan::of(seed), Some(mistake)).violation?)));
+    let Some((seed, violation)) = found else {
+        panic!("{mistake:?} was not found within {LIMIT_FOR_A_MISTAKE:?}");
+    };
+    println!(
+        "{mistake:?}: found by seed {seed}, after {:.3} s: {}",
+        begun.elapsed().as_secs_f64(),
+        violation.what
+    );
 }
 
-#[test]
-fn finds_disk_reads_that_were_not_waited_for() {
-    finds(Mistake::NoDrain, Theme::DirectIo);
+macro_rules! mistakes {
+    ($($name:ident: $mistake:ident,)*) => {
+        $(
+            #[test]
+            fn $name() {
+                finds(Mistake::$mistake);
+            }
+        )*
+
+        /// None of them was forgotten here.
+        #[test]
+        fn every_mistake_is_looked_for() {
+            assert_eq!([$(Mistake::$mistake),*], Mistake::ALL);
+        }
+    };
 }
 
-#[test]
-fn finds_pages_that_did_not_age() {
-    finds(Mistake::NoAgeing, Theme::DirectIo);
-}
-
-#[test]
-fn finds_a_guest_run_without_the_record() {
-    finds(Mistake::NoCommittedRecord, Theme::Crashes);
-}
-
-#[test]
-fn finds_a_commit_without_the_record() {
-    finds(Mistake::NoCommitIntentRecord, Theme::Crashes);
-}
-
-#[test]
-fn finds_a_page_that_was_not_sent() {
-    finds(Mistake::DroppedPage, Theme::Quiet);
-}
-
-#[test]
-fn finds_ram_that_was_not_cleared() {
-    finds(Mistake::NoClear, Theme::Quiet);
-}
-
-#[test]
-fn finds_a_write_that_comes_too_late() {
-    finds(Mistake::LateWrite, Theme::Quiet);
-}
-
-#[test]
-fn finds_holes_that_were_missed() {
-    finds(Mistake::OldHoles, Theme::Quiet);
+mistakes! {
+    finds_a_dirty_bit_cleared_after_reading: ClearAfterRead,
+    finds_a_barrier_that_overtakes_writes: EarlyBarrier,
+    finds_a_zero_run_placed_late: LateZero,
+    finds_disk_reads_that_were_not_waited_for: NoDrain,
+    finds_pages_that_did_not_age: NoAgeing,
+    finds_a_guest_run_without_the_record: NoCommittedRecord,
+    finds_a_page_that_was_not_sent: DroppedPage,
+    finds_a_write_that_comes_too_late: LateWrite,
+    finds_a_commit_without_the_record: NoCommitIntentRecord,
+    finds_ram_that_was_not_cleared: NoClear,
+    finds_holes_that_were_missed: OldHoles,
+    finds_a_guest_resumed_after_commit: ResumeAfterCommit,
+    finds_a_guest_run_before_commit: RunBeforeCommit,
+    finds_a_commit_before_its_record: LateCommitIntentRecord,
+    finds_a_guest_run_before_the_record: LateCommittedRecord,
+    finds_a_guest_said_to_run_before_it_does: EarlyRunning,
+    finds_too_many_bytes_in_flight: EarlyPushed,
+    finds_a_run_that_never_ends: LostTimer,
 }

@@ -5,13 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pagecopy::engine::{ChannelId, Time};
-use pagecopy::limits::MAX_BATCHES_PER_CHANNEL;
+use pagecopy::limits::{MAX_BATCH_BYTES, MAX_BATCHES_PER_CHANNEL};
 
 use super::plan::Side;
 use super::ram::{SLOTS, SimRam};
 
 /// From a failure that the source notices before `Commit` until its guest runs again.
 const ROLLBACK_LIMIT: Duration = Duration::from_millis(100);
+
+/// Bytes of pages that a channel was given and has not read for the last time: 8 MiB. Of all channels together it is so
+/// much for each.
+pub const CHANNEL_LIMIT: u64 = MAX_BATCHES_PER_CHANNEL as u64 * MAX_BATCH_BYTES;
 
 /// An invariant that a run broke.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,13 +31,18 @@ pub(super) struct Checker {
     destination_ram: Arc<SimRam>,
     order: Vec<usize>,
     running: [bool; 2],
+    /// The guest has run at the destination.
+    arrived: bool,
     /// The destination's slots as last looked at, in the source's order of pages.
     seen: Vec<u64>,
     /// Scratch for the next look.
     looked: Vec<u64>,
     /// The destination's RAM when its device state began to be loaded.
     loaded: Option<u64>,
-    in_flight: BTreeMap<ChannelId, usize>,
+    /// Bytes, by channel.
+    in_flight: BTreeMap<ChannelId, u64>,
+    /// The most that were on any channel.
+    most_in_flight: u64,
     rollback_by: Option<Time>,
     violation: Option<Violation>,
 }
@@ -51,10 +60,12 @@ impl Checker {
             destination_ram,
             order,
             running: [true, false],
+            arrived: false,
             seen,
             looked: Vec::new(),
             loaded: None,
             in_flight: BTreeMap::new(),
+            most_in_flight: 0,
             rollback_by: None,
             violation: None,
         }
@@ -75,6 +86,11 @@ impl Checker {
         self.running[side as usize]
     }
 
+    /// Whether the guest has run at the destination.
+    pub(super) fn arrived(&self) -> bool {
+        self.arrived
+    }
+
     /// The guest stands or is gone at `side`.
     pub(super) fn stopped(&mut self, side: Side) {
         self.running[side as usize] = false;
@@ -88,7 +104,22 @@ impl Checker {
         }
         match side {
             Side::Source => self.rollback_by = None,
-            Side::Destination => self.compare(),
+            Side::Destination => {
+                // What ran here once may be stopped by an operator and be started again; it differs then by right.
+                if !self.arrived {
+                    self.compare();
+                }
+                self.arrived = true;
+            }
+        }
+    }
+
+    /// Somebody is told that the migration is completed. `lost`: the destination's QEMU was made to end.
+    pub(super) fn told_completed(&mut self, who: &str, lost: bool) {
+        if !self.arrived || !(self.runs(Side::Destination) || lost) {
+            self.violate(format!(
+                "{who} says completed, and the guest does not run at the destination"
+            ));
         }
     }
 
@@ -139,46 +170,61 @@ impl Checker {
     /// Looks at all pages of the destination: none may be older than it was.
     pub(super) fn look_at_versions(&mut self) {
         let mut looked = std::mem::take(&mut self.looked);
-        if let Err(foreign) = self.destination_ram.versions(&self.order, &mut looked) {
-            self.violate(foreign);
-        } else {
-            for (slot, (new, old)) in looked.iter().zip(&mut self.seen).enumerate() {
-                let page = slot / 8;
-                if *new == 0 {
-                    // A zero says no version. It is right if the page was made zero after what was seen here.
-                    if *old > self.source_ram.punched(page) {
-                        let text = format!(
-                            "page {page} was version {old} and is zero, though it was not since"
-                        );
-                        self.violation.get_or_insert(Violation { what: text });
-                    }
-                } else if new < old {
-                    let text = format!("page {page} went back from version {old} to {new}");
-                    self.violation.get_or_insert(Violation { what: text });
-                } else {
-                    *old = *new;
-                }
-            }
+        match self.destination_ram.versions(&self.order, &mut looked) {
+            Err(foreign) => self.violate(foreign),
+            Ok(()) => self.compare_with_seen(&looked),
         }
         self.looked = looked;
     }
 
-    /// A batch was given to a channel.
-    pub(super) fn pushed(&mut self, channel: ChannelId) {
-        let in_flight = self.in_flight.entry(channel).or_default();
-        *in_flight += 1;
-        if *in_flight > MAX_BATCHES_PER_CHANNEL {
+    fn compare_with_seen(&mut self, looked: &[u64]) {
+        // A zero says no version. It is right if the page was made zero after what was seen here.
+        if let Some((page, old)) = self.source_ram.zero_by_mistake(looked, &self.seen) {
             self.violate(format!(
-                "more than {MAX_BATCHES_PER_CHANNEL} batches are under way on {channel:?}"
+                "page {page} was version {old} and is zero, though it was not since"
+            ));
+        }
+        let mut back = None;
+        for (slot, (new, old)) in looked.iter().zip(&mut self.seen).enumerate() {
+            if *new >= *old {
+                *old = *new;
+            } else if *new > 0 {
+                back = back.or(Some((slot / 8, *old, *new)));
+            }
+        }
+        if let Some((page, old, new)) = back {
+            self.violate(format!("page {page} went back from version {old} to {new}"));
+        }
+    }
+
+    /// A batch was given to a channel.
+    pub(super) fn pushed(&mut self, channel: ChannelId, bytes: u64) {
+        if bytes > MAX_BATCH_BYTES {
+            self.violate(format!(
+                "a batch of {bytes} bytes, {MAX_BATCH_BYTES} at most"
+            ));
+        }
+        let in_flight = self.in_flight.entry(channel).or_default();
+        *in_flight += bytes;
+        let in_flight = *in_flight;
+        self.most_in_flight = self.most_in_flight.max(in_flight);
+        if in_flight > CHANNEL_LIMIT {
+            self.violate(format!(
+                "{in_flight} bytes are in flight on {channel:?}, {CHANNEL_LIMIT} at most"
             ));
         }
     }
 
     /// A channel is done with a batch.
-    pub(super) fn push_ended(&mut self, channel: ChannelId) {
+    pub(super) fn push_ended(&mut self, channel: ChannelId, bytes: u64) {
         if let Some(in_flight) = self.in_flight.get_mut(&channel) {
-            *in_flight -= 1;
+            *in_flight = in_flight.saturating_sub(bytes);
         }
+    }
+
+    /// The most bytes that were in flight on any channel.
+    pub(super) fn most_in_flight(&self) -> u64 {
+        self.most_in_flight
     }
 
     /// The connection with all its batches is gone.
@@ -196,6 +242,13 @@ impl Checker {
     /// There is an excuse for not rolling back quickly: `Commit` was sent, or QEMU itself failed.
     pub(super) fn rollback_excused(&mut self) {
         self.rollback_by = None;
+    }
+
+    /// That side's daemon stands still for a time: it can do nothing.
+    pub(super) fn held(&mut self, side: Side, time: Duration) {
+        if side == Side::Source {
+            self.rollback_by = self.rollback_by.map(|by| by.after(time));
+        }
     }
 
     /// Time passes.

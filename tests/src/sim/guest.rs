@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pagecopy::engine::Time;
+use serde::{Deserialize, Serialize};
 
 use super::ram::SimRam;
 use super::rng::Rng;
 
 /// Where a guest writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Pattern {
     /// Any page.
     Uniform,
@@ -27,7 +28,8 @@ pub(super) enum Pattern {
 }
 
 /// How a guest behaves. Rates are pages (or operations) a second.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub(super) struct Habits {
     /// Where it writes.
     pub(super) pattern: Pattern,
@@ -37,10 +39,24 @@ pub(super) struct Habits {
     pub(super) punches: u64,
     /// Disk reads into pinned pages.
     pub(super) reads: u64,
-    /// The longest that such a read takes.
-    pub(super) longest_read: Duration,
+    /// The longest that such a read takes, in microseconds.
+    pub(super) longest_read_us: u64,
     /// Of a hundred pages, how many the guest has touched before the migration.
     pub(super) touched_percent: u64,
+}
+
+impl Default for Habits {
+    /// All of its memory was touched once, and it does nothing.
+    fn default() -> Habits {
+        Habits {
+            pattern: Pattern::Uniform,
+            writes: 0,
+            punches: 0,
+            reads: 0,
+            longest_read_us: 1_000,
+            touched_percent: 100,
+        }
+    }
 }
 
 /// A disk read in flight: the page is pinned, and is written at `lands`.
@@ -149,13 +165,16 @@ impl Guest {
         for _ in 0..self.reads.due(self.habits.reads, elapsed, 8) {
             let page = self.rng.index(self.ram.pages());
             self.ram.pin(page);
-            let longest = u64::try_from(self.habits.longest_read.as_micros()).unwrap_or(u64::MAX);
-            let lands = now.after(self.rng.micros(20, longest.max(20)));
+            let longest = self.habits.longest_read_us.max(20);
+            let lands = now.after(self.rng.micros(20, longest));
             self.in_flight.push_back(Read { page, lands });
         }
     }
 
     fn land_reads(&mut self, now: Time) {
+        if self.in_flight.iter().all(|read| read.lands > now) {
+            return;
+        }
         let (landed, waiting) = self
             .in_flight
             .iter()

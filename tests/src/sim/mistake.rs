@@ -25,4 +25,42 @@ pub enum Mistake {
     NoClear,
     /// The list of holes at the end is that of the beginning.
     OldHoles,
+    /// The source takes the guest back when the connection breaks after `Commit`.
+    ResumeAfterCommit,
+    /// The destination runs the guest as soon as its devices are loaded.
+    RunBeforeCommit,
+    /// The source sends `Commit`, and writes `CommitIntent` after that.
+    LateCommitIntentRecord,
+    /// The destination runs the guest, and writes `Committed` after that.
+    LateCommittedRecord,
+    /// The destination says `Running` when it begins to run the guest.
+    EarlyRunning,
+    /// A batch is said to be sent when it is begun.
+    EarlyPushed,
+    /// The engines' timers are lost.
+    LostTimer,
+}
+
+impl Mistake {
+    /// All of them.
+    pub const ALL: [Mistake; 18] = [
+        Mistake::ClearAfterRead,
+        Mistake::EarlyBarrier,
+        Mistake::LateZero,
+        Mistake::NoDrain,
+        Mistake::NoAgeing,
+        Mistake::NoCommittedRecord,
+        Mistake::DroppedPage,
+        Mistake::LateWrite,
+        Mistake::NoCommitIntentRecord,
+        Mistake::NoClear,
+        Mistake::OldHoles,
+        Mistake::ResumeAfterCommit,
+        Mistake::RunBeforeCommit,
+        Mistake::LateCommitIntentRecord,
+        Mistake::LateCommittedRecord,
+        Mistake::EarlyRunning,
+        Mistake::EarlyPushed,
+        Mistake::LostTimer,
+    ];
 }

@@ -8,9 +8,13 @@
 
 mod agenda;
 mod checker;
+mod clock;
 mod destination;
 mod disk;
+mod driver;
 mod env;
+mod fault;
+mod generate;
 mod guest;
 mod lane;
 mod mistake;
@@ -20,24 +24,32 @@ mod plan;
 mod qemu;
 mod ram;
 mod rng;
+mod shrink;
 mod source;
+mod survey;
 mod sys;
+mod tally;
 mod trace;
 mod world;
 
-pub use checker::Violation;
+pub use checker::{CHANNEL_LIMIT, Violation};
+pub use fault::Wish;
 pub use mistake::Mistake;
-pub use plan::{Side, Theme};
+pub use names::{Name, OUTPUTS};
+pub use plan::{Plan, Side, Theme};
+pub use shrink::shrink;
+pub use survey::{Broken, Survey, broken};
+pub use tally::{Crash, Happened, Tally};
 pub use world::Outcome;
 
 use world::World;
 
-/// Runs the migration of `seed`, with `mistake` planted if one is given.
-pub fn run(theme: Theme, seed: u64, mistake: Option<Mistake>) -> Outcome {
-    World::new(theme, seed, mistake, false).run()
+/// Runs a plan, with `mistake` planted if one is given.
+pub fn run(plan: &Plan, mistake: Option<Mistake>) -> Outcome {
+    World::new(plan, mistake, false).run()
 }
 
 /// The same run again, with the trace of all that happened.
-pub fn run_traced(theme: Theme, seed: u64, mistake: Option<Mistake>) -> Outcome {
-    World::new(theme, seed, mistake, true).run()
+pub fn run_traced(plan: &Plan, mistake: Option<Mistake>) -> Outcome {
+    World::new(plan, mistake, true).run()
 }

@@ -1,23 +1,130 @@
-//! Short names of outputs, records and messages: for the trace, and for a plan to say when something goes wrong.
+//! Short names of outputs: for the trace, for a plan to say when something goes wrong, and for the count of where daemons
+//! died.
 
-use std::borrow::Cow;
+use std::fmt;
 
 use pagecopy::engine::journal::Record;
 use pagecopy::engine::{destination, source};
 
-/// The name of a source's output; of messages and records with what they are.
-pub(super) fn of_source(output: &source::Output) -> Cow<'static, str> {
-    use source::Output;
-    Cow::Borrowed(match output {
-        Output::Send(message) | Output::SendOn(_, message) => {
-            return Cow::Owned(format!("Send({})", message.name()));
+use super::plan::Side;
+
+/// The name of an output; of messages and records with what they are, as in `Send(Commit)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Name {
+    kind: &'static str,
+    of: &'static str,
+}
+
+impl Name {
+    const fn plain(kind: &'static str) -> Name {
+        Name { kind, of: "" }
+    }
+
+    /// Whether it is written so.
+    pub(super) fn is(self, text: &str) -> bool {
+        let Some(rest) = text.strip_prefix(self.kind) else {
+            return false;
+        };
+        if self.of.is_empty() {
+            return rest.is_empty();
         }
-        Output::Journal(record) => return Cow::Owned(format!("Journal({})", of_record(record))),
+        rest.strip_prefix('(')
+            .and_then(|rest| rest.strip_suffix(')'))
+            == Some(self.of)
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.of.is_empty() {
+            f.write_str(self.kind)
+        } else {
+            write!(f, "{}({})", self.kind, self.of)
+        }
+    }
+}
+
+/// Every output of both engines, as [`Name`] writes it, but for reports, which are for people, and for what is asked and
+/// said of pages that differ with `--verify`: no such page is ever found unless a mistake is planted.
+pub const OUTPUTS: [(Side, &str); 46] = {
+    use Side::{Destination, Source};
+    [
+        (Source, "Send(Hello)"),
+        (Source, "Send(Populate)"),
+        (Source, "Send(Ping)"),
+        (Source, "Send(Stopped)"),
+        (Source, "Send(DeviceState)"),
+        (Source, "Send(DeviceStateEnd)"),
+        (Source, "Send(Digests)"),
+        (Source, "Send(Commit)"),
+        (Source, "Send(Closed)"),
+        (Source, "Send(Query)"),
+        (Source, "Send(Abort)"),
+        (Source, "SendOn(Barrier)"),
+        (Source, "Journal(CommitIntent)"),
+        (Source, "Journal(GuestMoved)"),
+        (Source, "Journal(RolledBack)"),
+        (Source, "Attach"),
+        (Source, "Scan"),
+        (Source, "DrainIo"),
+        (Source, "LookAgain"),
+        (Source, "Journal(TakenBack)"),
+        (Source, "Push"),
+        (Source, "StopGuest"),
+        (Source, "SaveDeviceState"),
+        (Source, "Digest"),
+        (Source, "ResumeGuest"),
+        (Source, "Detach"),
+        (Source, "QuitGuest"),
+        (Source, "Connect"),
+        (Source, "Finished"),
+        (Destination, "Send(Accept)"),
+        (Destination, "Send(BarrierReached)"),
+        (Destination, "Send(Pong)"),
+        (Destination, "Send(Loaded)"),
+        (Destination, "Send(Running)"),
+        (Destination, "Send(Abort)"),
+        (Destination, "Journal(Committed)"),
+        (Destination, "Journal(Running)"),
+        (Destination, "Journal(Aborted)"),
+        (Destination, "Journal(Closed)"),
+        (Destination, "Prepare"),
+        (Destination, "Allocate"),
+        (Destination, "KeepDeviceState"),
+        (Destination, "Digest"),
+        (Destination, "LoadDeviceState"),
+        (Destination, "RunGuest"),
+        (Destination, "Finished"),
+    ]
+};
+
+/// The name of a source's output.
+pub(super) fn of_source(output: &source::Output) -> Name {
+    use source::Output;
+    Name::plain(match output {
+        Output::Send(message) => {
+            return Name {
+                kind: "Send",
+                of: message.name(),
+            };
+        }
+        Output::SendOn(_, message) => {
+            return Name {
+                kind: "SendOn",
+                of: message.name(),
+            };
+        }
+        Output::Journal(record) => {
+            return Name {
+                kind: "Journal",
+                of: of_record(record),
+            };
+        }
         Output::Attach => "Attach",
         Output::Scan { .. } => "Scan",
         Output::DrainIo => "DrainIo",
-        Output::Push { .. } => "Push",
         Output::LookAgain => "LookAgain",
+        Output::Push { .. } => "Push",
         Output::StopGuest => "StopGuest",
         Output::SaveDeviceState => "SaveDeviceState",
         Output::Digest => "Digest",
@@ -32,12 +139,22 @@ pub(super) fn of_source(output: &source::Output) -> Cow<'static, str> {
     })
 }
 
-/// The name of a destination's output; of messages and records with what they are.
-pub(super) fn of_destination(output: &destination::Output) -> Cow<'static, str> {
+/// The name of a destination's output.
+pub(super) fn of_destination(output: &destination::Output) -> Name {
     use destination::Output;
-    Cow::Borrowed(match output {
-        Output::Send(message) => return Cow::Owned(format!("Send({})", message.name())),
-        Output::Journal(record) => return Cow::Owned(format!("Journal({})", of_record(record))),
+    Name::plain(match output {
+        Output::Send(message) => {
+            return Name {
+                kind: "Send",
+                of: message.name(),
+            };
+        }
+        Output::Journal(record) => {
+            return Name {
+                kind: "Journal",
+                of: of_record(record),
+            };
+        }
         Output::Prepare { .. } => "Prepare",
         Output::Allocate(_) => "Allocate",
         Output::KeepDeviceState(_) => "KeepDeviceState",
@@ -50,8 +167,7 @@ pub(super) fn of_destination(output: &destination::Output) -> Cow<'static, str> 
     })
 }
 
-/// The name of a record.
-pub(super) fn of_record(record: &Record) -> &'static str {
+fn of_record(record: &Record) -> &'static str {
     match record {
         Record::Begun { .. } => "Begun",
         Record::CommitIntent => "CommitIntent",

@@ -8,6 +8,7 @@ use pagecopy::engine::Time;
 use transport::Regions;
 use transport::mem::{Faults, MemChannel, Network};
 
+use super::plan::{Path, Side};
 use super::rng::Rng;
 
 /// All paths between the two hosts.
@@ -22,6 +23,8 @@ pub(super) struct Wires {
     heals: bool,
     /// Nothing moves until then.
     stalled_until: Option<Time>,
+    /// For how many reasons what each side sends does not arrive.
+    one_way: [u32; 2],
     /// The network's own time is the world's less this: the stalls so far, or the beginning of a new network.
     behind: u64,
     /// The world's time up to which `network` was advanced.
@@ -30,7 +33,13 @@ pub(super) struct Wires {
 
 impl Wires {
     /// Sound, at time `now`.
-    pub(super) fn new(mut rng: Rng, faults: Faults, now: Time) -> Wires {
+    pub(super) fn new(mut rng: Rng, path: Path, now: Time) -> Wires {
+        let faults = Faults {
+            delay_min: path.delay_min,
+            delay_max: path.delay_max,
+            bytes_per_second: path.bytes_per_second,
+            piece: path.piece,
+        };
         let network = Network::new(rng.bits(), faults.clone());
         Wires {
             network,
@@ -39,6 +48,7 @@ impl Wires {
             silent: false,
             heals: false,
             stalled_until: None,
+            one_way: [0; 2],
             behind: now.0,
             advanced: now,
         }
@@ -46,7 +56,7 @@ impl Wires {
 
     /// Whether new connections can be made now.
     pub(super) fn passable(&self) -> bool {
-        !self.silent && self.stalled_until.is_none()
+        !self.silent && self.stalled_until.is_none() && self.one_way == [0; 2]
     }
 
     /// A connection: the ends of its channels at the source, which send from the regions given for each, and at the
@@ -97,6 +107,35 @@ impl Wires {
         self.network.cut();
     }
 
+    /// Breaks the channel of that number, counted around among all there have been.
+    pub(super) fn cut_channel(&mut self, number: usize) {
+        let number = number % self.network.channels().max(1);
+        self.network.cut_where(|channel, _| channel == number);
+    }
+
+    /// Breaks every connection, and only that side sees it.
+    pub(super) fn cut_seen_only_by(&mut self, side: Side) {
+        self.network.cut_where(|_, end| end == side as usize);
+    }
+
+    /// What that side sends does not arrive, until [`Wires::heal_one_way`] has been called as often.
+    pub(super) fn silence_one_way(&mut self, side: Side) {
+        self.one_way[side as usize] += 1;
+        self.network.blackhole_from(side as usize, true);
+    }
+
+    /// See [`Wires::silence_one_way`].
+    pub(super) fn heal_one_way(&mut self, side: Side) {
+        let reasons = &mut self.one_way[side as usize];
+        *reasons = reasons.saturating_sub(1);
+        self.network.blackhole_from(side as usize, *reasons > 0);
+    }
+
+    /// How many writes had left in part when their channel ended.
+    pub(super) fn partial_writes(&self) -> u64 {
+        self.network.partial_writes()
+    }
+
     /// Holds everything until `end`.
     pub(super) fn stall_until(&mut self, end: Time) {
         self.stalled_until = self.stalled_until.max(Some(end));
@@ -112,6 +151,10 @@ impl Wires {
     pub(super) fn heal(&mut self, now: Time) {
         if self.silent {
             self.network = Network::new(self.rng.bits(), self.faults.clone());
+            for side in [Side::Source, Side::Destination] {
+                self.network
+                    .blackhole_from(side as usize, self.one_way[side as usize] > 0);
+            }
             self.silent = false;
             self.heals = false;
             self.stalled_until = None;

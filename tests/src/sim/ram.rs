@@ -46,34 +46,50 @@ struct Page {
 #[derive(Debug)]
 pub(super) struct SimRam {
     blocks: Vec<Block>,
+    /// Where each page is: its block, and its number in it.
+    places: Vec<(usize, u64)>,
     pages: Mutex<Vec<Page>>,
 }
 
 impl SimRam {
     /// All holes.
     pub(super) fn new(specs: &[BlockSpec]) -> Arc<SimRam> {
+        SimRam::over(specs, Heap::new)
+    }
+
+    /// A channel's buffer: its bytes mean nothing before they are copied into it.
+    pub(super) fn buffer(specs: &[BlockSpec]) -> Arc<SimRam> {
+        SimRam::over(specs, Heap::uncleared)
+    }
+
+    fn over(specs: &[BlockSpec], heap: fn(u64) -> Heap) -> Arc<SimRam> {
         let mut first = 0;
         let blocks = specs
             .iter()
             .map(|spec| {
                 let block = Block {
                     spec: spec.clone(),
-                    heap: Heap::new(spec.size),
+                    heap: heap(spec.size),
                     first,
                 };
                 first += usize::try_from(spec.pages()).unwrap_or(usize::MAX);
                 block
             })
             .collect();
+        let mut places = Vec::with_capacity(first);
+        for (number, spec) in specs.iter().enumerate() {
+            places.extend((0..spec.pages()).map(|index| (number, index)));
+        }
         Arc::new(SimRam {
             blocks,
+            places,
             pages: Mutex::new(vec![Page::default(); first]),
         })
     }
 
     /// Number of pages of all blocks.
     pub(super) fn pages(&self) -> usize {
-        self.lock().len()
+        self.places.len()
     }
 
     /// The blocks.
@@ -91,9 +107,10 @@ impl SimRam {
         state.written |= seen;
         let version = state.version;
         drop(pages);
+        let (block, index) = self.place(page);
         for slot in (0..SLOTS).filter(|slot| mask & (1 << slot) != 0) {
-            let (heap, offset) = self.slot(page, slot);
-            heap.set_word(offset, word(version, page, slot));
+            let offset = slot_offset(&block.spec, index, slot);
+            block.heap.set_word(offset, word(version, page, slot));
         }
     }
 
@@ -239,9 +256,16 @@ impl SimRam {
         Ok(())
     }
 
-    /// The version of the last punched hole of `page`.
-    pub(super) fn punched(&self, page: usize) -> u64 {
-        self.lock()[page].punched
+    /// A page that shows zero where it showed one of the versions `seen` (by slot) that were written since its last hole
+    /// was punched, and that version. `shown` are the versions that it shows now.
+    pub(super) fn zero_by_mistake(&self, shown: &[u64], seen: &[u64]) -> Option<(usize, u64)> {
+        let pages = self.lock();
+        shown
+            .iter()
+            .zip(seen)
+            .enumerate()
+            .find(|(slot, (shown, seen))| **shown == 0 && **seen > pages[slot / 8].punched)
+            .map(|(slot, (_, seen))| (slot / 8, *seen))
     }
 
     /// Number of the page `index` of `block`, among all.
@@ -277,14 +301,8 @@ impl SimRam {
     }
 
     fn place(&self, page: usize) -> (&Block, u64) {
-        let position = self.blocks.partition_point(|block| block.first <= page) - 1;
-        let block = &self.blocks[position];
-        (block, (page - block.first) as u64)
-    }
-
-    fn slot(&self, page: usize, slot: u64) -> (&Heap, u64) {
-        let (block, index) = self.place(page);
-        (&block.heap, slot_offset(&block.spec, index, slot))
+        let (block, index) = self.places[page];
+        (&self.blocks[block], index)
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Page>> {
@@ -371,8 +389,8 @@ impl Placer for SimRam {
 
 fn digest(heap: &Heap, start: u64, len: u64) -> Digest {
     let (mut low, mut high) = (1u64, 2u64);
-    for offset in (start..start + len).step_by(8) {
-        low = low.rotate_left(5) ^ heap.word(offset);
+    for word in heap.words(start, len) {
+        low = low.rotate_left(5) ^ word;
         high = high.wrapping_add(low).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
     let mut bytes = [0; 16];

@@ -2,28 +2,35 @@
 
 use std::time::Duration;
 
+use pagecopy::engine::destination::Input as ToDestination;
+use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::{Figures, State};
-use pagecopy::engine::source::Resolution;
-use pagecopy::engine::{Failure, Time};
+use pagecopy::engine::source::Input as ToSource;
+use pagecopy::engine::{Failure, Fault as Blame, Time};
 
-use super::checker::{Checker, Violation};
+use super::checker::{CHANNEL_LIMIT, Checker, Violation};
 use super::destination::DestinationSide;
-use super::env::{Env, Event};
+use super::driver::Driver;
+use super::env::{Env, Event, failure};
+use super::fault::{Fault, Micros, Wish, micros};
 use super::mistake::Mistake;
-use super::plan::{Fault, Plan, Side, Theme};
+use super::plan::{Plan, Side};
 use super::ram::SimRam;
 use super::rng::Rng;
 use super::source::SourceSide;
+use super::tally::{Happened, Tally};
 use super::trace::Trace;
 
 /// The guest has run for so long before the run begins.
 const START: Time = Time(1_000_000_000);
-/// Events of one run; far more than any needs.
-const MAX_STEPS: u64 = 400_000;
+/// Events of one run.
+const MAX_STEPS: u64 = 100_000;
 /// Virtual time of one run, doubt and operators included.
-const MAX_TIME: Duration = Duration::from_secs(7_200);
+const MAX_TIME: Duration = Duration::from_secs(3_600);
 /// Both sides have ended: so much longer, for what comes too late.
 const AFTERMATH: Duration = Duration::from_secs(1);
+/// The source is in doubt, and it looks as if nothing could end that: so much longer, to see whether something does.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// How a run ended.
 #[derive(Clone, Debug)]
@@ -40,6 +47,10 @@ pub struct Outcome {
     pub figures: Figures,
     /// Events that it took.
     pub steps: u64,
+    /// Virtual time that it took.
+    pub time: Duration,
+    /// What happened to it.
+    pub tally: Tally,
     /// The broken invariant, if one was.
     pub violation: Option<Violation>,
     /// What happened; empty unless asked for.
@@ -55,10 +66,9 @@ pub(super) struct World {
 }
 
 impl World {
-    /// The world of `seed`, with the migration about to begin.
-    pub(super) fn new(theme: Theme, seed: u64, mistake: Option<Mistake>, trace: bool) -> World {
-        let seed = Rng::new(seed);
-        let plan = Plan::new(theme, &seed);
+    /// The world of a plan, with the migration about to begin.
+    pub(super) fn new(plan: &Plan, mistake: Option<Mistake>, trace: bool) -> World {
+        let seed = Rng::new(plan.chance);
         let source_ram = SimRam::new(&plan.blocks);
         let mut theirs = plan.blocks.clone();
         for (block, index) in plan.blocks.iter().zip(&plan.order) {
@@ -70,9 +80,14 @@ impl World {
             destination_ram.clone(),
             plan.order.clone(),
         );
-        let mut trace = Trace::new(trace);
-        trace.line(START, "plan", format_args!("{plan:?}"));
-        let env = Env::new(plan, &seed, checker, trace, mistake, START);
+        let env = Env::new(
+            plan.clone(),
+            &seed,
+            checker,
+            Trace::new(trace),
+            mistake,
+            START,
+        );
         let source = SourceSide::new(&env, &seed, source_ram);
         let destination = DestinationSide::new(&env, &seed, destination_ram, source.id());
         World {
@@ -93,11 +108,12 @@ impl World {
         self.source.begin(env, ours);
         let mut end = None;
         while self.env.checker.violation().is_none() {
-            if self.source.settled() && self.destination.settled() {
-                end = end.or(Some(self.env.now().after(AFTERMATH)));
-            } else {
-                end = None;
-            }
+            end = match end {
+                _ if !self.ended() => None,
+                None if self.source.settled() => Some(self.env.now().after(AFTERMATH)),
+                None => Some(self.env.now().after(PATIENCE)),
+                end => end,
+            };
             let Some(next) = self.next_event() else { break };
             if end.is_some_and(|end| next > end) || self.gave_up() {
                 break;
@@ -106,6 +122,24 @@ impl World {
         }
         self.check_end();
         self.outcome()
+    }
+
+    /// Nothing more is to be expected.
+    fn ended(&self) -> bool {
+        (self.destination.settled() && self.source.settled()) || self.in_doubt_for_good()
+    }
+
+    /// In doubt, nobody who could end it will ever come back, and no operator looks after it, or can.
+    fn in_doubt_for_good(&self) -> bool {
+        let looked_after = self.env.plan.operator && !self.source.host.disk.full_for_good();
+        self.source.ended == Some(State::InDoubt) && !looked_after && self.hopeless()
+    }
+
+    /// The destination can never be asked again what became of the guest, or never tell.
+    fn hopeless(&self) -> bool {
+        !self.env.wires.reachable()
+            || self.destination.cannot_help()
+            || self.destination.host.disk.full_for_good()
     }
 
     fn next_event(&self) -> Option<Time> {
@@ -142,23 +176,29 @@ impl World {
             None
         };
         self.env.agenda.pass_to(now);
-        self.source
-            .guest
-            .live_until(now, self.source.qemu.running());
+        let lives = self.source.qemu.running() && !self.env.asleep(Side::Source);
+        self.source.guest.live_until(now, lives);
         self.env.wires.advance_to(now);
         if let Some(event) = event {
             self.happens(event);
         }
-        self.source.poll(&mut self.env);
-        self.destination.poll(&mut self.env);
-        while let Some(channel) = self.env.incoming.pop_front() {
-            self.destination.accept(channel);
+        if !self.env.holds(Side::Source) {
+            self.source.poll(&mut self.env);
+        }
+        if !self.env.holds(Side::Destination) {
+            self.destination.poll(&mut self.env);
+            while let Some(channel) = self.env.incoming.pop_front() {
+                self.destination.accept(channel);
+            }
         }
         self.env.checker.tick(now);
     }
 
     fn happens(&mut self, event: Event) {
         let env = &mut self.env;
+        if let Some(until) = env.waits_until(&event) {
+            return env.agenda.at(until, event);
+        }
         match event {
             Event::Source(generation, event) => self.source.happens(env, generation, event),
             Event::Destination(generation, event) => {
@@ -173,6 +213,14 @@ impl World {
                 env.note("network", format_args!("is whole again"));
                 env.wires.heal(env.agenda.now());
             }
+            Event::HealOneWay(side) => {
+                env.note("network", format_args!("what {side:?} sends arrives again"));
+                env.wires.heal_one_way(side);
+            }
+            Event::GoesOn(side) => {
+                env.goes_on(side);
+                self.schedule_tick(side);
+            }
             Event::Restart(Side::Source) => self.source.restart(env),
             Event::Restart(Side::Destination) => self.destination.restart(env),
             Event::Operator => self.operator_looks(),
@@ -180,23 +228,111 @@ impl World {
     }
 
     fn goes_wrong(&mut self, fault: Fault) {
+        let open = !self.source.settled();
+        let alive = [self.source.alive(), self.destination.alive()];
         let env = &mut self.env;
         env.note("fault", format_args!("{fault:?}"));
+        let mut note = |what: Happened| {
+            if open {
+                env.tally.note(what);
+            }
+        };
         match fault {
-            Fault::Cut => env.wires.cut(),
-            Fault::Stall(time) => env.wires.stall_until(env.agenda.now().after(time)),
+            Fault::Cut => {
+                note(Happened::Cut);
+                env.wires.cut();
+            }
+            Fault::CutChannel(number) => {
+                note(Happened::ChannelCut);
+                env.wires.cut_channel(number);
+            }
+            Fault::CutSeenOnlyBy(side) => {
+                note(Happened::CutSeenOnlyBy(side));
+                env.wires.cut_seen_only_by(side);
+            }
+            Fault::Stall(time) => {
+                note(Happened::Stalled);
+                env.wires.stall_until(env.agenda.now().after(micros(time)));
+            }
             Fault::Silence(time) => {
+                note(Happened::Silence);
                 env.wires.silence(time.is_some());
                 if let Some(time) = time {
-                    env.agenda.after(time, Event::Heal);
+                    env.agenda.after(micros(time), Event::Heal);
+                }
+            }
+            Fault::OneWay(side, time) => {
+                note(Happened::OneWaySilence(side));
+                env.wires.silence_one_way(side);
+                env.agenda.after(micros(time), Event::HealOneWay(side));
+            }
+            Fault::ClockJumps(side, time) => {
+                note(Happened::ClockJumped(side));
+                env.jump(side, micros(time));
+                self.schedule_tick(side);
+            }
+            Fault::Freeze(side, _) if !alive[side as usize] => {}
+            Fault::Freeze(side, time) => {
+                note(Happened::Frozen(side));
+                env.freeze(side, micros(time));
+            }
+            Fault::Sleep {
+                side,
+                time,
+                clock_goes,
+            } => {
+                note(if clock_goes {
+                    Happened::SleptClockWent(side)
+                } else {
+                    Happened::SleptClockStood(side)
+                });
+                env.sleep(side, micros(time), clock_goes);
+            }
+            Fault::DiskFills(side, time) => {
+                let until =
+                    time.map_or(Time(u64::MAX), |time| env.agenda.now().after(micros(time)));
+                self.disk(side).fill_until(until);
+            }
+            Fault::DiskSlows(side, by) => self.disk(side).slow_down(micros(by)),
+            Fault::HostFails(side) => {
+                note(Happened::HostFailed(side));
+                let why = failure(Blame::ThisHost, "the host was made to fail");
+                match side {
+                    Side::Source => self.source.input(env, ToSource::HostFailed(why)),
+                    Side::Destination => {
+                        self.destination.input(env, ToDestination::HostFailed(why))
+                    }
                 }
             }
             Fault::Cancel(Side::Source) => self.source.cancel(env),
             Fault::Cancel(Side::Destination) => self.destination.cancel(env),
             Fault::QemuDies(Side::Source) => self.source.qemu_dies(env),
             Fault::QemuDies(Side::Destination) => self.destination.qemu_dies(env),
-            Fault::DaemonDies(Side::Source, restart) => self.source.die(env, restart),
-            Fault::DaemonDies(Side::Destination, restart) => self.destination.die(env, restart),
+            Fault::DaemonDies(side, restart) => self.dies(side, restart, false),
+            Fault::HostDies(side, restart) => self.dies(side, restart, true),
+            Fault::Ask(side, wish) => self.operator_asks(side, wish, false),
+            Fault::FenceAndAsk(side, wish) => self.operator_asks(side, wish, true),
+        }
+    }
+
+    fn disk(&mut self, side: Side) -> &mut super::disk::Disk {
+        match side {
+            Side::Source => &mut self.source.host.disk,
+            Side::Destination => &mut self.destination.host.disk,
+        }
+    }
+
+    fn dies(&mut self, side: Side, restart: Option<Micros>, host: bool) {
+        match side {
+            Side::Source => self.source.die(&mut self.env, restart, host),
+            Side::Destination => self.destination.die(&mut self.env, restart, host),
+        }
+    }
+
+    fn schedule_tick(&mut self, side: Side) {
+        match side {
+            Side::Source => self.source.schedule_tick(&mut self.env),
+            Side::Destination => self.destination.schedule_tick(&mut self.env),
         }
     }
 
@@ -206,19 +342,56 @@ impl World {
         if self.source.ended != Some(State::InDoubt) {
             return;
         }
-        let env = &mut self.env;
-        let reachable = env.wires.reachable() && !self.destination.cannot_help();
         // What the operator wants may be refused, and time may be all that it takes: another look, later.
-        env.agenda.after(Duration::from_secs(60), Event::Operator);
-        if reachable {
+        self.env
+            .agenda
+            .after(Duration::from_secs(60), Event::Operator);
+        if !self.hopeless() {
             return;
         }
-        if env.checker.runs(Side::Destination) {
-            self.source.resolve(env, Resolution::Abandon);
+        if self.env.checker.runs(Side::Destination) {
+            self.operator_asks(Side::Source, Wish::LetGo, false);
         } else {
-            self.destination.shut_down(env);
-            let fenced = Resolution::ResumeHere { peer_fenced: true };
-            self.source.resolve(env, fenced);
+            self.operator_asks(Side::Source, Wish::RunHere, true);
+        }
+    }
+
+    /// The operator of a side asks for something; `fenced`: having ended the other side's QEMU and daemon for good.
+    fn operator_asks(&mut self, side: Side, wish: Wish, fenced: bool) {
+        let open = match side {
+            Side::Source => self.source.ended == Some(State::InDoubt),
+            Side::Destination => self.destination.holds(),
+        };
+        let env = &mut self.env;
+        if fenced {
+            // Nobody does that to a host without a reason.
+            if !open {
+                return;
+            }
+            match side {
+                Side::Source => self.destination.fence(env),
+                Side::Destination => self.source.fence(env),
+            }
+        }
+        if open {
+            env.tally.note(if fenced {
+                Happened::AskedFenced(side, wish)
+            } else {
+                Happened::AskedUnfenced(side, wish)
+            });
+        }
+        let resolution = match (side, wish) {
+            (_, Wish::LetGo) => Resolution::Abandon,
+            (Side::Source, Wish::RunHere) => Resolution::ResumeHere {
+                peer_fenced: fenced,
+            },
+            (Side::Destination, Wish::RunHere) => Resolution::RunHere {
+                peer_fenced: fenced,
+            },
+        };
+        match side {
+            Side::Source => self.source.resolve(env, resolution),
+            Side::Destination => self.destination.resolve(env, resolution),
         }
     }
 
@@ -231,11 +404,12 @@ impl World {
         let there = self.env.checker.runs(Side::Destination);
         let [lost_here, lost_there] = self.env.qemu_lost;
         let broken = match ended {
+            _ if self.source.host.gone => None,
             None => Some("the source never ended".to_owned()),
             Some(State::Completed) if here => {
                 Some("completed, and the guest runs at the source".to_owned())
             }
-            Some(State::Completed) if !there && !lost_there => {
+            Some(State::Completed) if !there && !lost_there && !self.env.let_go_by_word => {
                 Some("completed, and no guest runs".to_owned())
             }
             Some(State::Failed | State::Cancelled) if there => {
@@ -246,16 +420,32 @@ impl World {
             {
                 Some("failed, and no guest runs".to_owned())
             }
+            // The guest may run here all the same: taken back by a daemon that died before it could write that down.
+            _ if self.in_doubt_for_good() => {
+                self.env.tally.note(Happened::DoubtedForGood);
+                None
+            }
             _ if !self.source.settled() => Some(format!("the source is still {ended:?}")),
             _ if !self.destination.settled() => Some("the destination never ended".to_owned()),
             _ => self.source.left_behind().map(str::to_owned),
         };
+        let broken = broken.or_else(|| self.destination.denies_its_guest(there));
         if let Some(what) = broken {
             self.env.checker.violate(what);
         }
     }
 
-    fn outcome(self) -> Outcome {
+    fn outcome(mut self) -> Outcome {
+        let clocks = [Side::Source, Side::Destination].map(|side| self.env.clock_error(side));
+        if clocks[0].abs_diff(clocks[1]) > 1_000_000_000 {
+            self.env.tally.note(Happened::ClocksDrifted);
+        }
+        if self.env.wires.partial_writes() > 0 {
+            self.env.tally.note(Happened::PartialWrite);
+        }
+        if self.env.checker.most_in_flight() * 4 > CHANNEL_LIMIT * 3 {
+            self.env.tally.note(Happened::NearlyFullChannel);
+        }
         let guest = [Side::Source, Side::Destination]
             .into_iter()
             .find(|side| self.env.checker.runs(*side));
@@ -266,6 +456,8 @@ impl World {
             failure: self.source.failure,
             figures: self.source.figures,
             steps: self.steps,
+            time: self.env.now().since(START),
+            tally: self.env.tally,
             violation: self.env.checker.violation().cloned(),
             trace: self.env.trace.into_lines(),
         }

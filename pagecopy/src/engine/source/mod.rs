@@ -73,9 +73,11 @@ impl Source {
     ///
     /// - `Open`: in doubt; connects and asks. Outputs `Finished` with `InDoubt` first.
     /// - `NotHere`: the guest is resumed, in case it was stopped.
-    /// - `Here`: the guest has moved; only the rest of the closing is done.
+    /// - `Here`: the guest has moved; only the rest of the closing is done. QEMU is not quit: the record does not say whether
+    ///   the destination said so or only the operator, and then QEMU may hold the only copy of the guest.
     ///
-    /// Of the set-up, only `id`, `vm`, `host`, `options.quit_source` and `timeouts` matter.
+    /// Of the set-up, only `id`, `vm`, `host` and `timeouts` matter, and `options.quit_source` as long as the destination
+    /// can still be asked.
     pub fn recover(setup: Setup, outcome: Outcome, now: Time) -> Source {
         let mut core = Core::new(setup, now);
         core.link.lost();
@@ -90,7 +92,7 @@ impl Source {
                 let end = End::new(AbortCode::Cancelled, reasons::restarted());
                 rollback::Rollback::begin(&mut core, end)
             }
-            Outcome::Here => commit::Moved::begin(&mut core),
+            Outcome::Here => commit::Moved::by_word(&mut core),
         };
         Source { core, phase }
     }

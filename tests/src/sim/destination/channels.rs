@@ -7,9 +7,11 @@ use pagecopy::wire::Message;
 use transport::Error;
 use transport::mem::MemChannel;
 
+use super::super::driver::Driver;
 use super::super::env::{DestinationEvent, Env, failure};
 use super::super::lane::{Lane, Report, next_report};
 use super::super::mistake::Mistake;
+use super::super::tally::Happened;
 use super::DestinationSide;
 
 impl DestinationSide {
@@ -24,7 +26,7 @@ impl DestinationSide {
     pub(in crate::sim) fn poll(&mut self, env: &mut Env) {
         while let Some((channel, report)) = self.next_report(env) {
             match report {
-                Err(error) => self.channel_lost(env, &error),
+                Err(error) => self.channel_lost(env, channel, &error),
                 Ok(Report::BatchSent(_)) => {}
                 Ok(Report::Message(bytes)) => match Message::decode(&bytes) {
                     Ok(message) if channel == 0 => self.input(env, Input::Message(message)),
@@ -49,6 +51,7 @@ impl DestinationSide {
             .as_mut()
             .and_then(|daemon| daemon.data.get_mut(index));
         let zero_bytes = lane.map_or(0, |data| std::mem::take(&mut data.zero_bytes));
+        self.note_order(env, channel, round);
         self.input(
             env,
             Input::Barrier {
@@ -59,18 +62,32 @@ impl DestinationSide {
         );
     }
 
+    /// Barriers leave in the order of the channels: whether this one shows that they may arrive in another.
+    fn note_order(&mut self, env: &mut Env, channel: ChannelId, round: u32) {
+        let Some(daemon) = &mut self.daemon else {
+            return;
+        };
+        let last = daemon.last_barrier.replace((round, channel));
+        if last.is_some_and(|(of, last)| of == round && last > channel) {
+            env.tally.note(Happened::ChannelsOvertook);
+        }
+    }
+
     fn next_report(&mut self, env: &mut Env) -> Option<(usize, Result<Report, Error>)> {
         let daemon = self.daemon.as_mut()?;
         let data = daemon.data.iter_mut().map(|data| &mut data.lane);
         next_report(&mut env.rng, &mut daemon.control, data)
     }
 
-    fn channel_lost(&mut self, env: &mut Env, error: &Error) {
+    fn channel_lost(&mut self, env: &mut Env, channel: usize, error: &Error) {
         let Some(daemon) = &mut self.daemon else {
             return;
         };
-        daemon.control = None;
         daemon.data.clear();
+        if channel > 0 && daemon.closed && matches!(error, Error::Closed) {
+            return;
+        }
+        daemon.control = None;
         self.input(
             env,
             Input::LinkLost(failure(Blame::Network, &error.to_string())),

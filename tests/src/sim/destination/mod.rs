@@ -10,21 +10,25 @@ mod questions;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pagecopy::engine::destination::{Destination, Input, Setup};
+use pagecopy::engine::destination::{Destination, Input, Output, Setup};
 use pagecopy::engine::event::State;
 use pagecopy::engine::journal::{self, Record};
-use pagecopy::engine::{Fault as Blame, MigrationId, Time, Timeouts};
+use pagecopy::engine::{ChannelId, Fault as Blame, MigrationId, Timeouts};
+use pagecopy::wire::Message;
 use transport::Regions;
 use transport::mem::MemChannel;
 
-use super::disk::Disk;
+use super::disk::{Disk, Hand};
+use super::driver::{Driver, Host};
 use super::env::{DestinationEvent, DestinationStep, Env, Event, failure};
+use super::fault::Micros;
 use super::lane::Lane;
-use super::names;
+use super::mistake::Mistake;
 use super::plan::Side;
 use super::qemu::{self as machine, DestinationState};
 use super::ram::SimRam;
 use super::rng::Rng;
+use super::tally::Happened;
 
 /// How long the daemon gives its last messages before it closes the connection.
 const LINGER: Duration = Duration::from_millis(200);
@@ -47,8 +51,8 @@ struct Daemon {
     closed: bool,
     /// Connections on which somebody asks about a migration.
     questions: Vec<Lane>,
-    tick_at: Option<Time>,
     device_state: Vec<u8>,
+    last_barrier: Option<(u32, ChannelId)>,
 }
 
 /// The destination's host.
@@ -58,15 +62,12 @@ pub(super) struct DestinationSide {
     pub(super) regions: Regions,
     /// The state that the engine finished with.
     pub(super) ended: Option<State>,
-    disk: Disk,
+    pub(super) host: Host,
     setup: Setup,
     id: MigrationId,
     daemon: Option<Daemon>,
-    generation: u32,
     /// Counts the engines.
     session: u32,
-    /// The daemon is not started again.
-    gone: bool,
 }
 
 impl DestinationSide {
@@ -77,7 +78,10 @@ impl DestinationSide {
             qemu: machine::Destination::new(),
             regions: Regions::new(),
             ended: None,
-            disk: Disk::new(env.plan.destination.disk, seed.stream("destination disk")),
+            host: Host::new(Disk::new(
+                env.plan.destination.disk,
+                seed.stream("destination disk"),
+            )),
             setup: Setup {
                 host: "destination".into(),
                 vm: "guest".into(),
@@ -88,9 +92,7 @@ impl DestinationSide {
             ram,
             id,
             daemon: None,
-            generation: 0,
             session: 0,
-            gone: false,
         }
     }
 
@@ -103,10 +105,13 @@ impl DestinationSide {
             qmp: String::new(),
             peer: String::new(),
         };
-        self.disk.begin(&journal::encode(&begun));
+        self.host.disk.begin(&journal::encode(&begun));
         let mut lanes = channels.into_iter().map(Lane::new);
         self.daemon = Some(Daemon {
-            engine: Some(Destination::new(self.setup.clone(), env.now())),
+            engine: Some(Destination::new(
+                self.setup.clone(),
+                env.clock(Side::Destination),
+            )),
             control: lanes.next(),
             data: lanes
                 .map(|lane| DataLane {
@@ -119,45 +124,57 @@ impl DestinationSide {
         self.carry_out_all(env);
     }
 
+    /// Whether there is a daemon.
+    pub(super) fn alive(&self) -> bool {
+        self.daemon.is_some()
+    }
+
     /// Whether nothing more is to be expected of the daemon.
     pub(super) fn settled(&self) -> bool {
         match &self.daemon {
-            None => self.gone,
+            None => self.host.gone,
             Some(daemon) => self.ended.is_some() || daemon.engine.is_none(),
         }
     }
 
     /// Whether a source that asks can never be answered by this host as it is.
     pub(super) fn cannot_help(&self) -> bool {
-        self.gone || self.qemu.state == DestinationState::Gone
+        self.host.gone || self.qemu.state == DestinationState::Gone
+    }
+
+    /// A complaint if the session says that it has not got the guest that runs here.
+    pub(super) fn denies_its_guest(&self, runs: bool) -> Option<String> {
+        let denied = matches!(self.ended, Some(State::Failed | State::Cancelled));
+        (runs && denied).then(|| {
+            format!(
+                "the destination is {:?}, and the guest runs there",
+                self.ended
+            )
+        })
     }
 
     /// The operator makes sure that this host never runs the guest: ends its daemon and its QEMU.
-    pub(super) fn shut_down(&mut self, env: &mut Env) {
+    pub(super) fn fence(&mut self, env: &mut Env) {
         self.daemon = None;
-        self.generation += 1;
-        self.gone = true;
+        self.host.generation += 1;
+        self.host.gone = true;
         env.destination_listens = false;
+        if env.checker.runs(Side::Destination) {
+            env.qemu_lost[Side::Destination as usize] = true;
+        }
         self.qemu.enter(DestinationState::Gone);
         env.checker.stopped(Side::Destination);
     }
 
     /// Something for this daemon, of its generation.
     pub(super) fn happens(&mut self, env: &mut Env, generation: u32, event: DestinationEvent) {
-        if generation != self.generation || self.daemon.is_none() {
+        if generation != self.host.generation || self.daemon.is_none() {
             return;
         }
         match event {
-            DestinationEvent::Tick => self.tick(env),
-            DestinationEvent::Answer(input) => self.input(env, *input),
+            DestinationEvent::Daemon(event) => self.daemon_happens(env, event),
             DestinationEvent::Prepare => self.prepare(env),
             DestinationEvent::LateZero(runs) => self.place_zeroes(env, &runs),
-            DestinationEvent::Synced(end, record, for_engine) => {
-                self.disk.synced(end);
-                if for_engine {
-                    self.input(env, Input::Journaled(record));
-                }
-            }
             DestinationEvent::Close { session } => {
                 if let Some(daemon) = self.daemon.as_mut().filter(|_| session == self.session) {
                     daemon.control = None;
@@ -170,113 +187,23 @@ impl DestinationSide {
 
     /// The operator cancels.
     pub(super) fn cancel(&mut self, env: &mut Env) {
+        if self.ended.is_none() && self.engine().is_some() {
+            env.tally.note(Happened::Cancelled(Side::Destination));
+        }
         self.input(env, Input::Cancel);
-    }
-
-    /// The daemon dies.
-    pub(super) fn die(&mut self, env: &mut Env, restart: Option<Duration>) {
-        if self.daemon.take().is_none() {
-            return;
-        }
-        env.note("destination", format_args!("the daemon dies"));
-        self.generation += 1;
-        self.regions.revoke_all();
-        self.disk.crash();
-        env.destination_listens = false;
-        if self.qemu.state == DestinationState::Loading && env.rng.chance(500) {
-            // The stream broke: a QEMU that cannot load ends.
-            self.qemu.enter(DestinationState::Gone);
-        }
-        match restart {
-            Some(delay) => env.agenda.after(delay, Event::Restart(Side::Destination)),
-            None => self.gone = true,
-        }
     }
 
     /// The daemon is started again.
     pub(super) fn restart(&mut self, env: &mut Env) {
-        if self.daemon.is_some() || self.gone {
+        if self.daemon.is_some() || self.host.gone {
             return;
         }
-        self.disk.repair();
+        self.host.disk.reopen();
         env.note("destination", format_args!("the daemon starts again"));
         env.destination_listens = true;
         self.daemon = Some(Daemon::default());
         self.ended = None;
         self.recover(env);
-    }
-
-    fn tick(&mut self, env: &mut Env) {
-        let now = env.now();
-        let Some(daemon) = &mut self.daemon else {
-            return;
-        };
-        daemon.tick_at = None;
-        let Some(engine) = &mut daemon.engine else {
-            return;
-        };
-        if engine.poll_timeout().is_some_and(|at| at <= now) {
-            engine.handle(now, Input::Tick);
-        }
-        self.carry_out_all(env);
-    }
-
-    /// Tells the engine something, and does what it asks for then.
-    fn input(&mut self, env: &mut Env, input: Input) {
-        let Some(engine) = self
-            .daemon
-            .as_mut()
-            .and_then(|daemon| daemon.engine.as_mut())
-        else {
-            return;
-        };
-        env.note("destination", format_args!("<- {input:?}"));
-        engine.handle(env.now(), input);
-        self.carry_out_all(env);
-    }
-
-    fn carry_out_all(&mut self, env: &mut Env) {
-        while let Some(output) = self.engine().and_then(Destination::poll) {
-            let name = names::of_destination(&output);
-            env.note("destination", format_args!("-> {output:?}"));
-            if let Some(restart) = env.output_given(Side::Destination, &name) {
-                return self.die(env, restart);
-            }
-            self.carry_out(env, output);
-        }
-        self.schedule_tick(env);
-    }
-
-    fn engine(&mut self) -> Option<&mut Destination> {
-        self.daemon.as_mut()?.engine.as_mut()
-    }
-
-    fn schedule_tick(&mut self, env: &mut Env) {
-        let Some(at) = self.engine().and_then(|engine| engine.poll_timeout()) else {
-            return;
-        };
-        let Some(daemon) = &mut self.daemon else {
-            return;
-        };
-        if let Some(at) = env.next_tick(at, daemon.tick_at) {
-            daemon.tick_at = Some(at);
-            self.event_at(env, at, DestinationEvent::Tick);
-        }
-    }
-
-    /// Puts an answer on the agenda.
-    fn answer_after(&self, env: &mut Env, delay: Duration, input: Input) {
-        self.event_after(env, delay, DestinationEvent::Answer(Box::new(input)));
-    }
-
-    fn event_after(&self, env: &mut Env, delay: Duration, event: DestinationEvent) {
-        env.agenda
-            .after(delay, Event::Destination(self.generation, event));
-    }
-
-    fn event_at(&self, env: &mut Env, at: Time, event: DestinationEvent) {
-        env.agenda
-            .at(at, Event::Destination(self.generation, event));
     }
 
     /// The process dies.
@@ -285,6 +212,7 @@ impl DestinationSide {
             return;
         }
         env.note("destination", format_args!("QEMU dies"));
+        env.tally.note(Happened::QemuDied(Side::Destination));
         self.qemu.enter(DestinationState::Gone);
         env.checker.stopped(Side::Destination);
         env.qemu_lost[Side::Destination as usize] = true;
@@ -304,11 +232,19 @@ impl DestinationSide {
             DestinationStep::Loaded => {
                 env.checker.load_ended();
                 self.qemu.enter(DestinationState::Paused);
+                if env.errs(Mistake::RunBeforeCommit) {
+                    self.run_guest(env);
+                }
                 self.input(env, Input::DeviceStateLoaded);
             }
             DestinationStep::Runs => {
                 self.qemu.enter(DestinationState::Running);
                 env.checker.started(Side::Destination);
+                if self.holds() {
+                    // The operator had it run, and whatever its session said before is over.
+                    self.ended = Some(State::Completed);
+                    self.append(env, Record::Running, Hand::Daemon);
+                }
                 self.input(env, Input::GuestRunning);
             }
             DestinationStep::Fails { dies } => {
@@ -324,5 +260,57 @@ impl DestinationSide {
                 );
             }
         }
+    }
+}
+
+impl Driver for DestinationSide {
+    type Engine = Destination;
+    type Event = DestinationEvent;
+    const SIDE: Side = Side::Destination;
+    const WHO: &'static str = "destination";
+
+    fn host(&mut self) -> &mut Host {
+        &mut self.host
+    }
+
+    fn engine(&mut self) -> Option<&mut Destination> {
+        self.daemon.as_mut()?.engine.as_mut()
+    }
+
+    fn enter(generation: u32, event: DestinationEvent) -> Event {
+        Event::Destination(generation, event)
+    }
+
+    fn carry_out(&mut self, env: &mut Env, output: Output) {
+        self.carry_out_one(env, output);
+    }
+
+    fn about_to_hear(&mut self, env: &mut Env, input: &Input) {
+        if let (Input::Message(Message::Stopped { final_round }), Some(daemon)) =
+            (input, &self.daemon)
+            && daemon
+                .last_barrier
+                .is_some_and(|(round, _)| round == *final_round)
+        {
+            env.tally.note(Happened::StoppedOvertaken);
+        }
+    }
+
+    fn die(&mut self, env: &mut Env, restart: Option<Micros>, host: bool) {
+        if self.daemon.is_none() {
+            return;
+        }
+        env.note("destination", format_args!("the daemon dies"));
+        self.end_daemon(env, host);
+        self.daemon = None;
+        self.regions.revoke_all();
+        env.destination_listens = false;
+        if host {
+            self.qemu_dies(env);
+        } else if self.qemu.state == DestinationState::Loading && env.rng.chance(500) {
+            // The stream broke: a QEMU that cannot load ends.
+            self.qemu.enter(DestinationState::Gone);
+        }
+        self.start_again(env, restart);
     }
 }

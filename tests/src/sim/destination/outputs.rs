@@ -1,26 +1,25 @@
 //! Carrying out what the destination's engine asks for.
 
-use std::time::Duration;
-
 use pagecopy::engine::Fault as Blame;
 use pagecopy::engine::destination::{Input, Output};
 use pagecopy::engine::event::State;
-use pagecopy::engine::journal::{self, Record};
 use pagecopy::host::Placer;
 use pagecopy::memory::{BlockId, Run};
 use pagecopy::wire::Message;
 use transport::{Access, Op};
 
+use super::super::driver::Driver;
 use super::super::env::{DestinationEvent, DestinationStep, Env, Event, failure};
 use super::super::mistake::Mistake;
+use super::super::plan::Side;
 use super::super::qemu::{DestinationState, ram_of};
 use super::{DestinationSide, LINGER};
 
 impl DestinationSide {
-    pub(super) fn carry_out(&mut self, env: &mut Env, output: Output) {
+    pub(super) fn carry_out_one(&mut self, env: &mut Env, output: Output) {
         match output {
             Output::Send(message) => self.send(env, &message),
-            Output::Journal(record) => self.journal(env, record, true),
+            Output::Journal(record) => self.journal(env, record),
             Output::Prepare { order } => {
                 if order != env.plan.order {
                     env.checker.violate(format!(
@@ -28,12 +27,12 @@ impl DestinationSide {
                         env.plan.order
                     ));
                 }
-                let delay = self.operation(env);
+                let delay = env.operation(Side::Destination);
                 self.event_after(env, delay, DestinationEvent::Prepare);
             }
             Output::Allocate(_) => {
-                if self.operation_fails(env) {
-                    let delay = self.operation(env) * 10;
+                if env.operation_fails(Side::Destination) {
+                    let delay = env.operation(Side::Destination) * 10;
                     let full = failure(Blame::ThisHost, "there is no memory left");
                     self.answer_after(env, delay, Input::HostFailed(full));
                 }
@@ -52,14 +51,6 @@ impl DestinationSide {
         }
     }
 
-    fn operation(&self, env: &mut Env) -> Duration {
-        env.delay(env.plan.destination.operation_us)
-    }
-
-    fn operation_fails(&self, env: &mut Env) -> bool {
-        env.rng.chance(env.plan.destination.operation_fails)
-    }
-
     fn send(&mut self, env: &mut Env, message: &Message) {
         let Some(control) = self
             .daemon
@@ -76,7 +67,7 @@ impl DestinationSide {
     }
 
     pub(super) fn prepare(&mut self, env: &mut Env) {
-        if self.operation_fails(env) {
+        if env.operation_fails(Side::Destination) {
             return self.input(
                 env,
                 Input::HostFailed(failure(Blame::ThisHost, "the RAM cannot be cleared")),
@@ -120,8 +111,8 @@ impl DestinationSide {
     }
 
     fn digest(&mut self, env: &mut Env) {
-        let delay = self.operation(env);
-        if self.operation_fails(env) {
+        let delay = env.operation(Side::Destination);
+        if env.operation_fails(Side::Destination) {
             let failed = failure(Blame::ThisHost, "the RAM cannot be read");
             return self.answer_after(env, delay, Input::HostFailed(failed));
         }
@@ -135,7 +126,7 @@ impl DestinationSide {
     fn page_digests(&mut self, env: &mut Env, block: u16, chunk: u64) {
         let ours = self.block(env, block);
         let digests = self.ram.digests_in_chunk(ours, chunk);
-        let delay = self.operation(env);
+        let delay = env.operation(Side::Destination);
         self.answer_after(
             env,
             delay,
@@ -147,31 +138,9 @@ impl DestinationSide {
         );
     }
 
-    pub(super) fn journal(&mut self, env: &mut Env, record: Record, for_engine: bool) {
-        let line = journal::encode(&record);
-        let skipped = env.errs(Mistake::NoCommittedRecord) && record == Record::Committed;
-        match self
-            .disk
-            .append(if skipped { &[] } else { &line }, env.agenda.now())
-        {
-            Ok((end, at)) => {
-                let synced = DestinationEvent::Synced(end, record, for_engine);
-                self.event_at(env, at, synced);
-            }
-            Err(at) if for_engine => {
-                let failed = failure(Blame::ThisHost, "the journal's disk refuses");
-                let answer =
-                    DestinationEvent::Answer(Box::new(Input::JournalFailed(record, failed)));
-                self.event_at(env, at, answer);
-            }
-            // The daemon's own records are logged as lost; whoever asks makes it try again.
-            Err(_) => {}
-        }
-    }
-
     fn load_device_state(&mut self, env: &mut Env) {
         self.regions.revoke_all();
-        let delay = env.delay(env.plan.destination.qemu_us);
+        let delay = env.qemu_delay(Side::Destination);
         if env.errs(Mistake::LateWrite) {
             let late = DestinationEvent::LateZero(vec![Run {
                 block: BlockId(0),
@@ -194,7 +163,7 @@ impl DestinationSide {
                 "QEMU is given something else than device state: {error}"
             )),
         }
-        let step = if env.rng.chance(env.plan.destination.qemu_fails) {
+        let step = if env.qemu_fails(Side::Destination) {
             DestinationStep::Fails { dies: true }
         } else {
             DestinationStep::Loaded
@@ -205,7 +174,10 @@ impl DestinationSide {
     }
 
     pub(super) fn run_guest(&mut self, env: &mut Env) {
-        let delay = env.delay(env.plan.destination.qemu_us);
+        if env.errs(Mistake::EarlyRunning) {
+            self.send(env, &Message::Running);
+        }
+        let delay = env.qemu_delay(Side::Destination);
         match self.qemu.state {
             // `cont` of a running guest is no error.
             DestinationState::Running => return self.answer_after(env, delay, Input::GuestRunning),
@@ -215,7 +187,7 @@ impl DestinationSide {
                 return self.answer_after(env, delay, Input::QemuFailed(failed));
             }
         }
-        let step = if env.rng.chance(env.plan.destination.qemu_fails) {
+        let step = if env.qemu_fails(Side::Destination) {
             DestinationStep::Fails {
                 dies: env.rng.chance(300),
             }
@@ -230,6 +202,10 @@ impl DestinationSide {
     fn finished(&mut self, env: &mut Env, state: State) {
         if self.ended.is_some() {
             env.checker.violate("the destination finished twice".into());
+        }
+        if state == State::Completed {
+            let lost = env.qemu_lost[Side::Destination as usize];
+            env.checker.told_completed("the destination", lost);
         }
         self.ended = Some(state);
         let close = DestinationEvent::Close {

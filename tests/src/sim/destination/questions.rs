@@ -1,13 +1,17 @@
 //! What the daemon does without an engine: answers sources in doubt, and takes up its journal after a restart.
 
 use pagecopy::engine::destination::{Destination, Input};
+use pagecopy::engine::doubt::{Found, Resolution, Step, at_destination};
 use pagecopy::engine::journal::{self, Record};
 use pagecopy::engine::{Fault as Blame, MigrationId};
 use pagecopy::wire::{Message, Standing};
 use transport::Op;
 
+use super::super::disk::Hand;
+use super::super::driver::Driver;
 use super::super::env::{Env, failure};
 use super::super::lane::Report;
+use super::super::plan::Side;
 use super::super::qemu::DestinationState;
 use super::DestinationSide;
 
@@ -44,7 +48,9 @@ impl DestinationSide {
                 self.end_session(env);
                 self.give_up_unserved(env);
                 match self.standing(*id) {
-                    Standing::Committed if self.unserved() => self.run_committed(env, lane),
+                    Standing::Committed if self.holds() && self.has_guest() => {
+                        self.run_committed(env, lane)
+                    }
                     standing => {
                         self.answer_question(env, lane, Message::Answer { id: *id, standing })
                     }
@@ -53,7 +59,7 @@ impl DestinationSide {
             Message::Ping { nonce } => {
                 self.answer_question(env, lane, Message::Pong { nonce: *nonce })
             }
-            Message::Closed => self.journal(env, Record::Closed, false),
+            Message::Closed => self.append(env, Record::Closed, Hand::Daemon),
             _ => {}
         }
     }
@@ -65,6 +71,45 @@ impl DestinationSide {
                 .daemon
                 .as_ref()
                 .is_none_or(|daemon| daemon.engine.is_none())
+    }
+
+    /// Whether the guest is committed to this host, and no session serves it.
+    pub(in crate::sim) fn holds(&self) -> bool {
+        self.daemon.is_some() && self.unserved() && self.standing(self.id) == Standing::Committed
+    }
+
+    fn has_guest(&self) -> bool {
+        matches!(self.found(), Found::Runs | Found::StandsStill)
+    }
+
+    /// What the daemon finds when it looks for the guest.
+    fn found(&self) -> Found {
+        match self.qemu.state {
+            DestinationState::Running => Found::Runs,
+            DestinationState::Paused => Found::StandsStill,
+            DestinationState::InMigrate | DestinationState::Gone => Found::Gone,
+            DestinationState::Loading => Found::Unclear("it is being loaded".into()),
+        }
+    }
+
+    /// This host's operator decides about a committed guest that is not known to run.
+    pub(in crate::sim) fn resolve(&mut self, env: &mut Env, resolution: Resolution) {
+        if !self.holds() {
+            return;
+        }
+        let found = self.found();
+        let step = at_destination(resolution, &found);
+        env.note(
+            "operator",
+            format_args!("resolves at the destination, {found:?}: {resolution:?}: {step:?}"),
+        );
+        match step {
+            Ok(Step::Run) => self.run_guest(env),
+            Ok(Step::RecordRunning) => self.append(env, Record::Running, Hand::Daemon),
+            Ok(Step::RecordAborted) => self.append(env, Record::Aborted, Hand::Daemon),
+            Err(_) if found == Found::Runs => self.append(env, Record::Running, Hand::Daemon),
+            Err(_) => {}
+        }
     }
 
     /// A source that asks has lost the connection, though this side may not know it yet.
@@ -88,7 +133,7 @@ impl DestinationSide {
     /// is given up, on disk. Whoever asks hears of it the next time.
     fn give_up_unserved(&mut self, env: &mut Env) {
         if self.unserved() && self.standing(self.id) == Standing::Unknown {
-            self.journal(env, Record::Aborted, false);
+            self.append(env, Record::Aborted, Hand::Daemon);
         }
     }
 
@@ -107,7 +152,7 @@ impl DestinationSide {
     }
 
     fn standing(&self, id: MigrationId) -> Standing {
-        let records = journal::decode(self.disk.bytes())
+        let records = journal::decode(self.host.disk.bytes())
             .map(|decoded| decoded.records)
             .unwrap_or_default();
         journal::standing_for((id == self.id).then_some(&records[..]))
@@ -116,7 +161,7 @@ impl DestinationSide {
     /// The guest is committed to this host and nobody has said yet that it runs. A source that asks has not taken it
     /// back: it is run now, and the source is told on the connection on which it asked.
     fn run_committed(&mut self, env: &mut Env, lane: usize) {
-        let engine = Destination::recover(self.setup.clone(), env.now());
+        let engine = Destination::recover(self.setup.clone(), env.clock(Side::Destination));
         if let Some(daemon) = &mut self.daemon {
             daemon.control = Some(daemon.questions.remove(lane));
             daemon.engine = Some(engine);
@@ -129,7 +174,7 @@ impl DestinationSide {
     /// A daemon that was started again takes its journal up: what was not committed is given up, on disk, before anybody
     /// is told. A guest that was committed is not run before the source asks, for its operator may have taken it back.
     pub(super) fn recover(&mut self, env: &mut Env) {
-        let records = match journal::decode(self.disk.bytes()) {
+        let records = match journal::decode(self.host.disk.bytes()) {
             Ok(decoded) => decoded.records,
             Err(error) => {
                 return env
@@ -140,8 +185,8 @@ impl DestinationSide {
         env.note("destination", format_args!("takes up {records:?}"));
         let running = self.qemu.state == DestinationState::Running;
         match journal::standing_for(Some(&records)) {
-            Standing::Unknown => self.journal(env, Record::Aborted, false),
-            Standing::Committed if running => self.journal(env, Record::Running, false),
+            Standing::Unknown => self.append(env, Record::Aborted, Hand::Daemon),
+            Standing::Committed if running => self.append(env, Record::Running, Hand::Daemon),
             _ => {}
         }
     }

@@ -6,6 +6,7 @@ use pagecopy::engine::source::Input;
 use pagecopy::wire::Message;
 use transport::Error;
 
+use super::super::driver::Driver;
 use super::super::env::{Env, failure};
 use super::super::lane::{Report, next_report};
 use super::{DataLane, SourceSide};

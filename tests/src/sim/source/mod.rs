@@ -12,10 +12,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{self, Record};
-use pagecopy::engine::source::{Batch, Input, Pushed, Resolution, Setup, Source};
-use pagecopy::engine::{ChannelId, Failure, Fault as Blame, MigrationId, Time, Timeouts};
+use pagecopy::engine::source::{Batch, Input, Output, Pushed, Setup, Source};
+use pagecopy::engine::{ChannelId, Failure, Fault as Blame, MigrationId, Timeouts};
 use pagecopy::host::Tracker;
 use pagecopy::memory::Run;
 use pagecopy::wire::{Message, Standing};
@@ -23,15 +24,17 @@ use transport::mem::MemChannel;
 use transport::{Access, Regions};
 
 use super::disk::Disk;
+use super::driver::{Driver, Host};
 use super::env::{Env, Event, SourceEvent, failure};
+use super::fault::Micros;
 use super::guest::Guest;
 use super::lane::Lane;
 use super::mistake::Mistake;
-use super::names;
 use super::plan::{Plan, Side};
 use super::qemu::{self as machine, SourceState};
 use super::ram::{SimRam, SimTracker};
 use super::rng::Rng;
+use super::tally::Happened;
 
 /// How long the daemon gives its last messages before it closes the connection.
 const LINGER: Duration = Duration::from_millis(200);
@@ -57,7 +60,6 @@ struct Daemon {
     data: Vec<DataLane>,
     /// Figures of the batches that are under way.
     batches: BTreeMap<u64, (ChannelId, Batch, Pushed)>,
-    tick_at: Option<Time>,
     detached: bool,
 }
 
@@ -79,10 +81,9 @@ pub(super) struct SourceSide {
     /// `ResumeGuest` was made to fail.
     pub(super) resume_failed: bool,
     tracker: SimTracker,
-    disk: Disk,
+    pub(super) host: Host,
     setup: Setup,
     daemon: Option<Daemon>,
-    generation: u32,
     device_state: Vec<u8>,
     commit_sent: bool,
     first_holes: Option<Vec<Run>>,
@@ -97,7 +98,7 @@ impl SourceSide {
         let guest = Guest::new(ram.clone(), seed.stream("guest"), plan.habits, env.now());
         let order: Vec<usize> = (0..plan.blocks.len()).collect();
         let copies = if plan.buffered { plan.data_channels } else { 0 };
-        let buffers: Vec<Arc<SimRam>> = (0..copies).map(|_| SimRam::new(&plan.blocks)).collect();
+        let buffers: Vec<Arc<SimRam>> = (0..copies).map(|_| SimRam::buffer(&plan.blocks)).collect();
         let access = Access {
             peer_writes: false,
             peer_reads: false,
@@ -121,10 +122,9 @@ impl SourceSide {
             failure: None,
             figures: Figures::default(),
             resume_failed: false,
-            disk: Disk::new(plan.source.disk, seed.stream("source disk")),
+            host: Host::new(Disk::new(plan.source.disk, seed.stream("source disk"))),
             setup: setup(plan, seed, env.errs(Mistake::NoAgeing)),
             daemon: None,
-            generation: 0,
             device_state: Vec::new(),
             commit_sent: false,
             first_holes: None,
@@ -141,7 +141,7 @@ impl SourceSide {
             qmp: String::new(),
             peer: String::new(),
         };
-        self.disk.begin(&journal::encode(&begun));
+        self.host.disk.begin(&journal::encode(&begun));
         let mut lanes = channels.into_iter().map(Lane::new);
         let control = lanes.next();
         let data = lanes
@@ -150,7 +150,8 @@ impl SourceSide {
                 lane,
             })
             .collect();
-        self.install(Source::new(self.setup.clone(), env.now()), control, data);
+        let now = env.clock(Side::Source);
+        self.install(Source::new(self.setup.clone(), now), control, data);
         self.carry_out_all(env);
     }
 
@@ -160,7 +161,6 @@ impl SourceSide {
             control,
             data,
             batches: BTreeMap::new(),
-            tick_at: None,
             detached: false,
         });
     }
@@ -170,9 +170,17 @@ impl SourceSide {
         self.setup.id
     }
 
+    /// Whether there is a daemon.
+    pub(super) fn alive(&self) -> bool {
+        self.daemon.is_some()
+    }
+
     /// Whether nothing more is to be expected of the daemon.
     pub(super) fn settled(&self) -> bool {
-        self.daemon.is_some() && self.ended.is_some_and(|state| state != State::InDoubt)
+        match &self.daemon {
+            None => self.host.gone,
+            Some(_) => self.ended.is_some_and(|state| state != State::InDoubt),
+        }
     }
 
     /// What must not be left behind at the end.
@@ -189,14 +197,13 @@ impl SourceSide {
 
     /// Something for this daemon, of its generation.
     pub(super) fn happens(&mut self, env: &mut Env, generation: u32, event: SourceEvent) {
-        if generation != self.generation || self.daemon.is_none() {
+        if generation != self.host.generation || self.daemon.is_none() {
             return;
         }
         match event {
-            SourceEvent::Tick => self.tick(env),
+            SourceEvent::Daemon(event) => self.daemon_happens(env, event),
             SourceEvent::Work(channel) => self.work(env, channel),
             SourceEvent::Handed(batch) => self.batch_sent(env, batch),
-            SourceEvent::Answer(input) => self.input(env, *input),
             SourceEvent::Arm => self.arm(env),
             SourceEvent::ListAfterArm => self.list_after_arm(env),
             SourceEvent::Scan { holes } => self.scan(env, holes),
@@ -205,10 +212,6 @@ impl SourceSide {
                 holes,
                 began,
             } => self.scan_ends(env, dirty, holes, began),
-            SourceEvent::Synced(end, record) => {
-                self.disk.synced(end);
-                self.input(env, Input::Journaled(record));
-            }
             SourceEvent::Connect => self.connect(env),
             SourceEvent::Close => {
                 if let Some(daemon) = &mut self.daemon {
@@ -219,8 +222,24 @@ impl SourceSide {
         }
     }
 
+    /// The operator makes sure that this host never runs the guest: ends its daemon and its QEMU.
+    pub(super) fn fence(&mut self, env: &mut Env) {
+        self.daemon = None;
+        self.host.generation += 1;
+        self.host.gone = true;
+        self.tracker.disarm();
+        self.qemu.enter(SourceState::Gone);
+        env.qemu_lost[Side::Source as usize] = true;
+        env.checker.pushes_lost();
+        env.checker.rollback_excused();
+        env.checker.stopped(Side::Source);
+    }
+
     /// The operator cancels.
     pub(super) fn cancel(&mut self, env: &mut Env) {
+        if self.ended.is_none() && self.daemon.is_some() {
+            env.tally.note(Happened::Cancelled(Side::Source));
+        }
         self.input(env, Input::Cancel);
     }
 
@@ -230,30 +249,13 @@ impl SourceSide {
         self.input(env, Input::Resolve(resolution));
     }
 
-    /// The daemon dies, and the kernel closes what it had open.
-    pub(super) fn die(&mut self, env: &mut Env, restart: Option<Duration>) {
-        if self.daemon.take().is_none() {
-            return;
-        }
-        env.note("source", format_args!("the daemon dies"));
-        self.generation += 1;
-        self.tracker.disarm();
-        self.disk.crash();
-        env.checker.pushes_lost();
-        env.checker.rollback_excused();
-        self.stream_breaks(env);
-        // The host is looked after: its daemon is always started again, at the latest after a minute.
-        let restart = restart.unwrap_or(Duration::from_secs(60));
-        env.agenda.after(restart, Event::Restart(Side::Source));
-    }
-
     /// The daemon is started again and takes the migration up from its journal.
     pub(super) fn restart(&mut self, env: &mut Env) {
-        if self.daemon.is_some() {
+        if self.daemon.is_some() || self.host.gone {
             return;
         }
-        self.disk.repair();
-        let records = match journal::decode(self.disk.bytes()) {
+        self.host.disk.reopen();
+        let records = match journal::decode(self.host.disk.bytes()) {
             Ok(decoded) => decoded.records,
             Err(error) => {
                 return env
@@ -266,40 +268,45 @@ impl SourceSide {
             format_args!("the daemon starts again: {records:?}"),
         );
         match journal::outcome(&records) {
+            journal::Outcome::NotHere if self.qemu.state == SourceState::Gone => {}
             journal::Outcome::NotHere => env.checker.failure_noticed(env.agenda.now()),
             // As far as it can know now, `Commit` was sent.
             journal::Outcome::Open | journal::Outcome::Here => self.commit_sent = true,
         }
         self.ended = None;
-        let engine = Source::recover(self.setup.clone(), journal::outcome(&records), env.now());
+        let now = env.clock(Side::Source);
+        let engine = Source::recover(self.setup.clone(), journal::outcome(&records), now);
         self.install(engine, None, Vec::new());
         self.carry_out_all(env);
     }
+}
 
-    fn tick(&mut self, env: &mut Env) {
-        let Some(daemon) = &mut self.daemon else {
-            return;
-        };
-        daemon.tick_at = None;
-        if daemon
-            .engine
-            .poll_timeout()
-            .is_some_and(|at| at <= env.now())
-        {
-            daemon.engine.handle(env.now(), Input::Tick);
-        }
-        self.carry_out_all(env);
+impl Driver for SourceSide {
+    type Engine = Source;
+    type Event = SourceEvent;
+    const SIDE: Side = Side::Source;
+    const WHO: &'static str = "source";
+
+    fn host(&mut self) -> &mut Host {
+        &mut self.host
     }
 
-    /// Tells the engine something, and does what it asks for then.
-    fn input(&mut self, env: &mut Env, input: Input) {
-        let Some(daemon) = &mut self.daemon else {
-            return;
-        };
-        env.note("source", format_args!("<- {input:?}"));
+    fn engine(&mut self) -> Option<&mut Source> {
+        self.daemon.as_mut().map(|daemon| &mut daemon.engine)
+    }
+
+    fn enter(generation: u32, event: SourceEvent) -> Event {
+        Event::Source(generation, event)
+    }
+
+    fn carry_out(&mut self, env: &mut Env, output: Output) {
+        self.carry_out_one(env, output);
+    }
+
+    fn about_to_hear(&mut self, env: &mut Env, input: &Input) {
         if self.qemu.state == SourceState::Gone {
             env.checker.rollback_excused();
-        } else if is_failure(&input) && !self.commit_sent && !self.resume_failed {
+        } else if is_failure(input) && !self.commit_sent && !self.resume_failed {
             env.checker.failure_noticed(env.agenda.now());
         }
         if let Input::Message(Message::Answer {
@@ -309,47 +316,32 @@ impl SourceSide {
         {
             self.commit_sent = false;
         }
-        daemon.engine.handle(env.now(), input);
-        self.carry_out_all(env);
-    }
-
-    fn carry_out_all(&mut self, env: &mut Env) {
-        while let Some(output) = self.daemon.as_mut().and_then(|daemon| daemon.engine.poll()) {
-            let name = names::of_source(&output);
-            env.note("source", format_args!("-> {output:?}"));
-            if let Some(restart) = env.output_given(Side::Source, &name) {
-                return self.die(env, restart);
-            }
-            self.carry_out(env, output);
-        }
-        self.schedule_tick(env);
-    }
-
-    fn schedule_tick(&mut self, env: &mut Env) {
-        let Some(daemon) = &mut self.daemon else {
-            return;
-        };
-        let Some(at) = daemon.engine.poll_timeout() else {
-            return;
-        };
-        if let Some(at) = env.next_tick(at, daemon.tick_at) {
-            daemon.tick_at = Some(at);
-            self.event_at(env, at, SourceEvent::Tick);
+        let in_doubt = self.ended == Some(State::InDoubt);
+        env.let_go_by_word |= in_doubt && matches!(input, Input::Resolve(Resolution::Abandon));
+        if matches!(input, Input::LinkLost(_))
+            && self.commit_sent
+            && env.errs(Mistake::ResumeAfterCommit)
+        {
+            self.resume_guest(env);
         }
     }
 
-    /// Puts an answer on the agenda.
-    fn answer_after(&self, env: &mut Env, delay: Duration, input: Input) {
-        self.event_after(env, delay, SourceEvent::Answer(Box::new(input)));
-    }
-
-    fn event_after(&self, env: &mut Env, delay: Duration, event: SourceEvent) {
-        env.agenda
-            .after(delay, Event::Source(self.generation, event));
-    }
-
-    fn event_at(&self, env: &mut Env, at: Time, event: SourceEvent) {
-        env.agenda.at(at, Event::Source(self.generation, event));
+    fn die(&mut self, env: &mut Env, restart: Option<Micros>, host: bool) {
+        if self.daemon.is_none() {
+            return;
+        }
+        env.note("source", format_args!("the daemon dies"));
+        self.end_daemon(env, host);
+        self.daemon = None;
+        self.tracker.disarm();
+        env.checker.pushes_lost();
+        env.checker.rollback_excused();
+        if host {
+            self.qemu_dies(env);
+        }
+        self.stream_breaks(env);
+        // The host is looked after: its daemon is always started again, at the latest after a minute.
+        self.start_again(env, restart.or(Some(60_000_000)));
     }
 }
 
@@ -382,8 +374,8 @@ fn setup(plan: &Plan, seed: &Rng, no_ageing: bool) -> Setup {
         blocks: plan.blocks.clone(),
         direct_io: plan.direct_io && !no_ageing,
         data_channels: plan.data_channels,
-        fixed_downtime: plan.fixed_downtime,
-        options: plan.options.clone(),
+        fixed_downtime: plan.fixed_downtime(),
+        options: plan.options(),
         timeouts: Timeouts::default(),
     }
 }

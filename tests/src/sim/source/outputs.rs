@@ -1,47 +1,56 @@
 //! Carrying out what the source's engine asks for.
 
+use std::time::Duration;
+
 use pagecopy::engine::event::{Finished, State};
-use pagecopy::engine::journal::{self, Record};
 use pagecopy::engine::source::{Batch, Input, Output, Pushed};
 use pagecopy::engine::split::split;
 use pagecopy::engine::{ChannelId, Time};
 use pagecopy::host::{Ram, Tracker};
 use pagecopy::limits::MAX_RUNS;
-use pagecopy::memory::{BlockId, Run};
+use pagecopy::memory::{BlockId, BlockSpec, Run};
 use pagecopy::wire::Message;
 use transport::limits::{MAX_EXTENTS, MAX_PAYLOAD};
 use transport::{Extent, Op, RegionId};
 
-use super::super::env::{Env, Event, SourceEvent};
+use super::super::driver::Driver;
+use super::super::env::{DaemonEvent, Env, Event, SourceEvent};
 use super::super::lane::Lane;
 use super::super::mistake::Mistake;
+use super::super::plan::Side;
+use super::super::tally::Happened;
 use super::{LINGER, SourceSide, Work, host_failure};
 
 impl SourceSide {
-    pub(super) fn carry_out(&mut self, env: &mut Env, output: Output) {
+    pub(super) fn carry_out_one(&mut self, env: &mut Env, output: Output) {
         match output {
             Output::Send(message) => self.send(env, &message),
             Output::SendOn(channel, message) => self.send_on(env, channel, message),
             Output::Push { channel, batch } => self.push(env, channel, batch),
             Output::Attach => {
-                let delay = self.operation(env);
+                let delay = env.operation(Side::Source);
                 self.event_after(env, delay, SourceEvent::Arm);
             }
             Output::Scan { holes } => {
-                let delay = self.operation(env) / 2;
+                let delay = env.operation(Side::Source) / 2;
                 self.event_after(env, delay, SourceEvent::Scan { holes });
             }
             Output::DrainIo => self.drain_io(env),
             Output::LookAgain => {
-                let delay = self.operation(env);
-                self.answer_after(env, delay, Input::Unchanged);
+                let delay = env.operation(Side::Source);
+                let answer = if env.operation_fails(Side::Source) {
+                    Input::HostFailed(host_failure())
+                } else {
+                    Input::Unchanged
+                };
+                self.answer_after(env, delay, answer);
             }
             Output::StopGuest => self.stop_guest(env),
             Output::SaveDeviceState => self.save_device_state(env),
             Output::Digest => self.digest(env),
             Output::PageDigests { block, chunk } => {
                 let digests = self.ram.digests_in_chunk(BlockId(block), chunk);
-                let delay = self.operation(env);
+                let delay = env.operation(Side::Source);
                 self.answer_after(
                     env,
                     delay,
@@ -66,17 +75,8 @@ impl SourceSide {
         }
     }
 
-    /// How long a host operation takes.
-    fn operation(&self, env: &mut Env) -> std::time::Duration {
-        env.delay(env.plan.source.operation_us)
-    }
-
-    fn operation_fails(&self, env: &mut Env) -> bool {
-        env.rng.chance(env.plan.source.operation_fails)
-    }
-
     pub(super) fn arm(&mut self, env: &mut Env) {
-        if self.operation_fails(env) {
+        if env.operation_fails(Side::Source) {
             return self.input(env, Input::HostFailed(host_failure()));
         }
         // A `Detach` that overtook the attaching finds it later: then there is nothing left to arm.
@@ -85,7 +85,7 @@ impl SourceSide {
         }
         // The kernel's arming cannot fail here.
         let _ = self.tracker.arm();
-        let delay = self.operation(env);
+        let delay = env.operation(Side::Source);
         self.event_after(env, delay, SourceEvent::ListAfterArm);
     }
 
@@ -109,10 +109,10 @@ impl SourceSide {
         let began = env.now();
         let mut dirty = Vec::new();
         let scanned = self.tracker.scan(&mut dirty);
-        if scanned.is_err() || self.operation_fails(env) {
+        if scanned.is_err() || env.operation_fails(Side::Source) {
             return self.input(env, Input::HostFailed(host_failure()));
         }
-        let delay = self.operation(env) / 2;
+        let delay = env.operation(Side::Source) / 2;
         self.event_after(
             env,
             delay,
@@ -145,18 +145,18 @@ impl SourceSide {
         let drained = last
             .unwrap_or_default()
             .max(env.now())
-            .after(self.operation(env));
-        let answer = if self.operation_fails(env) {
+            .after(env.operation(Side::Source));
+        let answer = if env.operation_fails(Side::Source) {
             Input::HostFailed(host_failure())
         } else {
             Input::IoDrained
         };
-        self.event_at(env, drained, SourceEvent::Answer(Box::new(answer)));
+        self.event_at(env, drained, DaemonEvent::Answer(Box::new(answer)));
     }
 
     fn digest(&mut self, env: &mut Env) {
-        let delay = self.operation(env);
-        if self.operation_fails(env) {
+        let delay = env.operation(Side::Source);
+        if env.operation_fails(Side::Source) {
             return self.answer_after(env, delay, Input::HostFailed(host_failure()));
         }
         let digests = (0..)
@@ -164,23 +164,6 @@ impl SourceSide {
             .map(|block| self.ram.chunk_digests(BlockId(block)))
             .collect();
         self.answer_after(env, delay, Input::Digests(digests));
-    }
-
-    fn journal(&mut self, env: &mut Env, record: Record) {
-        let line = journal::encode(&record);
-        let skipped = env.errs(Mistake::NoCommitIntentRecord) && record == Record::CommitIntent;
-        match self
-            .disk
-            .append(if skipped { &[] } else { &line }, env.agenda.now())
-        {
-            Ok((end, at)) => {
-                self.event_at(env, at, SourceEvent::Synced(end, record));
-            }
-            Err(at) => {
-                let answer = Box::new(Input::JournalFailed(record, host_failure()));
-                self.event_at(env, at, SourceEvent::Answer(answer));
-            }
-        }
     }
 
     fn detach(&mut self, env: &mut Env) {
@@ -198,8 +181,18 @@ impl SourceSide {
             env.checker.violate("the source finished twice".into());
         }
         if finished.state == State::InDoubt && self.ended.is_none() {
-            let delay = env.rng.micros(1_000_000, 300_000_000);
-            env.agenda.after(delay, Event::Operator);
+            env.tally.note(Happened::Doubted);
+            if env.plan.operator {
+                let delay = env.rng.micros(1_000_000, 300_000_000);
+                env.agenda.after(delay, Event::Operator);
+            }
+        }
+        if finished.state == State::Completed {
+            let lost = env.qemu_lost[Side::Destination as usize];
+            // The source may only repeat what its operator said.
+            if !env.let_go_by_word {
+                env.checker.told_completed("the source", lost);
+            }
         }
         self.doubted |= finished.state == State::InDoubt;
         self.ended = Some(finished.state);
@@ -243,12 +236,20 @@ impl SourceSide {
         let Some(data) = self.data_lane(channel) else {
             return;
         };
+        let early = env.errs(Mistake::EarlyPushed).then(|| Input::Pushed {
+            channel,
+            batch: batch.id,
+            pushed: Pushed::default(),
+        });
+        env.checker.pushed(channel, bytes(&batch, &env.plan.blocks));
         data.work.push_back(Work::Batch(batch));
-        env.checker.pushed(channel);
         self.wake(env, channel);
+        if let Some(early) = early {
+            self.answer_after(env, Duration::ZERO, early);
+        }
     }
 
-    fn wake(&self, env: &mut Env, channel: ChannelId) {
+    fn wake(&mut self, env: &mut Env, channel: ChannelId) {
         let delay = env.delay(env.plan.work_us);
         self.event_after(env, delay, SourceEvent::Work(channel));
     }
@@ -333,7 +334,8 @@ impl SourceSide {
         if env.errs(Mistake::ClearAfterRead) {
             self.ram.protect(&batch.runs);
         }
-        env.checker.push_ended(channel);
+        env.checker
+            .push_ended(channel, bytes(&batch, &env.plan.blocks));
         self.input(
             env,
             Input::Pushed {
@@ -347,6 +349,7 @@ impl SourceSide {
     /// A new control connection is tried.
     pub(super) fn connect(&mut self, env: &mut Env) {
         if !env.wires.passable() || !env.destination_listens {
+            env.tally.note(Happened::ReconnectFailed);
             // A refusal comes at once; a path that swallows everything is given up after some seconds.
             let delay = if env.wires.passable() {
                 env.delay(1_000)
@@ -368,6 +371,16 @@ impl SourceSide {
         }
         self.input(env, Input::Reconnected);
     }
+}
+
+/// Bytes of a batch's pages.
+fn bytes(batch: &Batch, blocks: &[BlockSpec]) -> u64 {
+    let size = |run: &Run| {
+        blocks
+            .get(usize::from(run.block.0))
+            .map_or(0, |spec| run.pages * spec.page_size)
+    };
+    batch.runs.iter().map(size).sum()
 }
 
 /// The operations that carry a batch, each within the limits of one.

@@ -6,24 +6,18 @@ use pagecopy::engine::Fault as Blame;
 use pagecopy::engine::source::Input;
 use pagecopy::limits::MAX_DEVICE_STATE_CHUNK;
 
+use super::super::driver::Driver;
 use super::super::env::{Env, Event, SourceStep, failure};
 use super::super::mistake::Mistake;
 use super::super::plan::Side;
 use super::super::qemu::{SourceState, device_state};
+use super::super::tally::Happened;
 use super::SourceSide;
 
 impl SourceSide {
     fn command(&mut self, env: &mut Env, state: SourceState, delay: Duration, step: SourceStep) {
         let command = self.qemu.enter(state);
         env.agenda.after(delay, Event::SourceQemu(command, step));
-    }
-
-    fn qemu_delay(&self, env: &mut Env) -> Duration {
-        env.delay(env.plan.source.qemu_us)
-    }
-
-    fn qemu_fails(&self, env: &mut Env) -> bool {
-        env.rng.chance(env.plan.source.qemu_fails)
     }
 
     fn qemu_failed(&mut self, env: &mut Env, what: &str) {
@@ -33,7 +27,7 @@ impl SourceSide {
     /// QMP `migrate`: the guest stands at once, and its disk I/O is waited for.
     pub(super) fn stop_guest(&mut self, env: &mut Env) {
         if self.qemu.state != SourceState::Running {
-            let delay = self.qemu_delay(env);
+            let delay = env.qemu_delay(Side::Source);
             let what = failure(Blame::Qemu, "there is no running guest to stop");
             return self.answer_after(env, delay, Input::QemuFailed(what));
         }
@@ -43,8 +37,8 @@ impl SourceSide {
             .reads_end()
             .filter(|_| !env.errs(Mistake::NoDrain));
         let wait = drained.map_or(Duration::ZERO, |end| end.since(env.now()));
-        let delay = wait + self.qemu_delay(env);
-        let step = if self.qemu_fails(env) {
+        let delay = wait + env.qemu_delay(Side::Source);
+        let step = if env.qemu_fails(Side::Source) {
             SourceStep::Fails {
                 goes_on: env.rng.chance(500),
             }
@@ -57,7 +51,7 @@ impl SourceSide {
     /// QMP `migrate-continue`: the device state comes out in pieces.
     pub(super) fn save_device_state(&mut self, env: &mut Env) {
         if self.qemu.state != SourceState::PreSwitchover {
-            let delay = self.qemu_delay(env);
+            let delay = env.qemu_delay(Side::Source);
             let what = failure(Blame::Qemu, "QEMU is not at pre-switchover");
             return self.answer_after(env, delay, Input::QemuFailed(what));
         }
@@ -67,8 +61,8 @@ impl SourceSide {
             self.ram.version_digest(&order),
             env.plan.device_state,
         );
-        let delay = self.qemu_delay(env);
-        let step = if self.qemu_fails(env) {
+        let delay = env.qemu_delay(Side::Source);
+        let step = if env.qemu_fails(Side::Source) {
             SourceStep::Fails {
                 goes_on: env.rng.chance(500),
             }
@@ -80,7 +74,7 @@ impl SourceSide {
 
     /// QMP `migrate_cancel` or `cont`.
     pub(super) fn resume_guest(&mut self, env: &mut Env) {
-        let delay = self.qemu_delay(env);
+        let delay = env.qemu_delay(Side::Source);
         if self.qemu.state == SourceState::Gone {
             let gone = failure(Blame::Qemu, "QEMU is gone");
             return self.answer_after(env, delay, Input::ResumeFailed(gone));
@@ -89,7 +83,7 @@ impl SourceSide {
             // `cont` of a running guest is no error.
             return self.answer_after(env, delay, Input::GuestResumed);
         }
-        let step = if self.qemu_fails(env) {
+        let step = if env.qemu_fails(Side::Source) {
             SourceStep::ResumeFails
         } else {
             SourceStep::Resumed
@@ -99,14 +93,14 @@ impl SourceSide {
 
     /// QMP `quit`.
     pub(super) fn quit_guest(&mut self, env: &mut Env) {
-        let delay = self.qemu_delay(env);
+        let delay = env.qemu_delay(Side::Source);
         self.command(env, self.qemu.state, delay, SourceStep::Quits);
     }
 
     /// The daemon's end of the device state's stream is closed. QEMU lets its guest run on if it was not done.
     pub(super) fn stream_breaks(&mut self, env: &mut Env) {
         if self.qemu.state == SourceState::Saving {
-            let delay = self.qemu_delay(env);
+            let delay = env.qemu_delay(Side::Source);
             self.command(
                 env,
                 SourceState::Saving,
@@ -122,6 +116,7 @@ impl SourceSide {
             return;
         }
         env.note("source", format_args!("QEMU dies"));
+        env.tally.note(Happened::QemuDied(Side::Source));
         self.qemu.enter(SourceState::Gone);
         env.checker.stopped(Side::Source);
         env.checker.rollback_excused();
@@ -164,6 +159,10 @@ impl SourceSide {
             }
             SourceStep::Quits => {
                 self.qemu.enter(SourceState::Gone);
+                if !env.checker.arrived() {
+                    env.checker
+                        .violate("QEMU is quit with the only copy of the guest".into());
+                }
                 if env.checker.runs(Side::Source) {
                     env.checker.stopped(Side::Source);
                     env.checker
@@ -187,7 +186,7 @@ impl SourceSide {
             self.input(env, Input::DeviceState(piece));
             self.input(env, Input::DeviceStateSaved);
         } else {
-            let delay = self.qemu_delay(env) / 4;
+            let delay = env.qemu_delay(Side::Source) / 4;
             self.command(
                 env,
                 SourceState::Saving,

@@ -1,0 +1,154 @@
+//! The plan of a seed.
+
+use pagecopy::memory::BlockSpec;
+
+use super::clock::Rate;
+use super::disk::Temper;
+use super::fault;
+use super::guest::{Habits, Pattern};
+use super::plan::{Host, Path, Plan, Theme, Wanted};
+use super::rng::Rng;
+
+impl Plan {
+    /// The plan of a seed's run.
+    pub fn of(seed: u64) -> Plan {
+        Plan::with(Theme::of(seed), seed)
+    }
+
+    /// The plan of a seed's run, if its theme were this one.
+    pub fn with(theme: Theme, seed: u64) -> Plan {
+        let mut rng = Rng::new(seed).stream("plan");
+        let blocks = blocks(&mut rng);
+        let bytes: u64 = blocks.iter().map(|block| block.size).sum();
+        let mut order: Vec<usize> = (0..blocks.len()).collect();
+        rng.shuffle(&mut order);
+        let direct_io = theme == Theme::DirectIo || (theme != Theme::Quiet && rng.chance(200));
+        let rough = match theme {
+            Theme::Faults | Theme::Chaos => rng.chance(300),
+            _ => false,
+        };
+        let mut plan = Plan {
+            chance: rng.bits(),
+            order,
+            data_channels: u16::try_from(rng.between(1, 5)).unwrap_or(1),
+            direct_io,
+            fixed_downtime_us: rng.spread(1_000, 20_000),
+            wanted: wanted(&mut rng, theme),
+            habits: habits(&mut rng, &blocks, direct_io),
+            network: network(&mut rng, bytes),
+            device_state: device_state(&mut rng),
+            buffered: rng.chance(500),
+            work_us: rng.spread(1, 500),
+            source: host(&mut rng, rough),
+            destination: host(&mut rng, rough),
+            operator: rng.chance(800),
+            faults: fault::faults(&mut rng, theme),
+            blocks,
+        };
+        if theme == Theme::Crashes && rng.chance(500) {
+            plan.let_a_daemon_die(&mut rng);
+        }
+        if theme == Theme::Chaos && rng.chance(300) {
+            plan.faults.truncate(1);
+            plan.faults.extend(fault::decisions_in_doubt(&mut rng));
+        }
+        plan
+    }
+
+    /// A daemon dies at one output of all that there are, and the run is made so that the output is given.
+    fn let_a_daemon_die(&mut self, rng: &mut Rng) {
+        let (output, faults) = fault::death_at_any_output(rng);
+        self.faults.truncate(1);
+        self.faults.splice(0..0, faults);
+        self.wanted.verify |= output.contains("Digest");
+        self.wanted.quit_source |= output == "QuitGuest";
+        self.direct_io |= output == "DrainIo";
+        self.operator |= output == "Journal(TakenBack)";
+    }
+}
+
+fn blocks(rng: &mut Rng) -> Vec<BlockSpec> {
+    let count = rng.pick(&[1, 1, 1, 2, 3]);
+    // Now and then all of them are of huge pages, and enough that a channel is full.
+    let huge = rng.chance(10);
+    (0..count)
+        .map(|number| {
+            let (page_size, pages) = match rng.below(100) {
+                _ if huge => (2 << 20, 6 / count),
+                0..2 => (2 << 20, 1),
+                _ => (4096, rng.spread(8, 384 / count)),
+            };
+            BlockSpec {
+                name: format!("ram{number}"),
+                size: pages * page_size,
+                page_size,
+            }
+        })
+        .collect()
+}
+
+fn wanted(rng: &mut Rng, theme: Theme) -> Wanted {
+    let quiet = theme == Theme::Quiet;
+    Wanted {
+        downtime_limit_us: rng.spread(if quiet { 50_000 } else { 10_000 }, 300_000),
+        bandwidth_limit: rng.chance(150).then(|| rng.spread(4 << 20, 1 << 30)),
+        max_rounds: u32::try_from(rng.between(2, 30)).unwrap_or(30),
+        timeout_us: rng.chance(200).then(|| rng.spread(100_000, 60_000_000)),
+        verify: theme == Theme::Verify || rng.chance(100),
+        quit_source: rng.chance(200),
+    }
+}
+
+fn habits(rng: &mut Rng, blocks: &[BlockSpec], direct_io: bool) -> Habits {
+    let pages: u64 = blocks.iter().map(BlockSpec::pages).sum();
+    let hot = usize::try_from(rng.spread(1, pages.max(2) / 2)).unwrap_or(1);
+    Habits {
+        pattern: rng.pick(&[
+            Pattern::Uniform,
+            Pattern::HotSpot { pages: hot },
+            Pattern::Sequential,
+        ]),
+        writes: rng.pick(&[0, 100, 1_000, 5_000, 20_000, 100_000, 400_000]),
+        punches: rng.pick(&[0, 0, 50, 1_000]),
+        reads: if direct_io { rng.spread(50, 20_000) } else { 0 },
+        longest_read_us: rng.spread(200, 50_000),
+        touched_percent: rng.between(0, 100),
+    }
+}
+
+fn network(rng: &mut Rng, bytes: u64) -> Path {
+    let delay_min = rng.spread(200, 20_000);
+    Path {
+        delay_min,
+        delay_max: delay_min + rng.spread(1_000, 300_000),
+        // The whole RAM in 1 ms to half a second, or as fast as can be.
+        bytes_per_second: rng.chance(700).then(|| bytes * rng.spread(2, 1_000)),
+        piece: rng
+            .pick(&[1024, 4096, 16 << 10, 256 << 10])
+            .max(bytes / 512),
+    }
+}
+
+/// Mostly a few hundred bytes; sometimes more than one message takes.
+fn device_state(rng: &mut Rng) -> usize {
+    let most = if rng.chance(30) { 600_000 } else { 20_000 };
+    usize::try_from(rng.spread(1, most)).unwrap_or(0)
+}
+
+fn host(rng: &mut Rng, rough: bool) -> Host {
+    Host {
+        operation_us: rng.spread(50, 3_000),
+        qemu_us: rng.spread(100, 10_000),
+        operation_fails: if rough { rng.pick(&[0, 5, 30]) } else { 0 },
+        qemu_fails: if rough { rng.pick(&[0, 20, 100]) } else { 0 },
+        disk: Temper {
+            sync_us: rng.spread(50, 10_000),
+            refuses: if rough { rng.pick(&[0, 20, 200]) } else { 0 },
+        },
+        // Real clocks differ by some millionths; here sometimes by hundredths.
+        clock: Rate {
+            epoch_s: rng.spread(1, 100_000_000),
+            ppm: i64::try_from(rng.spread(1, 50_000)).unwrap_or(0) * rng.pick(&[-1, 0, 1]),
+        },
+    }
+}
