@@ -18,6 +18,8 @@ pub mod qmp;
 pub mod service;
 pub mod session;
 pub mod start;
+#[cfg(feature = "steps")]
+mod steps;
 pub mod store;
 pub mod sys;
 pub mod units;

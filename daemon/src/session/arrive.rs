@@ -7,6 +7,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(feature = "steps")]
+use pagecopy::engine::destination::Output;
 use pagecopy::engine::destination::{Destination, Input, Setup};
 use pagecopy::engine::event::State;
 use pagecopy::engine::journal::{Outcome, Record, Side, outcome, standing_for};
@@ -226,6 +228,8 @@ impl Visit {
             peer: from.to_owned(),
         };
         let journals = &self.service.store.journals;
+        #[cfg(feature = "steps")]
+        crate::steps::reached(Side::Destination, &Output::Journal(begun.clone())).await;
         let journal = journals
             .create(id, Side::Destination, &begun)
             .map_err(|error| journal_failure(&error))?;

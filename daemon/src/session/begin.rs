@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pagecopy::engine::journal::{Record, Side};
+#[cfg(feature = "steps")]
+use pagecopy::engine::source::Output;
 use pagecopy::engine::source::{Options, Setup, Source};
 use pagecopy::engine::{Failure, MigrationId, Timeouts};
 use pagecopy::host::Ram;
@@ -222,6 +224,8 @@ impl Looked {
         journals
             .keep_settings(id, &settings)
             .map_err(|error| journal_failure(&error))?;
+        #[cfg(feature = "steps")]
+        crate::steps::reached(Side::Source, &Output::Journal(begun.clone())).await;
         let mut journal = journals
             .create(id, Side::Source, &begun)
             .map_err(|error| journal_failure(&error))?;

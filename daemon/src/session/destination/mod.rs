@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use pagecopy::engine::destination::{Destination, Input, Output};
 use pagecopy::engine::event::{Figures, Finished as EngineEnd, State};
+#[cfg(feature = "steps")]
+use pagecopy::engine::journal::Side;
 use pagecopy::engine::journal::outcome;
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
 use pagecopy::host::ram::MappedRam;
@@ -167,6 +169,8 @@ impl Session {
             };
             if let Some(input) = input {
                 tracing::trace!(input = %NameOf(&input));
+                #[cfg(feature = "steps")]
+                crate::steps::reached(Side::Destination, &input).await;
                 engine.handle(self.clock.now(), input);
                 end = self.carry_out(&mut engine).await;
             }
@@ -207,6 +211,8 @@ impl Session {
     async fn carry_out(&mut self, engine: &mut Destination) -> Option<EngineEnd> {
         while let Some(output) = engine.poll() {
             tracing::trace!(output = %NameOf(&output));
+            #[cfg(feature = "steps")]
+            crate::steps::reached(Side::Destination, &output).await;
             match output {
                 Output::Finished {
                     state,

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::{Finished as EngineEnd, State};
+#[cfg(feature = "steps")]
+use pagecopy::engine::journal::Side;
 use pagecopy::engine::journal::{Record, has_to_tell};
 use pagecopy::engine::source::{Input, Output, Source};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
@@ -215,6 +217,8 @@ impl Session {
             };
             if let Some(input) = input {
                 tracing::trace!(input = %NameOf(&input));
+                #[cfg(feature = "steps")]
+                crate::steps::reached(Side::Source, &input).await;
                 engine.handle(self.clock.now(), input);
                 end = self.carry_out(&mut engine).await;
             }
@@ -269,6 +273,8 @@ impl Session {
     async fn carry_out(&mut self, engine: &mut Source) -> Option<EngineEnd> {
         while let Some(output) = engine.poll() {
             tracing::trace!(output = %NameOf(&output));
+            #[cfg(feature = "steps")]
+            crate::steps::reached(Side::Source, &output).await;
             match output {
                 Output::Finished(end) if end.state == State::InDoubt => self.teller.publish(&end),
                 Output::Finished(end) => return Some(end),
