@@ -239,20 +239,28 @@ impl<H: Handler> Driver<H> {
 
     fn serve(&mut self) -> Result<Next, Error> {
         let mut under_way = 0_usize;
-        let mut closing = false;
+        // Set when what waits is still to be sent and nothing more will come.
+        let mut closing = None;
         // After the first breach nothing more is taken from the peer, so that it cannot flood the session.
         let mut muted = false;
         loop {
-            match self.take_orders() {
-                Next::Go => {}
-                Next::Close => closing = true,
-                Next::Park => return Ok(Next::Park),
+            if closing.is_none() {
+                match self.take_orders() {
+                    Next::Go => {}
+                    Next::Close => closing = Some(Instant::now() + LINGER),
+                    Next::Park => return Ok(Next::Park),
+                }
             }
             under_way += self.submit()?;
-            if closing && under_way == 0 && self.ops.waiting.is_empty() {
+            if closing.is_some() && under_way == 0 && self.ops.waiting.is_empty() {
                 return Ok(Next::Close);
             }
-            let event = self.channel.poll(None);
+            let left = closing.map(|end| end.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                // The peer takes nothing any more.
+                return Ok(Next::Park);
+            }
+            let event = self.channel.poll(left);
             self.publish();
             match event? {
                 Some(Event::Sent(token)) => {

@@ -140,10 +140,11 @@ impl Uring {
 
     /// Waits until something has ended, at most for `timeout` (none: as long as it takes).
     pub(crate) fn wait(&mut self, timeout: Option<Duration>) -> Result<Progress, Error> {
-        self.arm_waker();
         let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
         let mut progress = Progress::default();
         loop {
+            // Each time: its read also ends with the thread that submitted it, and a wait without it would be deaf.
+            self.arm_waker();
             self.reap(&mut progress);
             if !progress.is_empty() {
                 // What was started above is to be under way while the caller looks at this.
