@@ -227,17 +227,25 @@ impl Visit {
             qmp: receiver.qmp.display().to_string(),
             peer: from.to_owned(),
         };
+        let settings = Settings::read(&qmp, Role::Destination).await?;
         let journals = &self.service.store.journals;
         #[cfg(feature = "steps")]
         crate::steps::reached(Side::Destination, &Output::Journal(begun.clone())).await;
-        let journal = journals
+        let mut journal = journals
             .create(id, Side::Destination, &begun)
             .map_err(|error| journal_failure(&error))?;
-        let settings = Settings::read(&qmp, Role::Destination).await?;
-        journals
-            .keep_settings(id, &settings)
-            .map_err(|error| journal_failure(&error))?;
-        settings.change(&qmp).await?;
+        let kept = journals.keep_settings(id, &settings);
+        let changed = match kept.map_err(|error| journal_failure(&error)) {
+            Ok(()) => settings.change(&qmp).await,
+            Err(failure) => Err(failure),
+        };
+        if let Err(failure) = changed {
+            settings.restore(&qmp).await;
+            journals.forget_settings(id);
+            // Without the record a restarted daemon writes it, and a source that asks hears the same.
+            let _ = journal.append(&Record::Aborted);
+            return Err(failure);
+        }
         tracing::info!(
             id = %migration.shown().id, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),
             "QEMU waits for the guest"

@@ -221,15 +221,17 @@ impl Looked {
         };
         let journals = &service.store.journals;
         let settings = Settings::read(&self.qmp, Role::Source).await?;
-        journals
-            .keep_settings(id, &settings)
-            .map_err(|error| journal_failure(&error))?;
         #[cfg(feature = "steps")]
         crate::steps::reached(Side::Source, &Output::Journal(begun.clone())).await;
         let mut journal = journals
             .create(id, Side::Source, &begun)
             .map_err(|error| journal_failure(&error))?;
-        if let Err(failure) = settings.change(&self.qmp).await {
+        let kept = journals.keep_settings(id, &settings);
+        let changed = match kept.map_err(|error| journal_failure(&error)) {
+            Ok(()) => settings.change(&self.qmp).await,
+            Err(failure) => Err(failure),
+        };
+        if let Err(failure) = changed {
             settings.restore(&self.qmp).await;
             journals.forget_settings(id);
             // Without the record a restarted daemon looks after the guest, which does no harm.
