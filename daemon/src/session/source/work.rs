@@ -11,6 +11,7 @@ use pagecopy::engine::{Failure, Fault};
 use pagecopy::host::track::UffdTracker;
 use pagecopy::host::{Ram, Tracker};
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::time::timeout;
 
 use super::{Incoming, Session};
 use crate::failure::host;
@@ -21,6 +22,8 @@ use crate::session::{blocking, digests, journal_failure, lock, page_digests};
 
 /// During pre-copy the guest is looked at again at most this often.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long it may take until it is noticed that a QEMU that failed has ended.
+const GONE_GRACE: Duration = Duration::from_millis(100);
 
 impl Session {
     pub(super) fn attach(&self) {
@@ -121,11 +124,8 @@ impl Session {
     }
 
     pub(super) fn resume_guest(&self) {
-        let (outgoing, shown, begun) = (
-            self.outgoing.clone(),
-            self.migration.shown(),
-            Instant::now(),
-        );
+        let (outgoing, qmp) = (self.outgoing.clone(), self.qmp.clone());
+        let (shown, begun) = (self.migration.shown(), Instant::now());
         self.order(async move {
             let id = shown.id;
             let resumed = match outgoing {
@@ -139,7 +139,18 @@ impl Session {
                 }
                 Err(failure) => {
                     tracing::error!(%id, what = failure.what, "the guest could not be taken back");
-                    Input::ResumeFailed(failure)
+                    // The end of QEMU may be noticed a moment after its silence.
+                    let gone = async {
+                        match qmp {
+                            Some(qmp) => timeout(GONE_GRACE, qmp.gone()).await.is_ok(),
+                            None => false,
+                        }
+                    };
+                    if gone.await {
+                        Input::GuestLost
+                    } else {
+                        Input::ResumeFailed(failure)
+                    }
                 }
             }
         });

@@ -125,6 +125,8 @@ pub enum Input {
     GuestResumed,
     /// Answer to [`Output::ResumeGuest`]: it does not, and why.
     ResumeFailed(Failure),
+    /// Answer to [`Output::ResumeGuest`]: its QEMU has ended, and the guest with it.
+    GuestLost,
     /// Answer to [`Output::Journal`]: the record is on disk.
     Journaled(Record),
     /// Answer to [`Output::Journal`]: the disk refused.
@@ -185,8 +187,8 @@ pub enum Output {
     },
     /// Write a record and sync it. Answer: `Journaled` or `JournalFailed`.
     Journal(Record),
-    /// Take the guest back: QMP `migrate_cancel` or `cont`, whatever its state asks for. Answer: `GuestResumed` or
-    /// `ResumeFailed`. The driver checks that it runs.
+    /// Take the guest back: QMP `migrate_cancel` or `cont`, whatever its state asks for. Answer: `GuestResumed`,
+    /// `ResumeFailed` or `GuestLost`. The driver checks that it runs.
     ResumeGuest,
     /// End tracking, close the data channels, let go of QEMU's memory. No answer.
     Detach,

@@ -48,6 +48,7 @@ impl Rollback {
         match input {
             Input::GuestResumed => self.resuming = false,
             Input::ResumeFailed(failure) if self.resuming => self.stands_still(&failure),
+            Input::GuestLost if self.resuming => self.lost(),
             Input::Journaled(Record::RolledBack) => self.recording = false,
             // `Commit` was not sent or was refused for good: the guest is safe here without the record, too. A daemon
             // that is started anew will ask the destination and hear the same.
@@ -81,6 +82,18 @@ impl Rollback {
         self.end.failure.remedy = "send `cont` to this host's QEMU over QMP (`migrate_cancel` first if `query-migrate` says \
                                    that it still migrates); the destination will not run the guest"
             .to_owned();
+    }
+
+    fn lost(&mut self) {
+        self.resuming = false;
+        self.end.state = State::Failed;
+        self.end.failure.fault = Fault::Qemu;
+        self.end.failure.what = format!(
+            "{}; and this host's QEMU has ended, and the guest with it: it runs nowhere",
+            self.end.failure.what
+        );
+        self.end.failure.remedy =
+            "see QEMU's log for why it ended, then start the guest anew; the destination will not run it".to_owned();
     }
 
     fn finish_if_done(self, core: &mut Core) -> Phase {

@@ -285,6 +285,19 @@ fn a_restarted_daemon_does_what_its_journal_says() {
 }
 
 #[test]
+fn a_guest_that_went_with_its_qemu_is_said_to_run_nowhere() {
+    let mut source = Source::recover(setup(), Outcome::NotHere, NOW);
+    outputs(&mut source);
+    source.handle(NOW, Input::GuestLost);
+    let Some(Output::Finished(end)) = outputs(&mut source).pop() else {
+        panic!("it ends");
+    };
+    let failure = end.failure.unwrap();
+    assert_eq!((end.state, failure.fault), (State::Failed, Fault::Qemu));
+    assert!(failure.what.contains("runs nowhere") && !failure.remedy.contains("cont"));
+}
+
+#[test]
 fn digests_are_asked_for_only_behind_stopped() {
     let mut setup = setup();
     setup.options.verify = true;
