@@ -1,13 +1,12 @@
 //! After a restart: every migration that the journals leave open is taken up again.
 //!
-//! - Source without `CommitIntent`: the guest is resumed here if it stands still.
+//! - Source without `CommitIntent`, or rolled back but not to the end: the guest is resumed here if it stands still.
 //! - Source with `CommitIntent` and no end: in doubt; the destination is asked.
 //! - Destination without `Committed`: aborted, for good.
 //! - Destination with `Committed` and no `Running`: if the guest runs, that is recorded; else it is in doubt, and run when
 //!   the source asks and not before, because the source's operator may have taken the guest back meanwhile.
 //! - Source whose operator has taken the guest back: the destination is told, until it has heard of it.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use pagecopy::engine::event::{Figures, State};
@@ -16,16 +15,19 @@ use pagecopy::engine::journal::{
 };
 use pagecopy::engine::source::{Options, Setup, Source};
 use pagecopy::engine::{MigrationId, Timeouts};
+use pagecopy::host::Placer;
 use pagecopy::wire::Standing;
 use uuid::Uuid;
 
 use super::arrive::Over;
 use super::begin::{DOWNTIME_LIMIT, MAX_ROUNDS};
 use super::source::{Parts, Session};
-use super::{Clock, held, telling};
+use super::{Clock, blocking, held, telling};
 use crate::dial::Target;
 use crate::failure::{Shown, host};
 use crate::migrations::{Finished, Migration};
+use crate::qemu::discover;
+use crate::qemu::settings::Settings;
 use crate::qmp::Qmp;
 use crate::service::Service;
 
@@ -50,7 +52,9 @@ pub(crate) fn recover(service: &Arc<Service>) {
     }
     for (at, (id, side, records)) in read.iter().enumerate() {
         match side {
-            Side::Source if is_overtaken(records, &read[at + 1..]) => {
+            Side::Source
+                if needs_care(service, *id, records) && is_overtaken(records, &read[at + 1..]) =>
+            {
                 overtaken(service, *id, records)
             }
             Side::Source => source(service, *id, records),
@@ -59,15 +63,20 @@ pub(crate) fn recover(service: &Arc<Service>) {
     }
 }
 
-/// Whether an open journal of a guest that stays here was left behind by a disk that refused its end, and the guest may
-/// have moved since, as a `later` journal of the same QEMU says: to resume it here would make two.
+/// Whether there is still something to do for a source's guest. `RolledBack` may have been written before QEMU was told:
+/// settings that are still kept say that the session did not come to its end.
+fn needs_care(service: &Service, id: MigrationId, records: &[Record]) -> bool {
+    !is_settled(records) || service.store.journals.settings(id).is_some()
+}
+
+/// Whether a journal of a guest that stays here was left behind without its end (a disk refused it, say), and the guest
+/// may have moved since, as a `later` journal of the same QEMU says: to resume it here would make two.
 fn is_overtaken(records: &[Record], later: &[(MigrationId, Side, Vec<Record>)]) -> bool {
     let qemu = |records: &[Record]| match records.first() {
         Some(Record::Begun { qmp, .. }) => Some(qmp.clone()),
         _ => None,
     };
-    !is_settled(records)
-        && outcome(records) == Outcome::NotHere
+    outcome(records) == Outcome::NotHere
         && later.iter().any(|(_, side, others)| {
             *side == Side::Source
                 && qemu(others) == qemu(records)
@@ -75,14 +84,19 @@ fn is_overtaken(records: &[Record], later: &[(MigrationId, Side, Vec<Record>)]) 
         })
 }
 
-fn overtaken(service: &Service, id: MigrationId, records: &[Record]) {
+fn overtaken(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
     tracing::warn!(id = %Uuid::from_bytes(id.0), "a later migration of this guest decides: nothing is done for this one");
-    append(service, id, Side::Source, &Record::RolledBack);
-    show_ended(service, id, records);
+    if !is_settled(records) {
+        append(service, id, Side::Source, &Record::RolledBack);
+    }
+    // QEMU's settings are the later one's.
+    service.store.journals.forget_settings(id);
+    end(service, id, records);
 }
 
 fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
     let found = outcome(records);
+    let settings = service.store.journals.settings(id);
     let Some(Record::Begun { vm, qmp, peer, .. }) = records.first() else {
         return;
     };
@@ -90,8 +104,9 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         to: peer.clone(),
         security: service.security.clone(),
     };
-    if is_settled(records) || found == Outcome::Here {
-        show_ended(service, id, records);
+    let cared_for = !needs_care(service, id, records);
+    if cared_for || found == Outcome::Here {
+        end(service, id, records);
         if has_to_tell(records) {
             tokio::spawn(telling::tell(Arc::clone(service), id, target));
         }
@@ -115,7 +130,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         clock,
         qmp: None,
         guest: None,
-        settings: service.store.journals.settings(id).unwrap_or_default(),
+        settings: settings.unwrap_or_default(),
         journal,
         target,
         memory: None,
@@ -154,7 +169,7 @@ fn setup(service: &Service, id: MigrationId, vm: &str) -> Setup {
 }
 
 fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
-    let Some(Record::Begun { vm, qmp, .. }) = records.first() else {
+    let Some(Record::Begun { vm, .. }) = records.first() else {
         return;
     };
     let uuid = Uuid::from_bytes(id.0);
@@ -162,19 +177,18 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         Outcome::Open => {
             tracing::warn!(id = %uuid, vm, "a migration to here was cut off before its commit: aborted");
             append(service, id, Side::Destination, &Record::Aborted);
-            show_ended(service, id, &[records, &[Record::Aborted]].concat());
-            let (service, qmp) = (Arc::clone(service), qmp.clone());
-            tokio::spawn(async move { put_settings_back(&service, id, qmp.as_ref()).await });
+            end(service, id, &[records, &[Record::Aborted]].concat());
         }
         Outcome::Here if standing_for(Some(records)) == Standing::Committed => {
             held::take_up(service, id, records);
         }
-        _ => show_ended(service, id, records),
+        _ => end(service, id, records),
     }
 }
 
-/// Makes a migration that has ended visible again, as far as its journal tells.
-fn show_ended(service: &Service, id: MigrationId, records: &[Record]) {
+/// Makes a migration that has ended visible again, as far as its journal tells, and does in the background what its
+/// session would have done in the end, had the daemon lived. Until that is done, no other of the guest may begin here.
+fn end(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
     let Some(Record::Begun {
         side,
         vm,
@@ -186,37 +200,73 @@ fn show_ended(service: &Service, id: MigrationId, records: &[Record]) {
         return;
     };
     let (migration, _) = Migration::new(id, vm, *side, peer, qmp.into());
-    migration.over();
+    // QEMU's settings that are still kept say that the session did not come to its end.
+    let settings = service.store.journals.settings(id);
+    if settings.is_none() {
+        migration.over();
+    }
     if service.migrations.add(&migration).is_err() {
         return;
     }
-    let (state, failure) = match outcome(records) {
-        Outcome::Here => (State::Completed, None),
-        _ => (
-            State::Failed,
-            Some(host(
-                "it ended before pagecopyd was started anew",
-                "see the log of that time",
-            )),
-        ),
+    let here = outcome(records) == Outcome::Here;
+    let (state, failure) = if here {
+        (State::Completed, None)
+    } else {
+        let failure = host(
+            "it ended before pagecopyd was started anew",
+            "see the log of that time",
+        );
+        (State::Failed, Some(failure))
     };
-    migration.finish(Finished::new(
-        id,
-        state,
-        failure.as_ref(),
-        Figures::default(),
-    ));
+    let figures = Figures::default();
+    migration.finish(Finished::new(id, state, failure.as_ref(), figures));
+    if let Some(settings) = settings {
+        let (service, side) = (Arc::clone(service), *side);
+        tokio::spawn(async move {
+            let over = Over(migration);
+            tidy(&service, id, &over.0, side, here, settings).await;
+        });
+    }
 }
 
-/// The waiting QEMU has not been touched otherwise.
-async fn put_settings_back(service: &Service, id: MigrationId, qmp: &Path) {
-    let Some(settings) = service.store.journals.settings(id) else {
-        return;
-    };
-    if let Ok(qmp) = Qmp::connect(qmp).await {
+async fn tidy(
+    service: &Service,
+    id: MigrationId,
+    migration: &Migration,
+    side: Side,
+    here: bool,
+    settings: Settings,
+) {
+    let shown = migration.shown();
+    if let Ok(qmp) = Qmp::connect(&shown.qmp).await {
         settings.restore(&qmp).await;
+        if side == Side::Destination && !here {
+            clear(&qmp).await;
+        }
+    }
+    let receivers = &service.store.receivers;
+    let waited = receivers
+        .get(&shown.vm)
+        .is_some_and(|receiver| receiver.qmp == shown.qmp);
+    if side == Side::Destination && here && waited {
+        service.received(&shown.vm);
     }
     service.store.journals.forget_settings(id);
+}
+
+/// Clears the RAM of a QEMU that still waits, of what came of a guest that will not. One that was given device state does
+/// not wait any more.
+async fn clear(qmp: &Qmp) {
+    let Ok(guest) = discover::destination(qmp).await else {
+        return;
+    };
+    let cleared = blocking(move || {
+        let ram = discover::map_ram(&guest.blocks, true)?;
+        ram.clear().map_err(|error| host(error.to_string(), ""))
+    });
+    if let Err(failure) = cleared.await {
+        tracing::warn!(failure = %Shown(&failure), "the waiting guest's RAM could not be cleared");
+    }
 }
 
 fn append(service: &Service, id: MigrationId, side: Side, record: &Record) {
@@ -261,7 +311,8 @@ mod tests {
             &open,
             &[journal(2, "/q", &[Record::CommitIntent])]
         ));
+        // Rolled back, but perhaps not to the end.
         let settled = journal(1, "/q", &[Record::RolledBack]).2;
-        assert!(!is_overtaken(&settled, &[journal(2, "/q", &moved)]));
+        assert!(is_overtaken(&settled, &[journal(2, "/q", &moved)]));
     }
 }

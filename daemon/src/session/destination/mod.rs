@@ -75,6 +75,8 @@ pub(crate) struct Session {
     broken: Broken,
     /// QEMU is loading the device state.
     loading: bool,
+    /// QEMU was given device state, as the engine said in the end.
+    qemu_used: bool,
     lanes: UnboundedReceiver<LaneEvent>,
     lane_events: UnboundedSender<LaneEvent>,
 }
@@ -119,6 +121,7 @@ impl Session {
             inputs,
             broken: Broken::default(),
             loading: false,
+            qemu_used: false,
             lanes,
             lane_events,
         })
@@ -220,6 +223,7 @@ impl Session {
                     qemu_used,
                 } => {
                     tracing::debug!(id = %self.migration.shown().id, qemu_used, "the destination's engine has ended");
+                    self.qemu_used = qemu_used;
                     return Some(EngineEnd {
                         state,
                         failure,
@@ -248,15 +252,26 @@ impl Session {
         let (data, idle) = (self.data, self.idle);
         self.allocator.finish().await;
         self.journal_worker.finish().await;
-        // Joining the lanes' threads may block for a moment.
-        let _ = tokio::task::spawn_blocking(move || drop((data, idle))).await;
+        // A QEMU that goes on waiting keeps nothing of a guest that does not come.
+        let forsaken = self
+            .memory
+            .filter(|_| end.state != State::Completed && !self.qemu_used);
+        let tidy = move || {
+            // Joining the lanes' threads may block for a moment.
+            drop((data, idle));
+            forsaken.map_or(Ok(()), |memory| memory.placer.clear())
+        };
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(tidy).await {
+            tracing::warn!(%error, "the waiting guest's RAM could not be cleared");
+        }
         // QEMU may be stuck, or gone.
         let _ = tokio::time::timeout(RESTORE_LIMIT, self.settings.restore(&self.qmp)).await;
-        self.service.store.journals.forget_settings(self.id);
-        self.service.prune();
         if end.state == State::Completed {
             self.service.received(&self.migration.shown().vm);
         }
+        // Last: a daemon that is started anew and finds the settings knows that this was not done.
+        self.service.store.journals.forget_settings(self.id);
+        self.service.prune();
         let here = outcome(lock(&self.journal).records());
         tracing::debug!(id = %self.migration.shown().id, ?here, "the journal's outcome");
         self.teller.publish(&end);

@@ -404,7 +404,10 @@ impl Session {
             // QEMU may be stuck, or gone.
             _ => drop(tokio::time::timeout(RESTORE_LIMIT, restore).await),
         }
-        self.service.store.journals.forget_settings(self.id);
+        if !self.resume_failed {
+            // Last: a daemon that is started anew and finds the settings knows that this was not done.
+            self.service.store.journals.forget_settings(self.id);
+        }
         self.service.prune();
         if let Some(fixed) = end
             .figures
