@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use tests::real::{Machine, Migration, Qemu, Side, Version, World, assert_moved, assert_stayed};
+use tests::real::{Machine, Migration, Qemu, Side, Version, World, assert_stayed};
 
 /// Slow enough that round 0 of a guest of 256 MiB takes five seconds.
 const SLOWLY: [&str; 2] = ["--bandwidth-limit", "50MB/s"];
@@ -20,25 +20,6 @@ fn under_way(world: &World, source: &Qemu, destination: &Qemu) -> (Migration, In
     let migration = world.begin(Side::A, "vm", source, destination, &SLOWLY);
     migration.wait_mid_round();
     (migration, begun)
-}
-
-/// The same guest to the same waiting QEMU, once more. The destination may need a moment to notice that the first
-/// attempt is over; it says so until then.
-fn second_attempt_works(world: &World, source: &mut Qemu, destination: &mut Qemu) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while let Err(refusal) = world.cli(Side::B).receive("vm", destination.socket()) {
-        assert!(
-            Instant::now() < deadline,
-            "the destination does not take a second attempt: {refusal}"
-        );
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    world
-        .cli(Side::A)
-        .migrate("vm", source, Side::B, &[])
-        .finish()
-        .completed();
-    assert_moved(source, destination);
 }
 
 #[test]
@@ -57,7 +38,7 @@ fn cancel() {
     migration.finish().not_completed("cancelled");
     assert_stayed(&mut source, Some(&mut destination), begun);
     assert_eq!(world.cli(Side::A).status(&id)["state"], "cancelled");
-    second_attempt_works(&world, &mut source, &mut destination);
+    world.moves_next(Side::A, "vm", &mut source, &mut destination);
 }
 
 #[test]
@@ -75,7 +56,7 @@ fn source_daemon_killed() {
     );
     assert_stayed(&mut source, Some(&mut destination), begun);
     world.restart(Side::A);
-    second_attempt_works(&world, &mut source, &mut destination);
+    world.moves_next(Side::A, "vm", &mut source, &mut destination);
 }
 
 #[test]
@@ -88,7 +69,7 @@ fn destination_daemon_killed() {
     migration.finish().not_completed("failed");
     assert_stayed(&mut source, Some(&mut destination), begun);
     world.restart(Side::B);
-    second_attempt_works(&world, &mut source, &mut destination);
+    world.moves_next(Side::A, "vm", &mut source, &mut destination);
 }
 
 #[test]
@@ -101,7 +82,7 @@ fn link_cut() {
     migration.finish().not_completed("failed");
     assert_stayed(&mut source, Some(&mut destination), begun);
     world.net.mend();
-    second_attempt_works(&world, &mut source, &mut destination);
+    world.moves_next(Side::A, "vm", &mut source, &mut destination);
 }
 
 #[test]
@@ -114,7 +95,7 @@ fn link_goes_silent() {
     migration.finish().not_completed("failed");
     assert_stayed(&mut source, Some(&mut destination), begun);
     world.net.accept_arriving(Side::B);
-    second_attempt_works(&world, &mut source, &mut destination);
+    world.moves_next(Side::A, "vm", &mut source, &mut destination);
 }
 
 #[test]
@@ -128,7 +109,7 @@ fn destination_qemu_killed() {
     assert_stayed(&mut source, None, begun);
     std::fs::remove_file(destination.ram()).unwrap();
     let mut other = world.waiting("other", &machine());
-    second_attempt_works(&world, &mut source, &mut other);
+    world.moves_next(Side::A, "vm", &mut source, &mut other);
 }
 
 #[test]
@@ -144,7 +125,7 @@ fn source_daemon_ended_in_order() {
     assert!(!migration.finish().status.success());
     assert_stayed(&mut source, Some(&mut destination), begun);
     world.restart(Side::A);
-    second_attempt_works(&world, &mut source, &mut destination);
+    world.moves_next(Side::A, "vm", &mut source, &mut destination);
 }
 
 #[test]
@@ -172,7 +153,7 @@ fn heavy_guest_that_cannot_converge() {
     ]);
     assert_stayed(&mut source, Some(&mut destination), begun);
     source.serial.set_rate(10);
-    second_attempt_works(&world, &mut source, &mut destination);
+    world.moves_next(Side::A, "vm", &mut source, &mut destination);
 }
 
 #[test]
@@ -191,5 +172,5 @@ fn time_runs_out() {
         begun.elapsed()
     );
     assert_stayed(&mut source, Some(&mut destination), begun);
-    second_attempt_works(&world, &mut source, &mut destination);
+    world.moves_next(Side::A, "vm", &mut source, &mut destination);
 }

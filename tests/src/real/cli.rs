@@ -85,6 +85,12 @@ impl Cli {
         })
     }
 
+    /// `pagecopy status ID --json`, parsed, if the daemon knows the migration.
+    pub fn find(&self, id: &str) -> Option<Value> {
+        let output = self.run(&["status", id, "--json"]);
+        serde_json::from_slice(&output.stdout).ok()
+    }
+
     /// The id of the latest migration of `vm` here.
     pub fn id_of(&self, vm: &str) -> String {
         let shown = self.latest(|one| one["vm"] == vm);
@@ -212,6 +218,12 @@ impl Migration {
                     .as_u64()
                     .is_some_and(|percent| percent >= 5)
         });
+    }
+
+    /// Whether `pagecopy` has ended, and if so, with success.
+    pub fn ended(&mut self) -> Option<bool> {
+        let status = self.child.try_wait().ok().flatten();
+        status.map(|status| status.success())
     }
 
     /// Waits for the end.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::{Identity, Net, PATIENCE, Process, RunAs, Side};
+use super::{Identity, Net, PATIENCE, Process, RunAs, Side, eventually};
 
 /// Port on which every test's daemons listen; the namespaces keep them apart.
 pub(super) const PORT: u16 = 7700;
@@ -24,6 +24,19 @@ pub enum Trust {
     Tls(Identity, Vec<String>),
 }
 
+/// What a daemon is like.
+#[derive(Clone, Debug)]
+pub struct Manner {
+    /// What it calls itself.
+    pub name: String,
+    /// How it trusts its peers.
+    pub trust: Trust,
+    /// Where the harness listens that may hold its steps ([`Steps`](super::Steps)).
+    pub steps: Option<PathBuf>,
+    /// How it is started.
+    pub run_as: RunAs,
+}
+
 /// A running daemon.
 #[derive(Debug)]
 pub struct Daemon {
@@ -31,27 +44,27 @@ pub struct Daemon {
     api: PathBuf,
     config: PathBuf,
     side: Side,
-    run_as: RunAs,
+    manner: Manner,
 }
 
 impl Daemon {
     /// Starts the daemon of `side`, with its files in `folder`, and waits until it says that it is ready.
-    pub fn start(net: &Net, side: Side, folder: &Path, trust: &Trust, run_as: RunAs) -> Daemon {
+    pub fn start(net: &Net, side: Side, folder: &Path, manner: &Manner) -> Daemon {
         let api = folder.join("api.sock");
         let config = folder.join("pagecopyd.toml");
-        let text = configuration(side, folder, trust);
-        fs::write(&config, run_as.configuration() + &text).expect("a configuration file");
-        Self::start_from(net, side, &config, &api, run_as)
+        let text = configuration(side, folder, manner);
+        fs::write(&config, manner.run_as.configuration() + &text).expect("a configuration file");
+        Self::start_from(net, side, &config, &api, manner)
     }
 
     /// Starts the daemon again after its end, from the same files.
     pub fn restart(&mut self, net: &Net) {
         self.process.kill();
-        let (config, api) = (self.config.clone(), self.api.clone());
-        *self = Self::start_from(net, self.side, &config, &api, self.run_as);
+        let (config, api, manner) = (self.config.clone(), self.api.clone(), self.manner.clone());
+        *self = Self::start_from(net, self.side, &config, &api, &manner);
     }
 
-    fn start_from(net: &Net, side: Side, config: &Path, api: &Path, run_as: RunAs) -> Daemon {
+    fn start_from(net: &Net, side: Side, config: &Path, api: &Path, manner: &Manner) -> Daemon {
         let notify_path = config.with_extension("notify");
         let _ = fs::remove_file(&notify_path);
         let notify = UnixDatagram::bind(&notify_path).expect("a socket for sd_notify");
@@ -62,11 +75,14 @@ impl Daemon {
             .set_read_timeout(Some(Duration::from_millis(200)))
             .expect("a socket takes a time-out");
         let folder = config.parent().expect("a file is in a folder");
-        let mut command = run_as.command(net, side, folder, &program("pagecopyd"));
+        let mut command = manner
+            .run_as
+            .command(net, side, folder, &program("pagecopyd"));
         command
             .arg("--config")
             .arg(config)
-            .env("NOTIFY_SOCKET", &notify_path);
+            .env("NOTIFY_SOCKET", &notify_path)
+            .envs(manner.steps.iter().map(|socket| ("PAGECOPY_STEPS", socket)));
         let mut process = Process::spawn(
             &format!("daemon {}", side.name()),
             &mut command,
@@ -95,7 +111,7 @@ impl Daemon {
             api: api.to_owned(),
             config: config.to_owned(),
             side,
-            run_as,
+            manner: manner.clone(),
         }
     }
 
@@ -124,25 +140,73 @@ impl Daemon {
         self.process.kill();
     }
 
-    /// Sends SIGTERM and waits; whether it ended in order.
-    pub fn terminate(&mut self) -> bool {
-        self.process.signal(Signal::TERM);
+    /// Stops it by SIGSTOP, and waits until every thread of it stands: some may go on for a moment.
+    pub fn pause(&self) {
+        self.signal(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.pid());
+        let stands = |stat: String| {
+            stat.rsplit(')')
+                .next()
+                .is_some_and(|rest| rest.starts_with(" T"))
+        };
+        let all_stand = eventually(PATIENCE, || {
+            let threads = fs::read_dir(&tasks).into_iter().flatten().flatten();
+            let all = threads
+                .filter_map(|thread| fs::read_to_string(thread.path().join("stat")).ok())
+                .all(stands);
+            if all {
+                Ok(())
+            } else {
+                Err("a thread goes on".to_owned())
+            }
+        });
+        assert_eq!(all_stand, Ok(()), "SIGSTOP stops the daemon");
+    }
+
+    /// Sends `signal` and does not wait.
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    /// Waits for its end; whether it ended in order.
+    pub fn wait_end(&mut self) -> bool {
         self.process
             .wait(PATIENCE)
             .is_some_and(|status| status.success())
     }
+
+    /// Whether it runs.
+    pub fn is_running(&mut self) -> bool {
+        self.process.is_running()
+    }
+
+    /// All that it has logged, over all its lives.
+    pub fn log(&self) -> String {
+        self.process.output()
+    }
+
+    /// The folder of its journals.
+    pub fn state(&self) -> PathBuf {
+        self.config.with_file_name("state")
+    }
+
+    /// Sends SIGTERM and waits; whether it ended in order.
+    pub fn terminate(&mut self) -> bool {
+        self.signal(Signal::TERM);
+        self.wait_end()
+    }
 }
 
 /// The text of a configuration file.
-pub(super) fn configuration(side: Side, folder: &Path, trust: &Trust) -> String {
+pub(super) fn configuration(side: Side, folder: &Path, manner: &Manner) -> String {
     let mut text = format!(
         "name = {:?}\nlisten = \"{}:{PORT}\"\napi = {:?}\nstate-dir = {:?}\n",
-        side.name(),
+        manner.name,
         side.address(),
         folder.join("api.sock"),
         folder.join("state"),
     );
-    match trust {
+    match &manner.trust {
         Trust::Plaintext => text.push_str("insecure-plaintext = true\n"),
         Trust::Tls(identity, allow) => {
             let Identity { ca, cert, key } = identity;
@@ -180,6 +244,8 @@ fn built_folder() -> PathBuf {
     let folder = target_folder();
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(["build", "--quiet", "-p", "daemon", "--bins"]);
+    // The fault matrix holds the daemons at their steps.
+    cargo.args(["--features", "steps"]);
     cargo.arg("--target-dir").arg(
         folder
             .parent()

@@ -141,3 +141,13 @@ pub fn cpu_seconds(pid: u32) -> f64 {
     let per_second = rustix::param::clock_ticks_per_second() as f64;
     ticks / per_second
 }
+
+/// How long the threads of a process have waited for a processor so far, those that live; zero when it is gone.
+pub fn waited_for_processor(pid: u32) -> Duration {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let nanos = tasks.into_iter().flatten().flatten().filter_map(|task| {
+        let stat = fs::read_to_string(task.path().join("schedstat")).ok()?;
+        stat.split_whitespace().nth(1)?.parse::<u64>().ok()
+    });
+    Duration::from_nanos(nanos.sum())
+}

@@ -58,6 +58,8 @@ pub enum Accel {
 pub enum Backing {
     /// `memory-backend-file,share=on` on tmpfs.
     Tmpfs,
+    /// `memory-backend-file,share=on` on this other tmpfs.
+    TmpfsAt(PathBuf),
     /// `memory-backend-file,share=on` on this hugetlbfs.
     Hugetlbfs(PathBuf),
     /// `memory-backend-memfd,share=on`.
@@ -188,7 +190,7 @@ impl Ram {
         };
         match &self.backing {
             Backing::Tmpfs => file(folder, "on"),
-            Backing::Hugetlbfs(mount) => file(mount, "on"),
+            Backing::TmpfsAt(mount) | Backing::Hugetlbfs(mount) => file(mount, "on"),
             Backing::FilePrivate => file(folder, "off"),
             Backing::Memfd => format!("memory-backend-memfd,id={id},size={mib}M,share=on"),
             Backing::Anonymous => format!("memory-backend-ram,id={id},size={mib}M"),
@@ -287,7 +289,11 @@ impl Qemu {
         let qmp = Qmp::accept(&monitor);
         // The daemon is not root: its user is let in by a group.
         open_to_group(&at("qmp"));
-        let ram = scratch.ram().join(format!("{name}-{}", machine.ram[0].id));
+        let folder = match &machine.ram[0].backing {
+            Backing::TmpfsAt(mount) => mount,
+            _ => scratch.ram(),
+        };
+        let ram = folder.join(format!("{name}-{}", machine.ram[0].id));
         Qemu {
             serial: Serial::accept(&serial),
             qmp,

@@ -42,6 +42,10 @@ impl Scratch {
     /// Makes both folders, and removes those of processes that are gone.
     pub fn new() -> Scratch {
         let name = unique();
+        super::small_fs::sweep(|path| {
+            let mut names = path.iter().filter_map(|name| name.to_str());
+            names.any(is_stale)
+        });
         for parent in ["/tmp", "/dev/shm"] {
             sweep(Path::new(parent));
         }

@@ -117,6 +117,12 @@ impl Serial {
         self.lock().beats.len()
     }
 
+    /// Beats read after `time`.
+    pub fn beats_after(&self, time: Instant) -> usize {
+        let record = self.lock();
+        record.beats.iter().filter(|beat| beat.0 > time).count()
+    }
+
     /// When the last beat was read.
     pub fn last_beat(&self) -> Option<(Instant, u8)> {
         self.lock().beats.last().copied()

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::{
-    Certs, Cli, Daemon, Machine, Migration, Net, Outcome, PATIENCE, Qemu, Role, RunAs, Scratch,
-    Side, Trust, assert_nothing_left_in, outside_downtime,
+    Certs, Cli, Daemon, Machine, Manner, Migration, Net, Outcome, PATIENCE, Qemu, Role, RunAs,
+    Scratch, Side, Trust, assert_nothing_left_in, eventually, outside_downtime,
 };
 
 /// Two hosts.
@@ -27,14 +27,7 @@ impl World {
     /// The same, with daemons that are started in another way.
     pub fn tls_as(run_as: RunAs) -> World {
         let scratch = Scratch::new();
-        let certs = Certs::new(scratch.files(), "authority");
-        let trust = |side: Side| {
-            Trust::Tls(
-                certs.identity(side.name()),
-                vec![side.other().name().to_owned()],
-            )
-        };
-        let (a, b) = (trust(Side::A), trust(Side::B));
+        let [a, b] = certified(&scratch);
         Self::with_as(scratch, &a, &b, run_as)
     }
 
@@ -49,11 +42,23 @@ impl World {
     }
 
     fn with_as(scratch: Scratch, a: &Trust, b: &Trust, run_as: RunAs) -> World {
-        let net = Net::new();
-        let start = |side: Side, trust: &Trust| {
-            Daemon::start(&net, side, &scratch.folder(side.name()), trust, run_as)
+        let manner = |side: Side, trust: &Trust| Manner {
+            name: side.name().to_owned(),
+            trust: trust.clone(),
+            steps: None,
+            run_as,
         };
-        let daemons = [start(Side::A, a), start(Side::B, b)];
+        Self::of(scratch, &[manner(Side::A, a), manner(Side::B, b)])
+    }
+
+    /// Two hosts whose daemons are of these manners.
+    pub fn of(scratch: Scratch, manners: &[Manner; 2]) -> World {
+        let net = Net::new();
+        let start = |side: Side| {
+            let folder = scratch.folder(side.name());
+            Daemon::start(&net, side, &folder, &manners[side as usize])
+        };
+        let daemons = [start(Side::A), start(Side::B)];
         World {
             daemons,
             net,
@@ -135,10 +140,37 @@ impl World {
         }
     }
 
+    /// The next attempt after one that failed: it must succeed. The destination may need a moment to notice that the
+    /// attempt before is over; it says so until then.
+    pub fn moves_next(&self, from: Side, vm: &str, source: &mut Qemu, destination: &mut Qemu) {
+        eventually(PATIENCE, || {
+            self.cli(from.other()).receive(vm, destination.socket())
+        })
+        .unwrap_or_else(|refusal| {
+            panic!("the destination does not take a second attempt: {refusal}")
+        });
+        self.cli(from)
+            .migrate(vm, source, from.other(), &[])
+            .finish()
+            .completed();
+        assert_moved(source, destination);
+    }
+
     /// The folder with a host's configuration and state.
     pub fn folder(&self, side: Side) -> PathBuf {
         self.scratch.files().join(side.name())
     }
+}
+
+/// How two hosts trust each other by certificates, made in `scratch`.
+pub fn certified(scratch: &Scratch) -> [Trust; 2] {
+    let certs = Certs::new(scratch.files(), "authority");
+    [Side::A, Side::B].map(|side| {
+        Trust::Tls(
+            certs.identity(side.name()),
+            vec![side.other().name().to_owned()],
+        )
+    })
 }
 
 /// A guest that was moved, with both QEMUs.

@@ -37,6 +37,7 @@ pub use fault::Wish;
 pub use mistake::Mistake;
 pub use names::{Name, OUTPUTS};
 pub use plan::{Plan, Side, Theme};
+pub(crate) use rng::Rng;
 pub use shrink::shrink;
 pub use survey::{Broken, Survey, broken};
 pub use tally::{Crash, Happened, Tally};

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 /// A stream of pseudo-random numbers (SplitMix64). The same seed gives the same stream on every machine.
 #[derive(Clone, Debug)]
-pub(super) struct Rng(u64);
+pub(crate) struct Rng(u64);
 
 impl Rng {
     /// The stream of `seed`.
-    pub(super) fn new(seed: u64) -> Rng {
+    pub(crate) fn new(seed: u64) -> Rng {
         Rng(mix(seed ^ 0x7061_6765_636f_7079))
     }
 
@@ -69,7 +69,7 @@ impl Rng {
     }
 
     /// Brings `items` into a random order.
-    pub(super) fn shuffle<T>(&mut self, items: &mut [T]) {
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             let other = self.index(last + 1);
             items.swap(last, other);

@@ -1,0 +1,62 @@
+//! Which cells run: all, one by its name, or a random tenth in which each step and each fault occurs.
+
+use std::collections::HashSet;
+
+use super::cell::{Cell, FAULTS, STEPS};
+use crate::sim::Rng;
+
+/// One cell in so many.
+const SHARE: usize = 10;
+
+/// A tenth of `cells`, by `seed`: each step and each fault is in it as often as the others, give or take one.
+///
+/// Walks along the steps and the faults at once, each shuffled anew when it is used up, so that the numbers of both are
+/// level at any length.
+pub fn choose(cells: &[Cell], seed: u64) -> Vec<Cell> {
+    let mut rng = Rng::new(seed);
+    let count = (cells.len() / SHARE).max(STEPS.len()).max(FAULTS.len());
+    let mut chosen = Vec::new();
+    let mut seen = HashSet::new();
+    let (mut steps, mut faults) = (Vec::new(), Vec::new());
+    // A pair that was chosen already is left out; there are ten times as many as are wanted.
+    for _ in 0..2 * count {
+        let step = draw(&mut steps, &STEPS, &mut rng);
+        let fault = draw(&mut faults, &FAULTS, &mut rng);
+        let cell = Cell { step, fault };
+        if chosen.len() < count && seen.insert(cell.to_string()) {
+            chosen.push(cell);
+        }
+    }
+    chosen
+}
+
+fn draw<T: Copy>(left: &mut Vec<T>, all: &[T], rng: &mut Rng) -> T {
+    if left.is_empty() {
+        left.extend_from_slice(all);
+        rng.shuffle(left);
+    }
+    left.pop().unwrap_or(all[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::cell::cells;
+    use super::*;
+
+    #[test]
+    fn a_tenth_holds_every_step_and_every_fault() {
+        let all = cells();
+        for seed in 0..50 {
+            let chosen = choose(&all, seed);
+            assert_eq!(chosen.len(), all.len() / SHARE);
+            for step in STEPS {
+                assert!(chosen.iter().any(|cell| cell.step == step), "{step}");
+            }
+            for fault in FAULTS {
+                assert!(chosen.iter().any(|cell| cell.fault == fault), "{fault}");
+            }
+        }
+        assert_eq!(choose(&all, 7), choose(&all, 7));
+        assert_ne!(choose(&all, 7), choose(&all, 8));
+    }
+}
