@@ -12,8 +12,8 @@
 //! And the injected descriptor, if it was just made, stays open there; nothing is registered with it.
 //!
 //! Where the net cannot be spread the attach does without: a shadow stack checks return addresses; the instructions were
-//! not found; or the thread is not on the stack that the kernel gave it, as in a coroutine, and what lies below its stack
-//! pointer may be somebody's.
+//! not found; the processor has no XSAVE (none that runs KVM guests today lacks it); or the thread is not on the stack that
+//! the kernel gave it, as in a coroutine, and what lies below its stack pointer may be somebody's.
 
 use std::arch::x86_64::__cpuid_count;
 
