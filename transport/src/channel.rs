@@ -89,6 +89,11 @@ pub trait Channel: Send {
     /// called again.
     fn poll(&mut self, timeout: Option<Duration>) -> Result<Option<Event>, Error>;
 
+    /// While paused, nothing of the peer's is taken from the network and nothing of it lands in memory: the peer has to
+    /// wait. Operations of this side go on, and what had been taken before is still reported. A receive that is under way
+    /// is called back, so that this holds when the call returns. The in-process network takes no notice.
+    fn pause(&mut self, paused: bool);
+
     /// Ends a `poll` that waits, now or the next one. May be used from any thread, and after the channel is gone.
     fn waker(&self) -> Waker;
 

@@ -12,6 +12,8 @@ pub const MAX_QUEUED: usize = 64;
 pub const MAX_CHANNELS: u16 = 65;
 /// Bytes of a reason in words, in a refusal or a fault frame.
 pub const MAX_REASON: usize = 1024;
+/// Bytes of a peer that is turned away which are read, so that it gets to read why: a handshake's, at most.
+pub const MAX_DROPPED: usize = 128 << 10;
 /// Pieces of memory in one system call (the kernel's `UIO_MAXIOV`).
 pub const MAX_IOVECS: usize = 1024;
 /// Bytes handed to the kernel in one send: enough to keep a fast link busy, few enough that completions come often.

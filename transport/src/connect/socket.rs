@@ -11,6 +11,7 @@ use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 
 use crate::connect::Address;
 use crate::error::Error;
+use crate::limits::MAX_DROPPED;
 
 /// How long a peer may leave our bytes unacknowledged before the connection is given up.
 const USER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -123,8 +124,14 @@ impl Bounded {
         if end < self.deadline.0 {
             self.deadline = Deadline(end);
         }
-        let mut dropped = [0; 4096];
-        while self.read(&mut dropped, "closing").is_ok() {}
+        let mut buffer = [0; 4096];
+        let mut dropped = 0;
+        while let Ok(n) = self.read(&mut buffer, "closing") {
+            dropped += n;
+            if dropped > MAX_DROPPED {
+                break;
+            }
+        }
     }
 
     /// The socket, without time limits.

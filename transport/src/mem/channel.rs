@@ -95,6 +95,8 @@ impl Channel for MemChannel {
         }
     }
 
+    fn pause(&mut self, _paused: bool) {}
+
     fn waker(&self) -> Waker {
         Waker::from(Arc::new(EndWaker {
             network: self.network.clone(),

@@ -24,6 +24,8 @@ pub(crate) struct StreamChannel<L: Layer> {
     stats: Stats,
     /// A call of the waker that no `poll` has reported yet.
     woken: bool,
+    /// No receive may be under way.
+    paused: bool,
     /// Sending has failed. What the peer said before it left is read before this is reported.
     send_failed: Option<Error>,
     failed: Option<Error>,
@@ -50,6 +52,7 @@ impl<L: Layer> StreamChannel<L> {
             kind,
             stats: already,
             woken: false,
+            paused: false,
             send_failed: None,
             failed: None,
         }
@@ -84,7 +87,13 @@ impl<L: Layer> StreamChannel<L> {
         {
             self.driver.send(gather);
         }
-        if !self.driver.receiving() {
+        if self.paused
+            && let Some(error) = self.send_failed.take()
+        {
+            // Nothing is received that could say more.
+            return Err(error);
+        }
+        if !self.paused && !self.driver.receiving() {
             let scatter = self.layer.next_receive(&mut self.halves)?;
             self.driver.receive(scatter);
         }
@@ -261,6 +270,16 @@ impl<L: Layer> Channel for StreamChannel<L> {
                     continue;
                 }
                 return Ok(None);
+            }
+        }
+    }
+
+    fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+        if paused && self.failed.is_none() {
+            let called_back = self.driver.call_back_receive();
+            if let Err(error) = called_back.and_then(|progress| self.handle(progress)) {
+                self.fail(error);
             }
         }
     }

@@ -160,6 +160,25 @@ impl Uring {
         }
     }
 
+    /// Ends the receive in flight, if there is one, with what it has got so far. What else has ended meanwhile comes with
+    /// it.
+    pub(crate) fn call_back_receive(&mut self) -> Result<Progress, Error> {
+        let mut progress = Progress::default();
+        if !self.receiving() {
+            return Ok(progress);
+        }
+        self.push(
+            &opcode::AsyncCancel2::new(CancelBuilder::user_data(RECEIVE))
+                .build()
+                .user_data(CANCEL),
+        );
+        while self.receiving() {
+            self.enter(Some(Duration::from_millis(100)))?;
+            self.reap(&mut progress);
+        }
+        Ok(progress)
+    }
+
     /// Makes sure that the kernel knows of what was started.
     pub(crate) fn submit(&mut self) -> Result<(), Error> {
         if self.ring.submission().is_empty() {

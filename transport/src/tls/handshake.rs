@@ -222,19 +222,15 @@ fn shake<C: Process>(
     }
 }
 
-/// Sends the alert that a failure left behind, if there is one. rustls wants the same received bytes each time; it panics
-/// when they are gone.
+/// Sends the alert that a failure left behind, if there is one. rustls wants the same received bytes once more; it panics
+/// when they are gone. It is asked once only: what it had to send before was encoded before it looked at the bytes that
+/// are wrong, and at the next call it would look at them again, and panic on its second alert in a debug build.
 fn tell<C: Process>(connection: &mut C, socket: &mut Bounded, buffers: &mut Buffers) {
-    loop {
-        match connection.process(&mut buffers.incoming).state {
-            Ok(ConnectionState::EncodeTlsData(mut data)) => {
-                if encode(|to| data.encode(to), &mut buffers.outgoing).is_err() {
-                    return;
-                }
-            }
-            Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
-            _ => break,
-        }
+    if let Ok(ConnectionState::EncodeTlsData(mut data)) =
+        connection.process(&mut buffers.incoming).state
+        && encode(|to| data.encode(to), &mut buffers.outgoing).is_err()
+    {
+        return;
     }
     let _ = socket.write_all(&buffers.outgoing, WHAT);
 }

@@ -365,3 +365,113 @@ fn a_channel_dropped_in_full_flight_lets_go_of_its_memory() {
         assert!(matches!(end, Error::Io { .. } | Error::Closed), "{end:?}");
     }
 }
+
+/// A region that is closed to the peer is closed also to the rest of a frame that it had begun: the kernel has no receive
+/// under way that could place it.
+#[test]
+fn nothing_lands_in_a_channel_that_is_paused() {
+    const HALF: usize = 4096;
+    let (regions, region) = memory(Access {
+        peer_writes: true,
+        peer_reads: false,
+    });
+    let listener = Listener::bind(&loopback()).unwrap();
+    let Address::Tcp(address) = listener.local_address() else {
+        unreachable!()
+    };
+    std::thread::scope(|scope| {
+        let (more, next) = std::sync::mpsc::channel();
+        scope.spawn(move || {
+            let table: Vec<u8> = [0, 2 * HALF as u64]
+                .iter()
+                .flat_map(|n| n.to_le_bytes())
+                .collect();
+            let mut socket = TcpStream::connect(address).unwrap();
+            socket.write_all(&hello(1, 1)).unwrap();
+            socket.read_exact(&mut [0; 16]).unwrap();
+            let head = header(1, 1, crc32c::crc32c(&table), 2 * HALF as u64);
+            socket.write_all(&[head, table].concat()).unwrap();
+            socket.write_all(&[7; HALF]).unwrap();
+            next.recv().unwrap();
+            socket.write_all(&[7; HALF]).unwrap();
+            socket
+                .write_all(&header(4, 0, crc32c::crc32c(b"hello"), 5))
+                .unwrap();
+            socket.write_all(b"hello").unwrap();
+            // Until the channel is gone.
+            let _ = socket.read(&mut [0; 64]);
+        });
+        let pending = listener.accept(PATIENCE).unwrap().unwrap();
+        let (_, _, mut channel) = pending
+            .establish(&Security::Plaintext, PATIENCE, |_, _| Ok(regions.clone()))
+            .unwrap();
+        let byte = |at: usize| {
+            let mut byte = [0];
+            region.copy_out(at as u64, &mut byte);
+            byte[0]
+        };
+        let begun = Instant::now();
+        while byte(HALF - 1) != 7 {
+            assert!(begun.elapsed() < PATIENCE, "the first half does not come");
+            assert_eq!(channel.poll(Some(Duration::from_millis(5))).unwrap(), None);
+        }
+        channel.pause(true);
+        more.send(()).unwrap();
+        assert_eq!(
+            channel.poll(Some(Duration::from_millis(200))).unwrap(),
+            None
+        );
+        assert_eq!(byte(HALF), 0, "the second half has landed all the same");
+        channel.pause(false);
+        let event = channel.poll(Some(PATIENCE)).unwrap();
+        assert_eq!(
+            event,
+            Some(Event::Message(bytes::Bytes::from_static(b"hello")))
+        );
+        assert_eq!(
+            byte(2 * HALF - 1),
+            7,
+            "what waited in the network comes after it"
+        );
+    });
+}
+
+/// What is no TLS behind a header that promises it: an alert, and no harm to the thread that greets.
+#[test]
+fn broken_records_in_a_handshake_are_answered_by_an_alert() {
+    let accept = crate::certificates::sockets().accept;
+    for bytes in [
+        &[0x16, 3, 1, 0xff, 0xff, 0, 0, 0][..],
+        &[0x16, 9, 9, 0, 4, 1, 0, 0, 0],
+        &[0x16, 3, 1, 0, 4, 1, 0xff, 0xff, 0xff],
+        &[0x16; 400],
+        &[0x16, 3, 3, 0, 1, 1, 0x17, 3, 3, 0, 1, 0],
+    ] {
+        let listener = Listener::bind(&loopback()).unwrap();
+        let Address::Tcp(address) = listener.local_address() else {
+            unreachable!()
+        };
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(move || {
+                let mut socket = TcpStream::connect(address).unwrap();
+                socket.write_all(bytes).unwrap();
+                socket.shutdown(Shutdown::Write).unwrap();
+                let mut answer = Vec::new();
+                let _ = socket.read_to_end(&mut answer);
+                answer
+            });
+            let pending = listener.accept(PATIENCE).unwrap().unwrap();
+            let result = pending.establish(&accept, PATIENCE, |_, _| Ok(Regions::new()));
+            let error = result.err();
+            assert!(
+                matches!(error, Some(Error::PeerMisbehaved(_) | Error::Closed)),
+                "{bytes:?}: {error:?}"
+            );
+            let answer = peer.join().unwrap();
+            assert!(
+                answer.is_empty() || answer[0] == 0x15,
+                "{bytes:?}: answered by {answer:?}"
+            );
+        });
+    }
+}
