@@ -36,8 +36,9 @@ pub struct Run {
 }
 
 impl Run {
-    /// Index of the page after the last.
+    /// Index of the page after the last. Saturates: of a run that a message names and that no RAMBlock has, too, people are
+    /// told.
     pub fn end(&self) -> u64 {
-        self.first + self.pages
+        self.first.saturating_add(self.pages)
     }
 }

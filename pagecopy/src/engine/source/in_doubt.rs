@@ -120,7 +120,12 @@ impl InDoubt {
 
     fn message(self, core: &mut Core, message: Message) -> Phase {
         match message {
-            Message::Answer { id, standing } if id == core.setup.id => {
+            // One that was not asked for and decides nothing is passed over: it may come any number of times.
+            Message::Answer { id, standing }
+                if id == core.setup.id
+                    && (matches!(self.contact, Contact::Asking { .. })
+                        || matches!(standing, Standing::Running | Standing::Aborted)) =>
+            {
                 self.answered(core, Some(standing))
             }
             // The first connection may come to life again with the answer to `Commit` itself.

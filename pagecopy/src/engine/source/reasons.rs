@@ -73,13 +73,19 @@ pub(super) fn outside(outside: Outside) -> End {
 
 /// Something of ours did not end in time.
 pub(super) fn stalled(what: &str) -> End {
+    let remedy = "see what keeps this host busy, then migrate again";
     End::new(
         AbortCode::TimedOut,
-        Failure::new(
-            Fault::ThisHost,
-            format!("{what} in time"),
-            "see what keeps this host or the network busy, then migrate again",
-        ),
+        Failure::new(Fault::ThisHost, format!("{what} in time"), remedy),
+    )
+}
+
+/// The destination answers on the control channel and did not do its part in time.
+pub(super) fn peer_stalled(what: &str) -> End {
+    let remedy = "see what keeps the destination host or the network busy, then migrate again";
+    End::new(
+        AbortCode::TimedOut,
+        Failure::new(Fault::PeerHost, format!("{what} in time"), remedy),
     )
 }
 

@@ -19,7 +19,7 @@ use super::convergence::{Decision, RoundEnd};
 use super::core::{Core, millis};
 use super::heat::Scan;
 use super::interface::{Input, Output};
-use super::reasons::{outside, stalled};
+use super::reasons::{outside, peer_stalled, stalled};
 use super::switchover::Switchover;
 use super::{Phase, Step};
 use crate::engine::Time;
@@ -217,12 +217,12 @@ impl Round {
             return Err(End::new(AbortCode::NotConverging, failure));
         }
         if core.now >= self.moved.after(core.setup.timeouts.stall) {
-            return Err(stalled(match self.stage {
-                Stage::Draining => "the guest's disk I/O did not finish",
-                Stage::Sending => "no page could be sent",
-                Stage::Closing => "the destination did not confirm a round",
-                Stage::Resting | Stage::Scanning => "the scan for dirty pages did not end",
-            }));
+            return Err(match self.stage {
+                Stage::Draining => stalled("the guest's disk I/O did not finish"),
+                Stage::Sending => peer_stalled("the destination took no page"),
+                Stage::Closing => peer_stalled("the destination did not confirm a round"),
+                Stage::Resting | Stage::Scanning => stalled("the scan for dirty pages did not end"),
+            });
         }
         match self.stage {
             Stage::Resting if core.now >= self.last_scan.after(SCAN_EVERY) => {

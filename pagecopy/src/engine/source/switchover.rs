@@ -27,6 +27,8 @@ pub(super) struct Switchover {
     device_state: DeviceState,
     /// Set while digests are still to be sent; none without `--verify`.
     digests_owed: bool,
+    /// The destination has asked for the digests of a chunk's pages.
+    pages_asked: bool,
     loaded: bool,
     ordered: Time,
     moved: Time,
@@ -70,6 +72,7 @@ impl Switchover {
             bytes: 0,
             device_state: DeviceState::default(),
             digests_owed: core.setup.options.verify,
+            pages_asked: false,
             loaded: false,
             ordered: core.now,
             moved: core.now,
@@ -145,8 +148,9 @@ impl Switchover {
                 self.pages = Pages::InPlace { at: core.now };
             }
             (Message::ChunkDiffers { block, chunk }, Pages::InPlace { .. })
-                if core.setup.options.verify =>
+                if core.setup.options.verify && !self.pages_asked =>
             {
+                self.pages_asked = true;
                 self.page_digests(core, block, chunk)?;
             }
             (Message::Loaded, Pages::InPlace { at })

@@ -212,3 +212,21 @@ fn a_decision_that_cannot_be_recorded_is_not_acted_upon() {
     );
     assert!(source.poll_timeout().is_some(), "it is asked on");
 }
+
+#[test]
+fn answers_that_were_not_asked_for_are_not_told() {
+    let mut source = asking();
+    source.handle(NOW, answer(Standing::Unknown));
+    assert_eq!(outputs(&mut source).len(), 1, "the one that was asked for");
+    for _ in 0..100 {
+        source.handle(NOW, answer(Standing::Unknown));
+        source.handle(NOW, answer(Standing::Committed));
+    }
+    assert_eq!(outputs(&mut source), []);
+    source.handle(NOW, answer(Standing::Running));
+    assert_eq!(
+        outputs(&mut source),
+        [Output::Journal(Record::GuestMoved)],
+        "one that decides is taken at any time"
+    );
+}
