@@ -5,7 +5,8 @@
 //! from the same peer.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::collections::btree_map::Entry;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,17 +14,16 @@ use pagecopy::limits::MAX_DATA_CHANNELS;
 use tokio::runtime::Handle;
 use transport::{Channel, Greeting, Listener, Peer, Pending, Regions};
 
+use crate::limits::{
+    GATHER_LIMIT, GREETING_LIMIT, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER, MAX_GATHERED_CHANNELS,
+    MAX_GATHERED_CHANNELS_PER_PEER, MAX_GATHERING, MAX_GATHERING_PER_PEER, MAX_GREETING,
+    MAX_GREETING_PER_ADDRESS, MAX_LINES_A_SECOND,
+};
+use crate::quota::{Quota, Share};
+use crate::seldom::Seldom;
 use crate::service::Service;
 use crate::session::arrive::{Connection, serve};
 
-/// How long a peer may take to greet (TLS included).
-const GREETING_LIMIT: Duration = Duration::from_secs(5);
-/// How long the channels of a connection may take to be all there.
-const GATHER_LIMIT: Duration = Duration::from_secs(10);
-/// Connections that may be incomplete at a time.
-const MAX_GATHERING: usize = 64;
-/// Peers that may be greeting at a time; each costs a thread.
-const MAX_GREETING: usize = 128;
 /// How often the end of the daemon, and what has waited too long, is looked for.
 const TURN: Duration = Duration::from_millis(200);
 
@@ -33,8 +33,11 @@ struct Gathering {
     expected: u16,
     names: Vec<String>,
     regions: Regions,
-    admitted: Vec<u16>,
+    /// Channels that were admitted, each with its share of those that may wait.
+    admitted: BTreeMap<u16, Share>,
     channels: BTreeMap<u16, Box<dyn Channel>>,
+    /// Its share of the connections that may be incomplete.
+    _share: Share,
 }
 
 /// What the threads that greet share.
@@ -42,7 +45,11 @@ struct Gate {
     service: Arc<Service>,
     runtime: Handle,
     gatherings: Mutex<BTreeMap<[u8; 16], Gathering>>,
-    greeting: AtomicUsize,
+    greeting: Quota,
+    gathering: Quota,
+    waiting: Quota,
+    connections: Quota,
+    log: Seldom,
 }
 
 /// Accepts peers until `end` is set. Blocks.
@@ -56,7 +63,11 @@ pub(crate) fn listen(
         service: Arc::clone(service),
         runtime: runtime.clone(),
         gatherings: Mutex::default(),
-        greeting: AtomicUsize::new(0),
+        greeting: Quota::new(MAX_GREETING, MAX_GREETING_PER_ADDRESS),
+        gathering: Quota::new(MAX_GATHERING, MAX_GATHERING_PER_PEER),
+        waiting: Quota::new(MAX_GATHERED_CHANNELS, MAX_GATHERED_CHANNELS_PER_PEER),
+        connections: Quota::new(MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER),
+        log: Seldom::new(MAX_LINES_A_SECOND),
     });
     while !end.load(Ordering::Relaxed) {
         match listener.accept(TURN) {
@@ -75,20 +86,25 @@ pub(crate) fn listen(
 impl Gate {
     fn greet(gate: &Arc<Gate>, pending: Pending) {
         let address = pending.peer_address();
-        if gate.greeting.fetch_add(1, Ordering::Relaxed) >= MAX_GREETING {
-            gate.greeting.fetch_sub(1, Ordering::Relaxed);
-            return tracing::warn!(peer = address, "too many peers are greeting: turned away");
-        }
+        let Some(share) = gate.greeting.take(host(&address)) else {
+            return gate.tell(&address, "too many peers are greeting: turned away");
+        };
         let in_thread = Arc::clone(gate);
         let spawned = std::thread::Builder::new()
             .name("greeting".to_owned())
             .spawn(move || {
                 in_thread.establish(pending);
-                in_thread.greeting.fetch_sub(1, Ordering::Relaxed);
+                drop(share);
             });
         if let Err(error) = spawned {
-            gate.greeting.fetch_sub(1, Ordering::Relaxed);
-            tracing::error!(peer = address, %error, "no thread for a peer");
+            gate.tell(&address, &format!("no thread for a peer: {error}"));
+        }
+    }
+
+    /// A line of the log that a stranger has caused: not too many of them.
+    fn tell(&self, peer: &str, what: &str) {
+        if let Some(left_out) = self.log.may_tell() {
+            tracing::warn!(peer, left_out, "{what}");
         }
     }
 
@@ -97,7 +113,7 @@ impl Gate {
         let admit = |greeting: &Greeting, peer: &Peer| self.admit(greeting, peer);
         match pending.establish(&self.service.security, GREETING_LIMIT, admit) {
             Ok((greeting, peer, channel)) => self.arrived(&greeting, peer, channel),
-            Err(error) => tracing::warn!(peer = address, %error, "a peer was turned away"),
+            Err(error) => self.tell(&address, &format!("a peer was turned away: {error}")),
         }
     }
 
@@ -112,40 +128,40 @@ impl Gate {
                 greeting.channel, greeting.channels
             ));
         }
+        let too_many = || "too many connections are being made, try again".to_owned();
+        let who = key(peer);
         let mut gatherings = self.lock();
-        if gatherings.len() >= MAX_GATHERING && !gatherings.contains_key(&greeting.session) {
-            return Err("too many connections are being made, try again".to_owned());
-        }
-        let gathering = gatherings
-            .entry(greeting.session)
-            .or_insert_with(|| Gathering {
+        let gathering = match gatherings.entry(greeting.session) {
+            Entry::Occupied(there) => there.into_mut(),
+            Entry::Vacant(free) => free.insert(Gathering {
                 since: Instant::now(),
                 expected: greeting.channels,
                 names: peer.names.clone(),
                 regions: Regions::new(),
-                admitted: Vec::new(),
+                admitted: BTreeMap::new(),
                 channels: BTreeMap::new(),
-            });
+                _share: self.gathering.take(&who).ok_or_else(too_many)?,
+            }),
+        };
         if gathering.expected != greeting.channels || gathering.names != peer.names {
             return Err("the channels of this connection do not belong together".to_owned());
         }
-        if gathering.admitted.contains(&greeting.channel) {
+        if gathering.admitted.contains_key(&greeting.channel) {
             return Err(format!(
                 "channel {} of this connection is there already",
                 greeting.channel
             ));
         }
-        gathering.admitted.push(greeting.channel);
+        let share = self.waiting.take(&who).ok_or_else(too_many)?;
+        gathering.admitted.insert(greeting.channel, share);
         Ok(gathering.regions.clone())
     }
 
     fn arrived(&self, greeting: &Greeting, peer: Peer, channel: Box<dyn Channel>) {
         let mut gatherings = self.lock();
         let Some(gathering) = gatherings.get_mut(&greeting.session) else {
-            return tracing::warn!(
-                peer = peer.address,
-                "a channel came too late for its connection"
-            );
+            drop(gatherings);
+            return self.tell(&peer.address, "a channel came too late for its connection");
         };
         gathering.channels.insert(greeting.channel, channel);
         if gathering.channels.len() < usize::from(gathering.expected) {
@@ -155,6 +171,9 @@ impl Gate {
             return;
         };
         drop(gatherings);
+        let Some(share) = self.connections.take(&key(&peer)) else {
+            return self.tell(&peer.address, "too many connections: closed");
+        };
         let mut channels = gathering.channels.into_values();
         let Some(control) = channels.next() else {
             return;
@@ -165,6 +184,8 @@ impl Gate {
             data,
             regions,
             peer,
+            share,
+            places: gathering.admitted.into_values().collect(),
         };
         self.runtime
             .spawn(serve(Arc::clone(&self.service), connection));
@@ -180,4 +201,18 @@ impl Gate {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whose a connection is: the names of the certificate, or without TLS the address.
+fn key(peer: &Peer) -> String {
+    if peer.names.is_empty() {
+        host(&peer.address).to_owned()
+    } else {
+        peer.names.join(" ")
+    }
+}
+
+/// An address without its port.
+fn host(address: &str) -> &str {
+    address.rsplit_once(':').map_or(address, |(host, _)| host)
 }

@@ -15,6 +15,7 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use uuid::Uuid;
 
 use crate::failure::{self, Failure, Fault};
+use crate::limits::MAX_HISTORY;
 use crate::session::arrive::Visit;
 
 /// Ended migrations that stay visible.
@@ -130,6 +131,20 @@ struct Inner {
     history: Vec<Value>,
 }
 
+impl Inner {
+    /// Adds an event. Notices may come for as long as a peer cannot be asked: the oldest of them makes room.
+    fn keep(&mut self, event: Value) {
+        if self.history.len() >= MAX_HISTORY {
+            let oldest = self
+                .history
+                .iter()
+                .position(|event| event.get("event") == Some(&json!("notice")));
+            self.history.remove(oldest.unwrap_or(0));
+        }
+        self.history.push(event);
+    }
+}
+
 impl Migration {
     /// A migration that begins. The session takes the operator's requests from the receiver.
     pub(crate) fn new(
@@ -186,7 +201,7 @@ impl Migration {
             _ => {}
         }
         if !matches!(report, Report::Progress { .. }) {
-            inner.history.push(value.clone());
+            inner.keep(value.clone());
         }
         // Without a reader nobody needs it.
         let _ = self.live.send(value);
@@ -202,7 +217,7 @@ impl Migration {
         inner
             .history
             .retain(|event| event.get("event") != Some(&json!("finished")));
-        inner.history.push(value.clone());
+        inner.keep(value.clone());
         let _ = self.live.send(value);
     }
 
@@ -349,6 +364,23 @@ mod tests {
         all.add(&migration(3, "web")).unwrap();
         assert_eq!(all.list().len(), 3);
         assert!(all.get(first.shown().id).is_some());
+    }
+
+    #[test]
+    fn notices_do_not_add_up_for_ever() {
+        let migration = migration(1, "web");
+        migration.report(&Report::State {
+            state: State::InDoubt,
+        });
+        for number in 0..MAX_HISTORY + 5 {
+            migration.report(&Report::Notice {
+                text: number.to_string(),
+            });
+        }
+        let (history, _) = migration.events();
+        assert_eq!(history.len(), MAX_HISTORY);
+        assert_eq!(history[0]["event"], json!("state"));
+        assert_eq!(history[1]["text"], json!("6"), "the oldest are gone");
     }
 
     #[test]

@@ -59,7 +59,7 @@ impl Handler for DestinationData {
             }
             Message::Barrier { round } => {
                 let zero_bytes = std::mem::take(&mut self.zero_bytes);
-                events(LaneEvent::Barrier {
+                events.tell(LaneEvent::Barrier {
                     channel: self.id,
                     round,
                     zero_bytes,

@@ -9,7 +9,7 @@ pub mod source;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::task::Waker;
 use std::thread::JoinHandle;
@@ -22,9 +22,7 @@ use pagecopy::wire::Message;
 use transport::{Channel, Error, Event, Op, SubmitError, Token};
 
 use crate::failure::{Failure, host};
-
-/// How long a control channel that is being closed waits for the peer to take what was sent and close, too.
-const LINGER: Duration = Duration::from_secs(2);
+use crate::limits::{CLOSE_LIMIT, LINGER, MAX_BACKLOG};
 
 /// What a lane tells its session.
 #[derive(Debug)]
@@ -55,8 +53,60 @@ pub enum LaneEvent {
     Lost(ChannelId, Error),
 }
 
+/// An event on its way to the session. While it is, it counts against what the lane may tell.
+#[derive(Debug)]
+pub struct Told {
+    event: LaneEvent,
+    _place: Place,
+}
+
+impl Told {
+    /// The event: the session deals with it now.
+    pub fn take(self) -> LaneEvent {
+        self.event
+    }
+}
+
+/// What a lane has told and its session has not taken.
+#[derive(Debug)]
+struct Backlog {
+    count: AtomicUsize,
+    waker: Waker,
+}
+
+/// A place in the backlog, free again on drop.
+#[derive(Debug)]
+struct Place(Arc<Backlog>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let left = self.0.count.fetch_sub(1, Ordering::AcqRel) - 1;
+        if left == MAX_BACKLOG / 2 {
+            self.0.waker.wake_by_ref();
+        }
+    }
+}
+
 /// Where a lane's events go.
-pub type Events = Box<dyn Fn(LaneEvent) + Send>;
+pub struct Events {
+    tell: Box<dyn Fn(Told) + Send>,
+    backlog: Arc<Backlog>,
+}
+
+impl Events {
+    /// Tells the session.
+    pub fn tell(&self, event: LaneEvent) {
+        self.backlog.count.fetch_add(1, Ordering::AcqRel);
+        (self.tell)(Told {
+            event,
+            _place: Place(Arc::clone(&self.backlog)),
+        });
+    }
+
+    fn backlog(&self) -> usize {
+        self.backlog.count.load(Ordering::Acquire)
+    }
+}
 
 /// What one kind of channel is used for.
 pub trait Handler: Send + 'static {
@@ -115,18 +165,21 @@ enum Order<C> {
     Park,
 }
 
+/// What a lane's thread leaves: the channel, and what was held for it.
+type Ended = (Box<dyn Channel>, Box<dyn Send>);
+
 /// A channel with its thread. Dropping it closes the channel at once.
 #[derive(Debug)]
 pub struct Lane<C: Send + 'static> {
     orders: Sender<Order<C>>,
     waker: Waker,
-    thread: Option<JoinHandle<Box<dyn Channel>>>,
+    thread: Option<JoinHandle<Ended>>,
     kind: &'static str,
     moved: Arc<Moved>,
 }
 
 impl<C: Send + 'static> Lane<C> {
-    /// Starts the thread.
+    /// Starts the thread. `held` is dropped when the channel is closed, however long that takes.
     ///
     /// # Errors
     /// The system has no thread left.
@@ -135,10 +188,19 @@ impl<C: Send + 'static> Lane<C> {
         id: ChannelId,
         channel: Box<dyn Channel>,
         handler: H,
-        events: Events,
+        held: impl Send + 'static,
+        tell: impl Fn(Told) + Send + 'static,
     ) -> Result<Lane<C>, Failure> {
         let (orders, queue) = self::channel();
         let (waker, kind, moved) = (channel.waker(), channel.kind(), Arc::new(Moved::default()));
+        let backlog = Arc::new(Backlog {
+            count: AtomicUsize::new(0),
+            waker: waker.clone(),
+        });
+        let events = Events {
+            tell: Box::new(tell),
+            backlog,
+        };
         let driver = Driver {
             id,
             channel,
@@ -150,7 +212,7 @@ impl<C: Send + 'static> Lane<C> {
         };
         let thread = std::thread::Builder::new()
             .name(format!("{name}-{}", id.0))
-            .spawn(move || driver.run())
+            .spawn(move || (driver.run(), Box::new(held) as Box<dyn Send>))
             .map_err(|error| {
                 host(
                     format!("no thread for a channel: {error}"),
@@ -181,7 +243,8 @@ impl<C: Send + 'static> Lane<C> {
     /// Stops the thread and returns the channel, still open and no longer touched.
     pub fn park(mut self) -> Option<Box<dyn Channel>> {
         self.order(Order::Park);
-        self.thread.take()?.join().ok()
+        let (channel, _) = self.thread.take()?.join().ok()?;
+        Some(channel)
     }
 
     /// The transport's name of the channel.
@@ -231,8 +294,9 @@ impl<H: Handler> Driver<H> {
     fn run(mut self) -> Box<dyn Channel> {
         match self.serve() {
             Ok(Next::Close) => self.linger(),
-            Ok(_) => {}
-            Err(error) => (self.events)(LaneEvent::Lost(self.id, error)),
+            // Nobody looks at it any more: nothing of the peer's may land.
+            Ok(_) => self.channel.pause(true),
+            Err(error) => self.events.tell(LaneEvent::Lost(self.id, error)),
         }
         self.channel
     }
@@ -241,13 +305,14 @@ impl<H: Handler> Driver<H> {
         let mut under_way = 0_usize;
         // Set when what waits is still to be sent and nothing more will come.
         let mut closing = None;
+        let mut paused = false;
         // After the first breach nothing more is taken from the peer, so that it cannot flood the session.
         let mut muted = false;
         loop {
             if closing.is_none() {
                 match self.take_orders() {
                     Next::Go => {}
-                    Next::Close => closing = Some(Instant::now() + LINGER),
+                    Next::Close => closing = Some(Instant::now() + CLOSE_LIMIT),
                     Next::Park => return Ok(Next::Park),
                 }
             }
@@ -260,6 +325,17 @@ impl<H: Handler> Driver<H> {
                 // The peer takes nothing any more.
                 return Ok(Next::Park);
             }
+            // A peer that is faster than the session waits in the network, not in this process.
+            let most = if paused {
+                MAX_BACKLOG / 2
+            } else {
+                MAX_BACKLOG - 1
+            };
+            let full = self.events.backlog() > most;
+            if full != paused {
+                paused = full;
+                self.channel.pause(full);
+            }
             let event = self.channel.poll(left);
             self.publish();
             match event? {
@@ -270,7 +346,7 @@ impl<H: Handler> Driver<H> {
                 Some(Event::Message(message)) if !muted => {
                     if let Err(what) = self.handler.message(message, &self.events) {
                         muted = true;
-                        (self.events)(LaneEvent::Misbehaved(what));
+                        self.events.tell(LaneEvent::Misbehaved(what));
                     }
                 }
                 Some(Event::Message(_) | Event::Fetched(_)) | None => {}
@@ -310,6 +386,7 @@ impl<H: Handler> Driver<H> {
     /// Waits until the peer has closed: closing first, with the peer's bytes unread, would make the system throw away
     /// what we have sent.
     fn linger(&mut self) {
+        self.channel.pause(false);
         let end = Instant::now() + LINGER;
         while let Some(left) = end.checked_duration_since(Instant::now()) {
             if self.channel.poll(Some(left)).is_err() {

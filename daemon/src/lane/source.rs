@@ -90,7 +90,7 @@ impl Handler for SourceData {
                 return;
             }
             self.batches.pop_front();
-            events(LaneEvent::Pushed {
+            events.tell(LaneEvent::Pushed {
                 channel: self.id,
                 batch,
                 pushed,

@@ -24,16 +24,16 @@ use super::destination::{Parts, Session};
 use super::{Clock, held, journal_failure};
 use crate::failure::{Shown, host};
 use crate::lane::control::Control;
-use crate::lane::{Lane, LaneEvent};
+use crate::lane::{Lane, LaneEvent, Told};
+use crate::limits::{ASKING_PAUSE, FIRST_MESSAGE};
 use crate::migrations::{Migration, Request};
 use crate::qemu::discover;
 use crate::qemu::settings::{Role, Settings};
 use crate::qmp::Qmp;
+use crate::quota::Share;
 use crate::service::Service;
 use crate::store::Receiver;
 
-/// How long a peer may take to say what it wants.
-const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// How long a session that was told to end may take to.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
@@ -47,6 +47,10 @@ pub(crate) struct Connection {
     pub(crate) regions: Regions,
     /// Who connected.
     pub(crate) peer: Peer,
+    /// Its share of the connections.
+    pub(crate) share: Share,
+    /// The shares of its channels, until it is in a migration.
+    pub(crate) places: Vec<Share>,
 }
 
 /// A peer, as far as it is served before a session takes over.
@@ -54,22 +58,24 @@ pub(crate) struct Connection {
 pub(crate) struct Visit {
     service: Arc<Service>,
     control: Lane<Message>,
-    events: UnboundedReceiver<LaneEvent>,
+    events: UnboundedReceiver<Told>,
     peer: Peer,
+    places: Vec<Share>,
 }
 
 /// Serves a connection to its end.
 pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
     let (sender, events) = unbounded_channel();
-    let to_session = Box::new(move |event| {
+    let to_session = move |told| {
         // A visit that has ended needs no events.
-        let _ = sender.send(event);
-    });
+        let _ = sender.send(told);
+    };
     let control = match Lane::start(
         "control",
         ChannelId(0),
         connection.control,
-        Control,
+        Control::default(),
+        connection.share,
         to_session,
     ) {
         Ok(control) => control,
@@ -82,8 +88,10 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
         control,
         events,
         peer: connection.peer,
+        places: connection.places,
     };
-    match timeout(FIRST_MESSAGE, visit.events.recv()).await {
+    let first = timeout(FIRST_MESSAGE, visit.events.recv()).await;
+    match first.map(|told| told.map(Told::take)) {
         Ok(Some(LaneEvent::Message(Message::Query { id }))) => visit.answer(Asked::Query(id)).await,
         Ok(Some(LaneEvent::Message(Message::Withdrawn { id }))) => {
             visit.answer(Asked::Withdrawn(id)).await;
@@ -120,7 +128,7 @@ impl Visit {
         self.control.close();
     }
 
-    async fn receive(self, hello: Message, data: Vec<Box<dyn Channel>>, regions: Regions) {
+    async fn receive(mut self, hello: Message, data: Vec<Box<dyn Channel>>, regions: Regions) {
         let Message::Hello {
             id, vm, host: from, ..
         } = &hello
@@ -153,6 +161,8 @@ impl Visit {
             let reason = format!("{vm:?} is already being migrated here (migration {running})");
             return self.refuse(AbortCode::Busy, reason);
         }
+        // From here on it is in a migration, of which there is one for each QEMU that waits.
+        self.places.clear();
         tracing::info!(id = %Uuid::from_bytes(id.0), vm, from = who, "a guest wants to come");
         let over = Over(Arc::clone(&migration));
         match self.prepare(id, &receiver, &migration, &who).await {
@@ -280,7 +290,11 @@ impl Visit {
                 }
                 self.control.give(Message::Answer { id, standing });
             }
-            match self.events.recv().await {
+            let Ok(told) = timeout(ASKING_PAUSE, self.events.recv()).await else {
+                let reason = "no question has come for too long".to_owned();
+                return self.refuse(AbortCode::TimedOut, reason);
+            };
+            match told.map(Told::take) {
                 Some(LaneEvent::Message(Message::Query { id })) => asked = Some(Asked::Query(id)),
                 Some(LaneEvent::Message(Message::Withdrawn { id })) => {
                     asked = Some(Asked::Withdrawn(id));
@@ -306,7 +320,7 @@ impl Visit {
     }
 
     /// The connection, for a session that goes on with it.
-    pub(crate) fn into_lane(self) -> (Lane<Message>, UnboundedReceiver<LaneEvent>) {
+    pub(crate) fn into_lane(self) -> (Lane<Message>, UnboundedReceiver<Told>) {
         (self.control, self.events)
     }
 }

@@ -18,7 +18,7 @@ use uuid::Uuid;
 use crate::dial::{Target, dial_control};
 use crate::failure::{Shown, operator};
 use crate::lane::control::Control;
-use crate::lane::{Lane, LaneEvent};
+use crate::lane::{Lane, LaneEvent, Told};
 use crate::migrations::Finished;
 use crate::service::Service;
 
@@ -53,15 +53,16 @@ pub(crate) async fn tell(service: Arc<Service>, id: MigrationId, target: Target)
 async fn say(id: MigrationId, target: &Target, patience: Duration) -> Result<Standing, Failure> {
     let channel = dial_control(target).await?;
     let (sender, mut events) = unbounded_channel();
-    let to_us = Box::new(move |event| {
+    let to_us = move |told: Told| {
         // Nobody waits for an answer any more.
-        let _ = sender.send(event);
-    });
-    let lane = Lane::start("control", ChannelId(0), channel, Control, to_us)?;
+        let _ = sender.send(told);
+    };
+    let control = Control::default();
+    let lane = Lane::start("control", ChannelId(0), channel, control, (), to_us)?;
     lane.give(Message::Withdrawn { id });
     let answer = async {
-        while let Some(event) = events.recv().await {
-            match event {
+        while let Some(told) = events.recv().await {
+            match told.take() {
                 LaneEvent::Message(Message::Answer { id: of, standing }) if of == id => {
                     return Some(standing);
                 }

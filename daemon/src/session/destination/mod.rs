@@ -1,11 +1,11 @@
 //! The destination's session.
 
+mod device_state;
 mod work;
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex};
 
-use bytes::Bytes;
 use pagecopy::engine::destination::{Destination, Input, Output};
 use pagecopy::engine::event::{Figures, Finished as EngineEnd, State};
 #[cfg(feature = "steps")]
@@ -19,10 +19,11 @@ use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Channel, Regions};
 
+use self::device_state::DeviceState;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::failure::operator;
 use crate::lane::destination::Command;
-use crate::lane::{Lane, LaneEvent};
+use crate::lane::{Lane, LaneEvent, Told};
 use crate::migrations::{Migration, Request};
 use crate::qemu::Block;
 use crate::qemu::incoming::Incoming as Qemu;
@@ -64,10 +65,12 @@ pub(crate) struct Session {
     data: Vec<Lane<Command>>,
     regions: Regions,
     memory: Option<Memory>,
-    device_state: Vec<Bytes>,
+    device_state: DeviceState,
     allocator: Worker,
     /// Set when the bytes have come, or never will: what is still to be allocated is left.
     stop_allocating: Arc<AtomicBool>,
+    /// Runs that wait for the allocator.
+    allocating: Arc<AtomicUsize>,
     journal_worker: Worker,
     teller: Teller,
     sender: UnboundedSender<Input>,
@@ -77,8 +80,8 @@ pub(crate) struct Session {
     loading: bool,
     /// QEMU was given device state, as the engine said in the end.
     qemu_used: bool,
-    lanes: UnboundedReceiver<LaneEvent>,
-    lane_events: UnboundedSender<LaneEvent>,
+    lanes: UnboundedReceiver<Told>,
+    lane_events: UnboundedSender<Told>,
 }
 
 /// The waiting guest's RAM, numbered as the source numbers it.
@@ -112,9 +115,10 @@ impl Session {
             data: Vec::new(),
             regions: parts.regions,
             memory: None,
-            device_state: Vec::new(),
+            device_state: DeviceState::default(),
             allocator: Worker::start("allocate")?,
             stop_allocating: Arc::new(AtomicBool::new(false)),
+            allocating: Arc::new(AtomicUsize::new(0)),
             journal_worker: Worker::start("journal")?,
             teller,
             sender,
@@ -131,7 +135,7 @@ impl Session {
     pub(crate) async fn run(
         mut self,
         mut engine: Destination,
-        mut control: UnboundedReceiver<LaneEvent>,
+        mut control: UnboundedReceiver<Told>,
         requests: &mut UnboundedReceiver<Request>,
     ) {
         let mut end = self.carry_out(&mut engine).await;
@@ -142,15 +146,7 @@ impl Session {
             let broken = self.broken.overdue();
             let input = tokio::select! {
                 biased;
-                event = control.recv(), if link_there => {
-                    link_there = !matches!(event, Some(LaneEvent::Lost(..)) | None);
-                    event.and_then(|event| self.lane_input(event))
-                }
-                event = self.lanes.recv() => event.and_then(|event| self.lane_input(event)),
-                input = self.inputs.recv() => {
-                    self.loading &= !matches!(input, Some(Input::DeviceStateLoaded | Input::QemuFailed(_)));
-                    input
-                }
+                // First, so that no flood of the peer's keeps the operator waiting.
                 request = requests.recv() => match request {
                     Some(Request::Cancel | Request::Shutdown) | None => Some(Input::Cancel),
                     Some(Request::Resolve(_, reply)) => {
@@ -162,6 +158,16 @@ impl Session {
                     // For a guest that no session serves. Whoever asked, asks again.
                     Some(Request::Serve(_) | Request::Withdrawn(_)) => None,
                 },
+                told = control.recv(), if link_there => {
+                    let event = told.map(Told::take);
+                    link_there = !matches!(event, Some(LaneEvent::Lost(..)) | None);
+                    event.and_then(|event| self.lane_input(event))
+                }
+                told = self.lanes.recv() => told.and_then(|told| self.lane_input(told.take())),
+                input = self.inputs.recv() => {
+                    self.loading &= !matches!(input, Some(Input::DeviceStateLoaded | Input::QemuFailed(_)));
+                    input
+                }
                 // While QEMU loads, the answer to that says more.
                 () = qmp.gone(), if qmp_there && !self.loading => {
                     qmp_there = false;

@@ -15,6 +15,7 @@ use super::{Memory, Session};
 use crate::failure::host;
 use crate::lane::Lane;
 use crate::lane::destination::DestinationData;
+use crate::limits::MAX_ALLOCATING;
 use crate::qemu::Block;
 use crate::qemu::discover::map_ram;
 use crate::session::{blocking, digests, journal_failure, lock, page_digests};
@@ -74,11 +75,11 @@ impl Session {
             let handler =
                 DestinationData::new(id, Arc::clone(&memory.specs), Arc::clone(&memory.placer));
             let sender = self.lane_events.clone();
-            let events = Box::new(move |event| {
+            let tell = move |told| {
                 // A session that has ended needs no events.
-                let _ = sender.send(event);
-            });
-            let lane = Lane::start("data", id, channel, handler, events)?;
+                let _ = sender.send(told);
+            };
+            let lane = Lane::start("data", id, channel, handler, (), tell)?;
             self.teller.add(&lane);
             self.data.push(lane);
         }
@@ -89,8 +90,16 @@ impl Session {
         let Some(memory) = self.memory.clone() else {
             return;
         };
+        // Allocating ahead is a help, and not needed: what does not fit is allocated when its pages arrive.
+        let waiting = self.allocating.load(Ordering::Relaxed);
+        if waiting + runs.len() > MAX_ALLOCATING {
+            return;
+        }
+        let allocating = Arc::clone(&self.allocating);
+        allocating.fetch_add(runs.len(), Ordering::Relaxed);
         let (sender, stop) = (self.sender.clone(), Arc::clone(&self.stop_allocating));
         self.allocator.run(move || {
+            allocating.fetch_sub(runs.len(), Ordering::Relaxed);
             for piece in runs.iter().flat_map(|run| pieces(*run, &memory.specs)) {
                 if stop.load(Ordering::Relaxed) {
                     return;
@@ -138,7 +147,7 @@ impl Session {
         let lanes = std::mem::take(&mut self.data);
         let (qemu, state) = (
             Arc::clone(&self.qemu),
-            std::mem::take(&mut self.device_state),
+            std::mem::take(&mut self.device_state).into_pieces(),
         );
         let parked =
             tokio::task::block_in_place(|| lanes.into_iter().filter_map(Lane::park).collect());

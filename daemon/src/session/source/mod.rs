@@ -27,7 +27,7 @@ use crate::dial::{Target, dial_control};
 use crate::failure::{Shown, operator};
 use crate::lane::control::Control;
 use crate::lane::source::{Command, SourceData};
-use crate::lane::{Lane, LaneEvent};
+use crate::lane::{Lane, LaneEvent, Told};
 use crate::migrations::{Decided, Migration, Request};
 use crate::qemu::Guest;
 use crate::qemu::outgoing::Outgoing;
@@ -40,7 +40,7 @@ use crate::store::JournalFile;
 enum Incoming {
     Engine(Input),
     /// A lane of this connection; earlier connections' lanes are not listened to any more.
-    Lane(u32, LaneEvent),
+    Lane(u32, Told),
     Connected(Result<Box<dyn Channel>, Failure>),
 }
 
@@ -157,7 +157,14 @@ impl Session {
     }
 
     fn start_control(&mut self, channel: Box<dyn Channel>) -> Result<(), Failure> {
-        let lane = Lane::start("control", ChannelId(0), channel, Control, self.events())?;
+        let lane = Lane::start(
+            "control",
+            ChannelId(0),
+            channel,
+            Control::default(),
+            (),
+            self.tell(),
+        )?;
         self.teller.add(&lane);
         self.control = Some(lane);
         Ok(())
@@ -170,18 +177,18 @@ impl Session {
         id: ChannelId,
     ) -> Result<(), Failure> {
         let handler = SourceData::new(id, Arc::clone(&memory.specs), Arc::clone(&memory.ram));
-        let lane = Lane::start("data", id, channel, handler, self.events())?;
+        let lane = Lane::start("data", id, channel, handler, (), self.tell())?;
         self.teller.add(&lane);
         self.data.push(lane);
         Ok(())
     }
 
-    fn events(&self) -> crate::lane::Events {
+    fn tell(&self) -> impl Fn(Told) + Send + use<> {
         let (sender, connection) = (self.sender.clone(), self.connection);
-        Box::new(move |event| {
+        move |told| {
             // A session that has ended needs no events.
-            let _ = sender.send(Incoming::Lane(connection, event));
-        })
+            let _ = sender.send(Incoming::Lane(connection, told));
+        }
     }
 
     /// Runs to the end of the migration.
@@ -196,10 +203,7 @@ impl Session {
             let broken = self.broken.overdue();
             let input = tokio::select! {
                 biased;
-                incoming = self.incoming.recv() => match incoming {
-                    Some(incoming) => self.input(incoming),
-                    None => None,
-                },
+                // First, so that no flood of the peer's keeps the operator waiting.
                 request = requests.recv() => match request {
                     Some(Request::Cancel) | None => Some(Input::Cancel),
                     Some(Request::Resolve(resolution, reply)) => self.resolve(resolution, reply),
@@ -207,6 +211,10 @@ impl Session {
                     Some(Request::Disconnect | Request::Serve(_) | Request::Withdrawn(_)) => None,
                     Some(Request::Shutdown) if engine.state() == State::InDoubt => return self.leave().await,
                     Some(Request::Shutdown) => Some(Input::Cancel),
+                },
+                incoming = self.incoming.recv() => match incoming {
+                    Some(incoming) => self.input(incoming),
+                    None => None,
                 },
                 () = gone(watched.as_deref()) => {
                     watched = None;
@@ -243,7 +251,7 @@ impl Session {
             }
             Incoming::Connected(Err(failure)) => Some(Input::ReconnectFailed(failure.what)),
             Incoming::Lane(connection, _) if connection != self.connection => None,
-            Incoming::Lane(_, event) => self.lane_input(event),
+            Incoming::Lane(_, told) => self.lane_input(told.take()),
         }
     }
 
