@@ -1,6 +1,9 @@
 //! Two network namespaces joined by a veth pair: two hosts and the link between them.
 
+use std::os::fd::AsFd;
 use std::process::Command;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::scratch::{is_stale, unique};
 
@@ -85,6 +88,31 @@ impl Net {
             .args(["netns", "exec", &self.namespace(side)])
             .arg(program);
         command
+    }
+
+    /// Runs `work` on a thread of this process that is in a host's namespace; sockets that it makes stay there.
+    pub fn within<T: Send>(&self, side: Side, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = std::path::Path::new("/run/netns").join(self.namespace(side));
+        let handle = std::fs::File::open(&namespace).expect("the namespace exists");
+        std::thread::scope(|scope| {
+            let inside = scope.spawn(move || {
+                move_into_link_name_space(handle.as_fd(), Some(LinkNameSpaceType::Network))
+                    .expect("root may enter a namespace");
+                work()
+            });
+            match inside.join() {
+                Ok(done) => done,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    /// Gives a host one more address on the link.
+    pub fn add_address(&self, side: Side, address: &str) {
+        self.ip(
+            side,
+            &["address", "add", &format!("{address}/24"), "dev", "veth0"],
+        );
     }
 
     /// Cuts the link: both ends lose their carrier, packets go nowhere.
