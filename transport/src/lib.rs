@@ -7,6 +7,8 @@
 pub mod channel;
 pub mod connect;
 pub mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod limits;
 pub mod mem;
 pub mod region;

@@ -89,6 +89,12 @@ impl Receiver {
         matches!(self.state, State::Head) && self.partial.is_empty()
     }
 
+    /// Bytes that are held for a header, table or message that is not whole.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn held(&self) -> usize {
+        self.partial.capacity()
+    }
+
     /// Reads of ours without an answer.
     pub(crate) fn awaited(&self) -> usize {
         self.awaited.len()

@@ -1,5 +1,8 @@
 //! TLS 1.3 records (RFC 8446, section 5): sealing and opening in place, and the change of keys.
 
+#[cfg(feature = "fuzzing")]
+mod fuzzing;
+
 use aws_lc_rs::aead::{self, Aad, LessSafeKey, Nonce, UnboundKey};
 use rustls::kernel::KernelConnection;
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
@@ -220,15 +223,16 @@ impl Records {
             .map_err(|_| {
                 misbehaved("a TLS record that does not decrypt: it was damaged or forged")
             })?;
+        // Padding counts, too (section 5.4).
+        if inner.len() > MAX_CONTENT + 1 {
+            return Err(misbehaved("a TLS record that is too long"));
+        }
         // The type is the last byte that is not padding.
         let end = inner
             .iter()
             .rposition(|byte| *byte != 0)
             .ok_or_else(|| misbehaved("a TLS record of no type"))?;
         let (kind, contents) = (inner[end], &inner[..end]);
-        if contents.len() > MAX_CONTENT {
-            return Err(misbehaved("a TLS record that is too long"));
-        }
         match (kind, contents) {
             (APPLICATION_DATA, data) => Ok(Content::Data(data)),
             (ALERT, &[_, description]) => Ok(Content::Alert(description)),

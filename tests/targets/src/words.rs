@@ -1,0 +1,145 @@
+//! Any values of the engines' words, most of them near those that mean something to the guest of these targets.
+
+use std::time::Duration;
+
+use arbitrary::{Arbitrary, Result, Unstructured};
+use bytes::Bytes;
+use pagecopy::engine::{Failure, Fault, MigrationId};
+use pagecopy::memory::{BlockId, BlockSpec, Run};
+use pagecopy::wire::{AbortCode, Message, Standing};
+
+/// The migration of every input.
+pub(crate) const ID: MigrationId = MigrationId([7; 16]);
+
+/// The guest's RAMBlocks: one of more than one digest's chunk, one of huge pages.
+pub(crate) fn blocks() -> Vec<BlockSpec> {
+    let spec = |name: &str, size, page_size| BlockSpec {
+        name: name.to_owned(),
+        size,
+        page_size,
+    };
+    vec![spec("low", 5 << 20, 4096), spec("high", 8 << 20, 2 << 20)]
+}
+
+pub(crate) fn failure(what: &str) -> Failure {
+    Failure::new(Fault::ThisHost, what, "nothing")
+}
+
+/// A pause: mostly none, sometimes longer than every time-out.
+pub(crate) fn pause(input: &mut Unstructured<'_>) -> Result<Duration> {
+    Ok(match u8::arbitrary(input)? {
+        0..=159 => Duration::ZERO,
+        short @ 160..=239 => Duration::from_millis(u64::from(short) * 7),
+        long => Duration::from_secs(u64::from(long) - 235),
+    })
+}
+
+/// Runs inside the guest, or anywhere.
+pub(crate) fn runs(input: &mut Unstructured<'_>, inside: bool) -> Result<Vec<Run>> {
+    let mut runs = Vec::new();
+    for _ in 0..input.int_in_range(0..=6)? {
+        let index = u16::from(u8::arbitrary(input)?);
+        if !inside && index >= 0xf0 {
+            runs.push(Run {
+                block: BlockId(index),
+                first: u64::arbitrary(input)?,
+                pages: u64::arbitrary(input)?,
+            });
+            continue;
+        }
+        let index = index % 2;
+        let pages = blocks()[usize::from(index)].pages();
+        let first = u64::from(u16::arbitrary(input)?) % pages;
+        let count = 1 + u64::from(u16::arbitrary(input)?) % (pages - first);
+        runs.push(Run {
+            block: BlockId(index),
+            first,
+            pages: count,
+        });
+    }
+    Ok(runs)
+}
+
+/// Any digests.
+pub(crate) fn digests(input: &mut Unstructured<'_>) -> Result<Vec<[u8; 16]>> {
+    let (value, len) = (u8::arbitrary(input)? % 4, input.int_in_range(1..=3)?);
+    Ok(vec![[value; 16]; len])
+}
+
+/// Any message. `round` is one that the engine may be waiting for.
+pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Message> {
+    let round = match u8::arbitrary(input)? {
+        0 => u32::arbitrary(input)?,
+        1 => round.wrapping_add(1),
+        _ => round,
+    };
+    Ok(match u8::arbitrary(input)? % 21 {
+        0 => Message::Hello {
+            version_min: u16::arbitrary(input)? % 3,
+            version_max: u16::arbitrary(input)? % 3,
+            capabilities: u64::arbitrary(input)?,
+            id: ID,
+            vm: "vm".to_owned(),
+            host: "peer".to_owned(),
+            verify: bool::arbitrary(input)?,
+            blocks: blocks(),
+        },
+        1 => Message::Accept {
+            version: u16::arbitrary(input)? % 3,
+            capabilities: u64::from(u8::arbitrary(input)? % 3),
+            host: "peer".to_owned(),
+        },
+        2 => Message::Populate(runs(input, false)?),
+        3 => Message::Zero(runs(input, false)?),
+        4 => Message::Barrier { round },
+        5 => Message::BarrierReached { round },
+        6 => Message::Ping {
+            nonce: u64::arbitrary(input)?,
+        },
+        7 => Message::Pong {
+            nonce: u64::arbitrary(input)?,
+        },
+        8 => Message::Stopped { final_round: round },
+        9 => Message::DeviceState(Bytes::from(vec![1; 1 + usize::from(u8::arbitrary(input)?)])),
+        10 => Message::DeviceStateEnd {
+            bytes: u64::from(u8::arbitrary(input)?),
+            crc: u32::arbitrary(input)?,
+        },
+        11 => Message::Digests {
+            block: u16::from(u8::arbitrary(input)? % 3),
+            first: u64::from(u8::arbitrary(input)? % 3),
+            digests: digests(input)?,
+        },
+        12 => Message::ChunkDiffers {
+            block: u16::from(u8::arbitrary(input)? % 3),
+            chunk: u64::from(u8::arbitrary(input)? % 3),
+        },
+        13 => Message::PageDigests {
+            block: u16::from(u8::arbitrary(input)? % 3),
+            chunk: u64::from(u8::arbitrary(input)? % 3),
+            digests: digests(input)?,
+        },
+        14 => Message::Loaded,
+        15 => Message::Commit,
+        16 => Message::Running,
+        17 => Message::Closed,
+        18 => Message::Query { id: id(input)? },
+        19 => Message::Answer {
+            id: id(input)?,
+            standing: *input.choose(&Standing::ALL)?,
+        },
+        _ => Message::Abort {
+            code: *input.choose(&AbortCode::ALL)?,
+            reason: "because".to_owned(),
+        },
+    })
+}
+
+/// The migration's, or another.
+fn id(input: &mut Unstructured<'_>) -> Result<MigrationId> {
+    Ok(if u8::arbitrary(input)? < 0xe0 {
+        ID
+    } else {
+        MigrationId([9; 16])
+    })
+}
