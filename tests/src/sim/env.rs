@@ -286,7 +286,7 @@ impl Env {
     }
 
     /// That side's whole host stands still for a time.
-    pub(super) fn sleep(&mut self, side: Side, time: Duration, clock_goes: bool) {
+    pub(super) fn stand_still(&mut self, side: Side, time: Duration, clock_goes: bool) {
         self.freeze(side, time);
         let until = self.now().after(time);
         let asleep = &mut self.asleep[side as usize];
@@ -296,7 +296,7 @@ impl Env {
 
     /// A daemon or host may have stood still until now.
     pub(super) fn goes_on(&mut self, side: Side) {
-        if !self.asleep(side) {
+        if !self.stands_still(side) {
             self.clocks[side as usize].stand(self.agenda.now(), false);
         }
     }
@@ -317,19 +317,20 @@ impl Env {
     }
 
     /// Whether that side's whole host sleeps.
-    pub(super) fn asleep(&self, side: Side) -> bool {
+    pub(super) fn stands_still(&self, side: Side) -> bool {
         self.asleep[side as usize] > self.now()
     }
 
     /// Until when an event has to wait, because that to which it happens stands still.
     pub(super) fn waits_until(&self, event: &Event) -> Option<Time> {
-        let asleep = |side: Side| Some(self.asleep[side as usize]).filter(|at| *at > self.now());
+        let still_until =
+            |side: Side| Some(self.asleep[side as usize]).filter(|at| *at > self.now());
         match event {
             Event::Source(..) => self.held_until(Side::Source),
             Event::Destination(..) => self.held_until(Side::Destination),
-            Event::SourceQemu(..) => asleep(Side::Source),
-            Event::DestinationQemu(..) => asleep(Side::Destination),
-            Event::Restart(side) => asleep(*side),
+            Event::SourceQemu(..) => still_until(Side::Source),
+            Event::DestinationQemu(..) => still_until(Side::Destination),
+            Event::Restart(side) => still_until(*side),
             _ => None,
         }
     }

@@ -176,7 +176,7 @@ impl World {
             None
         };
         self.env.agenda.pass_to(now);
-        let lives = self.source.qemu.running() && !self.env.asleep(Side::Source);
+        let lives = self.source.qemu.running() && !self.env.stands_still(Side::Source);
         self.source.guest.live_until(now, lives);
         self.env.wires.advance_to(now);
         if let Some(event) = event {
@@ -286,7 +286,7 @@ impl World {
                 } else {
                     Happened::SleptClockStood(side)
                 });
-                env.sleep(side, micros(time), clock_goes);
+                env.stand_still(side, micros(time), clock_goes);
             }
             Fault::DiskFills(side, time) => {
                 let until =
