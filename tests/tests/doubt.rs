@@ -1,0 +1,304 @@
+//! A migration in doubt on real QEMU: it ends by itself when the destination can be asked again, an operator ends it where
+//! that cannot make two guests, and whatever could is refused and says why.
+//!
+//! The daemon at the destination is held at a step of the commit (`--features steps`), and there the network goes, or a
+//! process.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use tests::real::{
+    Machine, Manner, Migration, Qemu, RunAs, Scratch, Side, Steps, Version, World, certified,
+    eventually,
+};
+
+/// Two hosts with a guest under way, whose destination stands at a step of the commit.
+struct Doubt {
+    world: World,
+    source: Qemu,
+    destination: Qemu,
+    migration: Option<Migration>,
+    id: String,
+    held: Option<tests::real::Held>,
+    _steps: Steps,
+}
+
+impl Doubt {
+    /// The destination stands at `step`.
+    fn at(step: &str) -> Doubt {
+        let scratch = Scratch::new();
+        let steps = Steps::listen(
+            &scratch.files().join("steps.sock"),
+            &[format!("destination {step} 1")],
+        );
+        let [a, b] = certified(&scratch);
+        let manner = |side: Side, trust, steps| Manner {
+            name: side.name().to_owned(),
+            trust,
+            steps,
+            run_as: RunAs::User,
+        };
+        let manners = [
+            manner(Side::A, a, None),
+            manner(Side::B, b, Some(steps.socket().to_owned())),
+        ];
+        let world = World::of(scratch, &manners);
+        let machine = Machine::new(Version::V10_0, 64, "rate=5 set=8");
+        let source = world.guest("source", &machine);
+        let destination = world.waiting("destination", &machine);
+        let migration = world.begin(Side::A, "vm", &source, &destination, &[]);
+        let held = steps.wait(Duration::from_secs(60)).unwrap();
+        let id = world.cli(Side::A).id_of("vm");
+        Doubt {
+            world,
+            source,
+            destination,
+            migration: Some(migration),
+            id,
+            held: Some(held),
+            _steps: steps,
+        }
+    }
+
+    /// `Committed` is on the destination's disk, and its daemon is dead.
+    fn committed_and_killed() -> Doubt {
+        let mut doubt = Doubt::at("Journaled(Committed)");
+        doubt.world.net.cut();
+        doubt.world.daemon_mut(Side::B).kill();
+        doubt.held = None;
+        doubt.wait_in_doubt();
+        doubt
+    }
+
+    /// The command line has told the doubt, and so does the daemon.
+    fn wait_in_doubt(&mut self) {
+        let outcome = self.migration.take().unwrap().finish();
+        let error = outcome.not_completed("in-doubt");
+        assert!(error.contains("--resume-here --peer-fenced"), "{error}");
+        assert_eq!(outcome.status.code(), Some(4));
+        assert_eq!(self.state(Side::A), "in-doubt");
+        assert_eq!(self.source.qmp.status(), "postmigrate");
+    }
+
+    fn state(&self, side: Side) -> String {
+        let shown = self.world.cli(side).status(&self.id);
+        shown["state"].as_str().unwrap().to_owned()
+    }
+
+    fn wait_state(&self, side: Side, wanted: &str) {
+        // The source asks every 30 s at the latest.
+        let came = eventually(Duration::from_secs(60), || {
+            let state = self.state(side);
+            if state == wanted {
+                return Ok(());
+            }
+            let shown = self.world.cli(side).status(&self.id);
+            Err(format!(
+                "{state} at {}, and never {wanted}: {shown}",
+                side.name()
+            ))
+        });
+        came.unwrap();
+    }
+
+    fn resolve(&self, side: Side, options: &[&str]) -> Result<String, String> {
+        let words = [&["resolve", &self.id], options].concat();
+        let output = self.world.cli(side).run(&words);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        if output.status.success() {
+            Ok(text(&output.stdout))
+        } else {
+            assert_eq!(output.status.code(), Some(1));
+            Err(text(&output.stderr))
+        }
+    }
+
+    /// Refused, with all of `words`.
+    fn refused(&self, side: Side, options: &[&str], words: &[&str]) {
+        let refusal = self.resolve(side, options).expect_err("it is refused");
+        assert_says(&refusal, &[&["refused: ", "what to do:"], words].concat());
+    }
+
+    /// To migrate or receive the guest, or to receive with its QEMU, is refused on a host where it is in doubt.
+    fn nothing_else_touches_it(&self, side: Side, qemu: &Qemu) {
+        let cli = self.world.cli(side);
+        let why = ["is in doubt here", &self.id];
+        for vm in ["vm", "another"] {
+            assert_says(&cli.receive(vm, qemu.socket()).unwrap_err(), &why);
+            let outcome = cli.migrate(vm, qemu, side.other(), &[]).finish();
+            assert!(!outcome.status.success());
+            assert_says(&outcome.errors, &why);
+        }
+        let output = cli.run(&["cancel", &self.id]);
+        assert_says(
+            &String::from_utf8_lossy(&output.stderr),
+            &["cannot be cancelled"],
+        );
+    }
+
+    fn assert_runs_only_at_source(&mut self) {
+        self.source.serial.wait_beats(100);
+        self.source.serial.verify();
+        assert_eq!(self.source.qmp.status(), "running");
+        assert_eq!(self.destination.serial.beats(), 0, "a second guest ran");
+    }
+
+    fn assert_runs_only_at_destination(&mut self) {
+        assert_eq!(self.source.qmp.status(), "postmigrate");
+        let beats = self.source.serial.beats();
+        self.destination.serial.wait_beats(100);
+        self.destination.serial.verify();
+        assert_eq!(self.destination.qmp.status(), "running");
+        assert_eq!(self.source.serial.beats(), beats, "a second guest ran");
+    }
+}
+
+fn assert_says(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "{word:?} is not in: {text}");
+    }
+}
+
+#[test]
+fn doubt_ends_by_itself_when_the_destination_can_be_asked_again() {
+    let mut doubt = Doubt::at("Send(Running)");
+    doubt.world.net.cut();
+    doubt.held.take().unwrap().go();
+    doubt.wait_in_doubt();
+    doubt.refused(
+        Side::A,
+        &["--resume-here"],
+        &["does not answer", "two would run", "--peer-fenced"],
+    );
+    doubt.refused(
+        Side::A,
+        &["--run-here", "--peer-fenced"],
+        &["this is the source"],
+    );
+    doubt.nothing_else_touches_it(Side::A, &doubt.source);
+    // The daemon that asks may be another.
+    doubt.world.restart(Side::A);
+    assert_eq!(doubt.state(Side::A), "in-doubt");
+    doubt.nothing_else_touches_it(Side::A, &doubt.source);
+    doubt.world.net.mend();
+    // Asked at once, the destination answers, and overrules the operator's word.
+    match doubt.resolve(Side::A, &["--resume-here", "--peer-fenced"]) {
+        Err(refusal) => assert_says(&refusal, &["refused: "]),
+        Ok(done) => panic!("taken back while it runs at the destination: {done}"),
+    }
+    doubt.wait_state(Side::A, "completed");
+    doubt.assert_runs_only_at_destination();
+    doubt.refused(
+        Side::A,
+        &["--abandon"],
+        &["is not in doubt, it is completed"],
+    );
+    doubt.refused(
+        Side::B,
+        &["--abandon"],
+        &["is not in doubt, it is completed"],
+    );
+}
+
+#[test]
+fn a_committed_guest_runs_when_the_source_asks_a_daemon_that_was_started_anew() {
+    let mut doubt = Doubt::committed_and_killed();
+    doubt.world.restart(Side::B);
+    doubt.wait_state(Side::B, "in-doubt");
+    let shown = doubt.world.cli(Side::B).status(&doubt.id);
+    assert_says(
+        shown["finished"]["error"].as_str().unwrap(),
+        &[
+            "committed to this host",
+            "as soon as the source asks",
+            "--run-here --peer-fenced",
+        ],
+    );
+    doubt.refused(
+        Side::B,
+        &["--run-here"],
+        &[
+            "the source's operator may have taken the guest back",
+            "--peer-fenced",
+        ],
+    );
+    doubt.refused(Side::B, &["--resume-here"], &["this is the destination"]);
+    doubt.nothing_else_touches_it(Side::B, &doubt.destination);
+    assert_eq!(
+        doubt.destination.serial.beats(),
+        0,
+        "run before the source asked"
+    );
+    doubt.world.net.mend();
+    doubt.wait_state(Side::A, "completed");
+    doubt.wait_state(Side::B, "completed");
+    doubt.assert_runs_only_at_destination();
+}
+
+#[test]
+fn a_guest_that_the_destination_lets_go_of_is_taken_back() {
+    let mut doubt = Doubt::committed_and_killed();
+    doubt.world.restart(Side::B);
+    doubt.wait_state(Side::B, "in-doubt");
+    let done = doubt.resolve(Side::B, &["--abandon"]).unwrap();
+    assert_says(&done, &["never will run here"]);
+    doubt.refused(
+        Side::B,
+        &["--run-here", "--peer-fenced"],
+        &["is not in doubt, it is failed", "never will run here"],
+    );
+    doubt.world.net.mend();
+    doubt.wait_state(Side::A, "failed");
+    doubt.assert_runs_only_at_source();
+}
+
+#[test]
+fn a_destination_that_is_gone_for_good_needs_the_operators_word_and_is_told_if_it_comes_back() {
+    let mut doubt = Doubt::at("Journaled(Committed)");
+    doubt.world.daemon_mut(Side::B).kill();
+    doubt.destination.kill();
+    doubt.wait_in_doubt();
+    doubt.refused(
+        Side::A,
+        &["--resume-here"],
+        &["does not answer", "--peer-fenced"],
+    );
+    let done = doubt
+        .resolve(Side::A, &["--resume-here", "--peer-fenced"])
+        .unwrap();
+    assert_says(&done, &["taken back here"]);
+    doubt.wait_state(Side::A, "failed");
+    doubt.source.serial.wait_beats(100);
+    doubt.source.serial.verify();
+    doubt.refused(Side::A, &["--abandon"], &["is not in doubt, it is failed"]);
+    doubt.world.restart(Side::B);
+    doubt
+        .world
+        .daemon(Side::A)
+        .assert_logs(&["the destination knows that the guest was taken back"]);
+    doubt.wait_state(Side::B, "failed");
+}
+
+#[test]
+fn both_operators_wrong_at_once() {
+    let mut doubt = Doubt::committed_and_killed();
+    // Not fenced: only its daemon is dead, and the network.
+    doubt
+        .resolve(Side::A, &["--resume-here", "--peer-fenced"])
+        .unwrap();
+    doubt.wait_state(Side::A, "failed");
+    doubt.world.restart(Side::B);
+    doubt.wait_state(Side::B, "in-doubt");
+    doubt.refused(Side::B, &["--run-here"], &["two would run"]);
+    // Another daemon goes on telling.
+    doubt.world.restart(Side::A);
+    doubt.world.net.mend();
+    doubt.wait_state(Side::B, "failed");
+    doubt.refused(
+        Side::B,
+        &["--run-here", "--peer-fenced"],
+        &["is not in doubt, it is failed"],
+    );
+    doubt.assert_runs_only_at_source();
+}
