@@ -306,7 +306,7 @@ fn page_digests_are_asked_for_once() {
     let mut now = NOW;
     // Up to the last round being in place.
     let inputs: Vec<Input> = path().into_iter().take(4).flat_map(|(_, i)| i).collect();
-    for input in inputs.into_iter().take(10) {
+    for input in inputs.into_iter().take(11) {
         now = now.after(Duration::from_millis(6));
         source.handle(now, input);
     }
