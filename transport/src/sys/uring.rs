@@ -27,6 +27,9 @@ const RECEIVE: u64 = 2;
 const WAKE: u64 = 3;
 const CANCEL: u64 = 4;
 
+/// How long the end of what was cancelled is waited for before it is cancelled once more.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+
 /// What became of the operations in flight. What was handed to the kernel comes back with the result.
 #[derive(Default)]
 pub(crate) struct Progress {
@@ -164,18 +167,11 @@ impl Uring {
     /// it.
     pub(crate) fn call_back_receive(&mut self) -> Result<Progress, Error> {
         let mut progress = Progress::default();
-        if !self.receiving() {
-            return Ok(progress);
-        }
-        self.push(
-            &opcode::AsyncCancel2::new(CancelBuilder::user_data(RECEIVE))
-                .build()
-                .user_data(CANCEL),
-        );
-        while self.receiving() {
-            self.enter(Some(Duration::from_millis(100)))?;
-            self.reap(&mut progress);
-        }
+        self.call_back(
+            || CancelBuilder::user_data(RECEIVE),
+            Uring::receiving,
+            &mut progress,
+        )?;
         Ok(progress)
     }
 
@@ -223,6 +219,29 @@ impl Uring {
             pushed.is_ok(),
             "the ring has room for all operations that can be in flight"
         );
+    }
+
+    /// Calls back what matches, and waits for its end: until `there` says that it is over. Asks again and again, because a
+    /// cancel passes over what is just between two attempts.
+    fn call_back(
+        &mut self,
+        what: impl Fn() -> CancelBuilder,
+        there: impl Fn(&Uring) -> bool,
+        progress: &mut Progress,
+    ) -> Result<(), Error> {
+        while there(self) {
+            // A full queue is one that the kernel does not take now.
+            if !self.ring.submission().is_full() {
+                let cancel = opcode::AsyncCancel2::new(what()).build().user_data(CANCEL);
+                self.push(&cancel);
+            }
+            let again = Instant::now() + ASK_AGAIN;
+            while there(self) && Instant::now() < again {
+                self.enter(Some(ASK_AGAIN))?;
+                self.reap(progress);
+            }
+        }
+        Ok(())
     }
 
     /// One system call: submits what is pushed, and waits for a completion, at most for `timeout`.
@@ -281,17 +300,15 @@ impl Drop for Uring {
             return;
         }
         self.shut_down();
-        self.push(
-            &opcode::AsyncCancel2::new(CancelBuilder::any())
-                .build()
-                .user_data(CANCEL),
+        self.wake.wake_by_ref();
+        let ended = self.call_back(
+            CancelBuilder::any,
+            Uring::in_flight,
+            &mut Progress::default(),
         );
-        while self.in_flight() {
-            // The kernel holds addresses of ours until it has said otherwise: nothing may stop this short.
-            if self.enter(Some(Duration::from_millis(100))).is_err() {
-                std::process::abort();
-            }
-            self.reap(&mut Progress::default());
+        // The kernel holds addresses of ours until it has said otherwise: nothing may stop this short.
+        if ended.is_err() {
+            std::process::abort();
         }
     }
 }
