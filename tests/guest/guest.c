@@ -12,7 +12,9 @@
  *
  * On COM1, out: one byte with its top bit set each millisecond (a beat; the low seven bits count), and between them
  * lines of text: `FILLED pages=`, ten times a second `OK tick= dirtied= checked=`, `VERIFIED pages=`, `CORRUPT ...`.
- * In: `V` asks to check every page now, `R` and a number and a newline sets the rate.
+ * In: `V` asks to check every page now, `R` and a number and a newline sets the rate. `T` asks how long the first touch of
+ * a page took each time since the `T` before: `TOUCHED tsc_per_ms=` and, for each bucket that is not empty, its number
+ * and what it holds (see `bucket`).
  *
  * With two CPUs each has half of the region and of the working set. Both halt when there is nothing to do.
  */
@@ -35,6 +37,9 @@ typedef unsigned int u32;
 /* Work that was due while nothing ran (a pause, a busy host) is made up for at most this many milliseconds. */
 #define CATCH_UP_MS 10u
 #define VERIFY_SLICE 64u
+#define BUCKETS 128u
+/* How long the time-stamp counter is held against the timer, at the start. */
+#define CALIBRATE_MS 50u
 
 enum pattern { UNIFORM, HOT, SEQUENTIAL };
 enum fill { RANDOM, ZERO, NONE };
@@ -55,6 +60,9 @@ static volatile u32 rate;   /* MB/s, of the whole guest */
 static enum pattern pattern;
 static enum fill fill;
 static volatile u32 ticks, corrupt_reported;
+/* First touches of pages, by how long they took. */
+static volatile u32 touches[MAX_CPUS][BUCKETS];
+static u32 tsc_per_ms;
 
 void *memset(void *to, int byte, u32 n)
 {
@@ -165,6 +173,56 @@ static inline u32 slot_value(u32 page, u32 slot, u32 generation)
 
 static inline volatile u32 *page_at(u32 page) { return (volatile u32 *)((base_page + page) << 12); }
 
+/* How long a touch takes. */
+
+static inline unsigned long long tsc(void)
+{
+    unsigned long long now;
+    __asm__ volatile("rdtsc" : "=A"(now));
+    return now;
+}
+
+/* Four buckets for each power of two: bucket 4(n - 1) + m holds from (4 + m) 2^(n - 2) up. */
+static u32 bucket(unsigned long long taken)
+{
+    u32 low = (u32)taken;
+    if (taken >> 32)
+        return BUCKETS - 1;
+    if (low < 4)
+        return low;
+    u32 power = 31 - (u32)__builtin_clz(low);
+    return (power - 1) * 4 + (low >> (power - 2) & 3);
+}
+
+/* With the interrupts off: the beat's output would be counted otherwise. */
+static inline void touch(struct cpu *cpu, volatile u32 *p)
+{
+    __asm__ volatile("cli");
+    unsigned long long begun = tsc();
+    (void)p[0];
+    u32 held = bucket(tsc() - begun);
+    __asm__ volatile("sti");
+    touches[cpu - cpus][held]++;
+}
+
+static void put_touches(void)
+{
+    begin_line();
+    put_number("TOUCHED tsc_per_ms=", tsc_per_ms);
+    for (u32 b = 0; b < BUCKETS; b++) {
+        u32 sum = 0;
+        for (u32 i = 0; i < cpu_count; i++) {
+            sum += touches[i][b];
+            touches[i][b] = 0;
+        }
+        if (sum) {
+            put_number(" ", b);
+            put_number(":", sum);
+        }
+    }
+    end_line();
+}
+
 static inline void check_slots(volatile u32 *p, u32 page, u32 generation)
 {
     for (u32 s = 0; s < SLOTS; s++) {
@@ -174,12 +232,13 @@ static inline void check_slots(volatile u32 *p, u32 page, u32 generation)
     }
 }
 
-static void check_page(u32 page)
+static void check_page(struct cpu *cpu, u32 page)
 {
     u32 generation = TABLE[page], slot = 0;
     volatile u32 *p = page_at(page);
     if (fill == NONE && generation == 0)
         return; /* reading it would allocate it */
+    touch(cpu, p);
     check_slots(p, page, generation);
     for (u32 w = 0; w < PAGE_WORDS; w++) {
         if (w == slot_word[slot]) {
@@ -198,6 +257,7 @@ static void dirty_page(struct cpu *cpu, u32 page)
 {
     u32 generation = TABLE[page];
     volatile u32 *p = page_at(page);
+    touch(cpu, p);
     check_slots(p, page, generation);
     TABLE[page] = ++generation;
     for (u32 s = 0; s < SLOTS; s++)
@@ -255,7 +315,7 @@ static void sweep(struct cpu *cpu, u32 pages)
     for (u32 n = 0; n < pages && cpu->pages; n++) {
         if (cpu->sweep >= cpu->pages)
             cpu->sweep = 0;
-        check_page(cpu->first + cpu->sweep++);
+        check_page(cpu, cpu->first + cpu->sweep++);
         cpu->checked++;
     }
 }
@@ -311,6 +371,8 @@ static void attend(void)
         if (c == 'V' && !verifying) {
             verifying = 1;
             start_verify();
+        } else if (c == 'T') {
+            put_touches();
         } else if (c == 'R') {
             in_number = 1;
             number = 0;
@@ -445,6 +507,14 @@ static void wait_ms(u32 ms)
         __asm__ volatile("hlt");
 }
 
+static void calibrate(void)
+{
+    wait_ms(1);
+    unsigned long long begun = tsc();
+    wait_ms(CALIBRATE_MS);
+    tsc_per_ms = (u32)(tsc() - begun) / CALIBRATE_MS;
+}
+
 extern const u8 trampoline[], trampoline_end[];
 
 static void start_second_cpu(void)
@@ -527,6 +597,7 @@ void first_cpu(const u32 *multiboot)
 {
     read_options(multiboot[0] & 4 ? (const char *)multiboot[4] : "");
     start_interrupts();
+    calibrate();
     if (cpu_count > 1)
         start_second_cpu();
     fill_part(&cpus[0]);

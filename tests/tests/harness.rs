@@ -129,6 +129,23 @@ fn guest_finds_nothing_wrong_when_nothing_is() {
     assert!(!noticed("rate=50 set=16", |_| {}));
 }
 
+/// Each page that the guest dirties or checks is timed once; what was told is counted anew.
+#[test]
+fn guest_times_its_touches_of_pages() {
+    let scratch = Scratch::new();
+    let machine = Machine::new(Version::V10_0, 64, "rate=10 set=16 sweep=1 cpus=1");
+    let source = Qemu::start(&scratch, "source", &machine, Role::Source);
+    source.serial.wait_filled();
+    source.serial.touches();
+    source.serial.wait_beats(1000);
+    let touches = source.serial.touches();
+    // 2441 pages are dirtied a second and 1000 checked, unless the machine is busy.
+    assert!((500..20_000).contains(&touches.count()), "{touches:?}");
+    let (half, all) = (touches.quantile_us(0.5), touches.quantile_us(1.0));
+    assert!(half > 0.0 && half <= all, "{touches:?}");
+    assert!(half < 1000.0, "memory that is here: {touches:?}");
+}
+
 #[test]
 fn huge_pages_are_given_back() {
     const COUNT: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";

@@ -164,6 +164,16 @@ impl Net {
         Ok(())
     }
 
+    /// Lets no more than `mbit` Mbit/s through in each direction (`tc-tbf(8)`), with a queue of 50 ms.
+    pub fn limit(&self, mbit: u32) {
+        for side in [Side::A, Side::B] {
+            let mut tc = self.command(side, "tc");
+            tc.args(["qdisc", "replace", "dev", "veth0", "root", "tbf"]);
+            tc.args(["rate", &format!("{mbit}mbit"), "burst", "256kb"]);
+            run(tc.args(["latency", "50ms"]));
+        }
+    }
+
     /// Packets that [`impair`](Self::impair) has dropped so far of those that `side` sent.
     pub fn dropped(&self, side: Side) -> u64 {
         let mut tc = self.command(side, "tc");

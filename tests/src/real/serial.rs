@@ -71,6 +71,13 @@ impl Serial {
         assert!(verdict.ends_with(" corrupt=0"), "the guest says: {verdict}");
     }
 
+    /// How long the first touch of a page took, each time since this was asked before.
+    pub fn touches(&self) -> Touches {
+        let from = self.lines();
+        self.command("T");
+        Touches::read(&self.wait_line("TOUCHED", from, PATIENCE))
+    }
+
     /// Sets the rate at which the guest dirties memory, in MB/s.
     pub fn set_rate(&self, mb_s: u32) {
         self.command(&format!("R{mb_s}\n"));
@@ -210,6 +217,61 @@ impl Serial {
     }
 }
 
+/// How long a guest's CPUs took to touch a page for the first time in a while: counts by time.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Touches {
+    /// The longest time that is counted there, in microseconds, and how many there are; in order.
+    buckets: Vec<(f64, u64)>,
+}
+
+impl Touches {
+    /// Reads the guest's line, in ticks of its time-stamp counter and four buckets for each power of two.
+    fn read(line: &str) -> Touches {
+        let mut ticks_per_us = 1.0;
+        let mut touches = Touches::default();
+        for field in line.split(' ') {
+            if let Some(number) = field.strip_prefix("tsc_per_ms=") {
+                ticks_per_us = number.parse().unwrap_or(1e3_f64) / 1e3;
+            } else if let Some((bucket, count)) = field.split_once(':') {
+                let bucket: u32 = bucket.parse().expect("a bucket's number");
+                let count = count.parse().expect("how many it holds");
+                touches.buckets.push((end_of(bucket) / ticks_per_us, count));
+            }
+        }
+        touches
+    }
+
+    /// How many there were.
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().map(|(_, count)| count).sum()
+    }
+
+    /// Microseconds within which this share of all touches ended (0.999: all but one of a thousand).
+    pub fn quantile_us(&self, share: f64) -> f64 {
+        #[allow(clippy::cast_precision_loss)] // far below 2^53
+        let wanted = self.count() as f64 * share;
+        let mut seen = 0.0;
+        for (us, count) in &self.buckets {
+            #[allow(clippy::cast_precision_loss)] // far below 2^53
+            let count = *count as f64;
+            seen += count;
+            if seen >= wanted {
+                return *us;
+            }
+        }
+        0.0
+    }
+}
+
+/// The first number of ticks behind a bucket of the guest's.
+fn end_of(bucket: u32) -> f64 {
+    if bucket < 4 {
+        return f64::from(bucket + 1);
+    }
+    let (power, quarter) = (bucket / 4 + 1, bucket % 4);
+    f64::from(5 + quarter) * 2_f64.powi(i32::try_from(power).unwrap_or(i32::MAX) - 2)
+}
+
 fn read_all(mut stream: UnixStream, shared: &Shared) {
     let mut bytes = [0_u8; 4096];
     while let Ok(n) = stream.read(&mut bytes) {
@@ -255,6 +317,16 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_times_of_touches_are_read() {
+        // 1000 ticks a microsecond; 4096 = 4 * 2^10 is in bucket 4 * 11, which ends at 5 * 2^10.
+        let touches = Touches::read("TOUCHED tsc_per_ms=1000000 3:1 44:998 47:1");
+        assert_eq!(touches.count(), 1000);
+        assert!((touches.quantile_us(0.0005) - 0.004).abs() < 1e-9);
+        assert!((touches.quantile_us(0.5) - 5.12).abs() < 1e-9);
+        assert!((touches.quantile_us(1.0) - 8.192).abs() < 1e-9);
+    }
 
     #[test]
     fn beats_may_stand_inside_a_line() {
