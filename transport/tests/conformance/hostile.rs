@@ -53,12 +53,12 @@ fn against(
     })
 }
 
-/// Greets properly, sends `bytes`, ends, and gives back what the channel reports and what the peer got to read.
-fn after_greeting(bytes: &[u8]) -> (Error, Vec<u8>) {
-    let (regions, _) = memory(Access {
-        peer_writes: true,
-        peer_reads: true,
-    });
+/// A peer that has greeted properly, in a thread of its own, against a channel. Gives back what both bring.
+fn greeted<P: Send, C>(
+    regions: &Regions,
+    peer: impl FnOnce(TcpStream) -> P + Send,
+    channel: impl FnOnce(Box<dyn Channel>) -> C,
+) -> (C, P) {
     let listener = Listener::bind(&loopback()).unwrap();
     let Address::Tcp(address) = listener.local_address() else {
         unreachable!()
@@ -68,26 +68,38 @@ fn after_greeting(bytes: &[u8]) -> (Error, Vec<u8>) {
             let mut socket = TcpStream::connect(address).unwrap();
             socket.write_all(&hello(1, 1)).unwrap();
             socket.read_exact(&mut [0; 16]).unwrap();
-            // The channel may be gone before all is written.
-            let _ = socket.write_all(bytes);
-            let _ = socket.shutdown(Shutdown::Write);
-            let mut got = Vec::new();
-            let _ = socket.read_to_end(&mut got);
-            got
+            peer(socket)
         });
         let pending = listener.accept(PATIENCE).unwrap().unwrap();
-        let (_, _, mut channel) = pending
+        let (_, _, established) = pending
             .establish(&Security::Plaintext, PATIENCE, |_, _| Ok(regions.clone()))
             .unwrap();
-        let error = loop {
+        (channel(established), peer.join().unwrap())
+    })
+}
+
+/// Greets properly, sends `bytes`, ends, and gives back what the channel reports and what the peer got to read.
+fn after_greeting(bytes: &[u8]) -> (Error, Vec<u8>) {
+    let (regions, _) = memory(Access {
+        peer_writes: true,
+        peer_reads: true,
+    });
+    let peer = |mut socket: TcpStream| {
+        // The channel may be gone before all is written.
+        let _ = socket.write_all(bytes);
+        let _ = socket.shutdown(Shutdown::Write);
+        let mut got = Vec::new();
+        let _ = socket.read_to_end(&mut got);
+        got
+    };
+    greeted(&regions, peer, |mut channel| {
+        loop {
             match channel.poll(Some(PATIENCE)) {
                 Ok(Some(_)) => {}
                 Ok(None) => panic!("no end"),
                 Err(error) => break error,
             }
-        };
-        drop(channel);
-        (error, peer.join().unwrap())
+        }
     })
 }
 
@@ -375,41 +387,30 @@ fn nothing_lands_in_a_channel_that_is_paused() {
         peer_writes: true,
         peer_reads: false,
     });
-    let listener = Listener::bind(&loopback()).unwrap();
-    let Address::Tcp(address) = listener.local_address() else {
-        unreachable!()
-    };
-    std::thread::scope(|scope| {
-        let (more, next) = std::sync::mpsc::channel();
-        scope.spawn(move || {
-            let table: Vec<u8> = [0, 2 * HALF as u64]
-                .iter()
-                .flat_map(|n| n.to_le_bytes())
-                .collect();
-            let mut socket = TcpStream::connect(address).unwrap();
-            socket.write_all(&hello(1, 1)).unwrap();
-            socket.read_exact(&mut [0; 16]).unwrap();
-            let head = header(1, 1, crc32c::crc32c(&table), 2 * HALF as u64);
-            socket.write_all(&[head, table].concat()).unwrap();
-            socket.write_all(&[7; HALF]).unwrap();
-            next.recv().unwrap();
-            socket.write_all(&[7; HALF]).unwrap();
-            socket
-                .write_all(&header(4, 0, crc32c::crc32c(b"hello"), 5))
-                .unwrap();
-            socket.write_all(b"hello").unwrap();
-            // Until the channel is gone.
-            let _ = socket.read(&mut [0; 64]);
-        });
-        let pending = listener.accept(PATIENCE).unwrap().unwrap();
-        let (_, _, mut channel) = pending
-            .establish(&Security::Plaintext, PATIENCE, |_, _| Ok(regions.clone()))
+    let (more, next) = std::sync::mpsc::channel();
+    let peer = move |mut socket: TcpStream| {
+        let table: Vec<u8> = [0, 2 * HALF as u64]
+            .iter()
+            .flat_map(|n| n.to_le_bytes())
+            .collect();
+        let head = header(1, 1, crc32c::crc32c(&table), 2 * HALF as u64);
+        socket.write_all(&[head, table].concat()).unwrap();
+        socket.write_all(&[7; HALF]).unwrap();
+        next.recv().unwrap();
+        socket.write_all(&[7; HALF]).unwrap();
+        socket
+            .write_all(&header(4, 0, crc32c::crc32c(b"hello"), 5))
             .unwrap();
-        let byte = |at: usize| {
-            let mut byte = [0];
-            region.copy_out(at as u64, &mut byte);
-            byte[0]
-        };
+        socket.write_all(b"hello").unwrap();
+        // Until the channel is gone.
+        let _ = socket.read(&mut [0; 64]);
+    };
+    let byte = |at: usize| {
+        let mut byte = [0];
+        region.copy_out(at as u64, &mut byte);
+        byte[0]
+    };
+    greeted(&regions, peer, |mut channel| {
         let begun = Instant::now();
         while byte(HALF - 1) != 7 {
             assert!(begun.elapsed() < PATIENCE, "the first half does not come");
@@ -417,22 +418,15 @@ fn nothing_lands_in_a_channel_that_is_paused() {
         }
         channel.pause(true);
         more.send(()).unwrap();
-        assert_eq!(
-            channel.poll(Some(Duration::from_millis(200))).unwrap(),
-            None
-        );
+        let nothing = channel.poll(Some(Duration::from_millis(200))).unwrap();
+        assert_eq!(nothing, None);
         assert_eq!(byte(HALF), 0, "the second half has landed all the same");
         channel.pause(false);
         let event = channel.poll(Some(PATIENCE)).unwrap();
-        assert_eq!(
-            event,
-            Some(Event::Message(bytes::Bytes::from_static(b"hello")))
-        );
-        assert_eq!(
-            byte(2 * HALF - 1),
-            7,
-            "what waited in the network comes after it"
-        );
+        let hello = Event::Message(bytes::Bytes::from_static(b"hello"));
+        assert_eq!(event, Some(hello));
+        let last = byte(2 * HALF - 1);
+        assert_eq!(last, 7, "what waited in the network comes after it");
     });
 }
 
