@@ -298,8 +298,12 @@ fn a_sandboxed_qemu_is_attached_to_and_tracked() {
     let mut commands = qemu.stdin.take().unwrap();
     let mut ask = |command: &str| {
         use std::io::BufRead;
-        if let Err(error) = writeln!(commands, "{command}") {
-            panic!("QEMU has ended: {error}; {:?}", qemu.wait());
+        // In one write: QEMU obeys at the closing brace, and one that quits would not take a newline after it.
+        if let Err(error) = commands.write_all(format!("{command}\n").as_bytes()) {
+            panic!(
+                "QEMU has ended before {command}: {error}; {:?}",
+                qemu.wait()
+            );
         }
         let mut line = String::new();
         while !line.contains("\"return\"") {
