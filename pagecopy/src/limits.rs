@@ -22,6 +22,8 @@ pub const MAX_REASON: usize = 1024;
 pub const DIGEST_CHUNK: u64 = 4 << 20;
 /// Digests in one message.
 pub const MAX_DIGESTS: usize = 2048;
+/// Words of a bitmap in one message: 1 GiB of small pages.
+pub const MAX_WORDS: usize = 4096;
 /// Data channels of one migration.
 pub const MAX_DATA_CHANNELS: u16 = 64;
 /// The smallest page.

@@ -116,7 +116,7 @@ fn line(report: &Report) -> Option<String> {
             ms / 1e3
         )),
         Report::Notice { text } => Some(text.clone()),
-        Report::Progress { .. } => None,
+        Report::Progress { .. } | Report::Postcopy { .. } => None,
     }
 }
 

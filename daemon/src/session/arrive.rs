@@ -168,6 +168,8 @@ impl Visit {
         match self.prepare(id, &receiver, &migration, &who).await {
             Ok((qmp, settings, journal, guest)) => {
                 let setup = Setup {
+                    id,
+                    postcopy: false,
                     host: self.service.config.name.clone(),
                     vm,
                     blocks: guest

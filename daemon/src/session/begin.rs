@@ -8,7 +8,7 @@ use std::time::Duration;
 use pagecopy::engine::journal::{Record, Side};
 #[cfg(feature = "steps")]
 use pagecopy::engine::source::Output;
-use pagecopy::engine::source::{Options, Setup, Source};
+use pagecopy::engine::source::{Mode, Options, Setup, Source};
 use pagecopy::engine::{Failure, MigrationId, Timeouts};
 use pagecopy::host::Ram;
 use pagecopy::host::track::{TrackedBlock, UffdTracker};
@@ -206,6 +206,7 @@ impl Looked {
             vm: request.vm.clone(),
             host: service.config.name.clone(),
             blocks: self.memory.specs.to_vec(),
+            ram: Vec::new(),
             direct_io: self.guest.direct_io,
             data_channels: self.data_channels,
             fixed_downtime: service.store.downtime.get(),
@@ -313,6 +314,7 @@ fn options(request: &MigrationRequest) -> Options {
         bandwidth_limit: request.bandwidth_limit,
         max_rounds: request.max_rounds.unwrap_or(MAX_ROUNDS),
         timeout: request.timeout_ms.map(Duration::from_millis),
+        mode: Mode::Precopy,
         verify: request.verify,
         quit_source: request.quit_source,
     }

@@ -249,6 +249,8 @@ impl Held {
             }
         };
         let setup = Setup {
+            id: self.id,
+            postcopy: false,
             host: self.service.config.name.clone(),
             vm: self.migration.shown().vm,
             blocks: Vec::new(),
@@ -277,7 +279,7 @@ impl Held {
         };
         match Session::start(parts) {
             Ok(session) => {
-                let engine = Destination::recover(setup, clock.now());
+                let engine = Destination::recover(setup, false, clock.now());
                 session.run(engine, events, requests).await;
             }
             Err(failure) => {

@@ -11,9 +11,9 @@ use std::sync::Arc;
 
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{
-    Outcome, Record, Side, has_to_tell, is_settled, outcome, standing_for,
+    Outcome, Record, Side, has_to_tell, is_settled, outcome, postcopy, standing_for,
 };
-use pagecopy::engine::source::{Options, Setup, Source};
+use pagecopy::engine::source::{Mode, Options, Setup, Source};
 use pagecopy::engine::{MigrationId, Timeouts};
 use pagecopy::host::Placer;
 use pagecopy::wire::Standing;
@@ -136,7 +136,12 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         memory: None,
         channels: Vec::new(),
     };
-    let engine = Source::recover(setup(service, id, vm), found, clock.now());
+    let engine = Source::recover(
+        setup(service, id, vm),
+        found,
+        postcopy(records),
+        clock.now(),
+    );
     tokio::spawn(async move {
         let _over = Over(Arc::clone(&migration));
         match Session::start(parts) {
@@ -153,6 +158,7 @@ fn setup(service: &Service, id: MigrationId, vm: &str) -> Setup {
         vm: vm.to_owned(),
         host: service.config.name.clone(),
         blocks: Vec::new(),
+        ram: Vec::new(),
         direct_io: false,
         data_channels: 0,
         fixed_downtime: service.store.downtime.get(),
@@ -161,6 +167,7 @@ fn setup(service: &Service, id: MigrationId, vm: &str) -> Setup {
             bandwidth_limit: None,
             max_rounds: MAX_ROUNDS,
             timeout: None,
+            mode: Mode::Precopy,
             verify: false,
             quit_source: false,
         },

@@ -33,7 +33,7 @@ pub(crate) fn tell(migration: &Migration, report: &Report) {
             );
         }
         Report::Notice { text } => tracing::info!(%id, text, "notice"),
-        Report::Progress { .. } => {}
+        Report::Progress { .. } | Report::Postcopy { .. } => {}
     }
     migration.report(report);
 }

@@ -14,13 +14,13 @@ const WORD: u64 = u64::BITS as u64;
 const GROUP: usize = 64;
 
 /// A bitmap over all pages of all RAMBlocks.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bitmap {
     blocks: Vec<Bits>,
 }
 
 /// The bits of one RAMBlock.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Bits {
     words: Vec<u64>,
     /// One bit a group: clear when no bit of the group is set. (Set does not mean that one is.)
@@ -157,6 +157,62 @@ impl Bitmap {
         }
     }
 
+    /// Sets the pages whose bits are set in `words`; bit 0 of the first is page `first`, a multiple of 64.
+    ///
+    /// # Errors
+    /// [`Outside`]: `first` is none, or a bit is outside the block; the bitmap is as before.
+    pub fn insert_words(
+        &mut self,
+        block: BlockId,
+        first: u64,
+        words: &[u64],
+    ) -> Result<(), Outside> {
+        let outside = Outside(Run {
+            block,
+            first,
+            pages: words.len() as u64 * WORD,
+        });
+        let bits = self.blocks.get_mut(usize::from(block.0)).ok_or(outside)?;
+        let used = words
+            .iter()
+            .rposition(|word| *word != 0)
+            .map_or(0, |last| last + 1);
+        let words = &words[..used];
+        let Some(last) = words.last() else {
+            return Ok(());
+        };
+        let pages = (used as u64) * WORD - u64::from(last.leading_zeros());
+        let inside = first
+            .checked_add(pages)
+            .is_some_and(|end| end <= bits.pages);
+        if !inside || !first.is_multiple_of(WORD) {
+            return Err(outside);
+        }
+        for (word, new) in (word_of(first)..).zip(words) {
+            bits.merge(word, *new);
+        }
+        Ok(())
+    }
+
+    /// Everything that is set, in pieces of at most `most` words: what [`insert_words`](Self::insert_words) takes.
+    pub fn pieces(&self, most: usize) -> Vec<(BlockId, u64, Vec<u64>)> {
+        let mut pieces = Vec::new();
+        for (block, bits) in (0..).map(BlockId).zip(&self.blocks) {
+            let mut from = 0;
+            while let Some(first) = bits.next_word(from) {
+                let end = (first + most).min(bits.words.len());
+                let piece = &bits.words[first..end];
+                let used = piece
+                    .iter()
+                    .rposition(|word| *word != 0)
+                    .map_or(0, |last| last + 1);
+                pieces.push((block, first as u64 * WORD, piece[..used].to_vec()));
+                from = end;
+            }
+        }
+        pieces
+    }
+
     /// Combines word by word: for each word of `self` and those of `others` at the same place, `combine` may change all.
     /// It must leave words that are all zero as they are: groups without a bit are not looked at. The bitmaps are of the
     /// same guest.
@@ -218,6 +274,33 @@ impl Bits {
         self.first = self.first.min(word_of(first) / GROUP / GROUP);
     }
 
+    fn merge(&mut self, word: usize, new: u64) {
+        let new = new & !self.words[word];
+        if new != 0 {
+            let group = word / GROUP;
+            self.words[word] |= new;
+            self.count += u64::from(new.count_ones());
+            self.groups[group / GROUP] |= 1 << (group % GROUP);
+            self.first = self.first.min(group / GROUP);
+        }
+    }
+
+    /// The first word from `from` on that is not clear.
+    fn next_word(&self, from: usize) -> Option<usize> {
+        let mut word = from;
+        while word < self.words.len() {
+            let group = word / GROUP;
+            if self.groups[group / GROUP] & 1 << (group % GROUP) == 0 {
+                word = (group + 1) * GROUP;
+            } else if self.words[word] == 0 {
+                word += 1;
+            } else {
+                return Some(word);
+            }
+        }
+        None
+    }
+
     fn insert_common(&mut self, first: u64, end: u64, other: &Bits) {
         if first >= end {
             return;
@@ -229,13 +312,7 @@ impl Bits {
                 word = (group + 1) * GROUP;
                 continue;
             }
-            let new = other.words[word] & mask(word, first, end) & !self.words[word];
-            if new != 0 {
-                self.words[word] |= new;
-                self.count += u64::from(new.count_ones());
-                self.groups[group / GROUP] |= 1 << (group % GROUP);
-                self.first = self.first.min(group / GROUP);
-            }
+            self.merge(word, other.words[word] & mask(word, first, end));
             word += 1;
         }
     }

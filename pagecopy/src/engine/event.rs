@@ -25,6 +25,8 @@ pub enum State {
     /// At the source: the destination may run the guest; the source keeps everything and asks. At the destination: the
     /// guest is committed to it and not known to run; it is run when the source asks.
     InDoubt,
+    /// The guest runs at the destination, lacks pages, and its source is away: what touches one of them waits.
+    Paused,
 }
 
 impl State {
@@ -39,6 +41,7 @@ impl State {
             State::Failed => "failed",
             State::Cancelled => "cancelled",
             State::InDoubt => "in-doubt",
+            State::Paused => "paused",
         }
     }
 }
@@ -92,12 +95,36 @@ pub enum Report {
         /// The decision and its reason, in words with figures.
         decision: String,
     },
+    /// Where post-copy stands. About one a second.
+    Postcopy {
+        /// Bytes that the guest lacks: for these it depends on its source.
+        lacking_bytes: u64,
+        /// Page faults so far; the destination's only.
+        faults: Option<FaultFigures>,
+    },
     /// Something that a person should know and that changes no state: a request that was refused, an attempt that failed
     /// and will be made again.
     Notice {
         /// What, in words.
         text: String,
     },
+}
+
+/// Page faults that waited for pages which were not there yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultFigures {
+    /// How many.
+    pub count: u64,
+    /// How many wait now.
+    pub waiting: u64,
+    /// From the kernel's report until the page was mapped: half of them took no longer, in microseconds.
+    pub p50_us: u64,
+    /// 99 of 100.
+    pub p99_us: u64,
+    /// 999 of 1000.
+    pub p999_us: u64,
+    /// The longest.
+    pub max_us: u64,
 }
 
 /// The figures of a migration, complete when it has ended.
@@ -125,6 +152,12 @@ pub struct Figures {
     pub goodput_mbit_s: f64,
     /// How long one thread of QEMU was stopped to attach, in microseconds.
     pub attach_stop_us: Option<u64>,
+    /// With post-copy: bytes that the guest lacked when it was switched over.
+    pub lacking_bytes: Option<u64>,
+    /// With post-copy: from the guest's first moment at the destination until it lacked nothing, in milliseconds.
+    pub postcopy_ms: Option<f64>,
+    /// With post-copy: how long of that the hosts were not connected, in milliseconds.
+    pub paused_ms: Option<f64>,
 }
 
 /// How a migration ended at the source.

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::MigrationId;
+use crate::memory::BlockSpec;
 use crate::wire::Standing;
 
 /// Which side a journal belongs to.
@@ -17,6 +18,17 @@ pub enum Side {
     Source,
     /// The guest arrives here.
     Destination,
+}
+
+/// A RAM file, to be found again by a daemon that is started anew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamFile {
+    /// Its path on this host.
+    pub path: String,
+    /// The file system's number.
+    pub device: u64,
+    /// The file's number in it: another file under that path is not the guest's.
+    pub inode: u64,
 }
 
 /// One decision.
@@ -39,8 +51,17 @@ pub enum Record {
     /// Source: from here on `Commit` may have been sent. After a crash the guest is not resumed before the destination
     /// was asked.
     CommitIntent,
+    /// Source, before `CommitIntent` of a post-copy: the guest will depend on this memory until `Released`.
+    Serving {
+        /// RAMBlocks, in the order that numbers them.
+        blocks: Vec<BlockSpec>,
+        /// Their files, in the same order.
+        ram: Vec<RamFile>,
+    },
     /// Source: the destination runs the guest (it said so, or the operator did).
     GuestMoved,
+    /// Source, behind `GuestMoved` of a post-copy: the guest depends on nothing here any more.
+    Released,
     /// Source: the guest runs here; no `Commit` is valid any more.
     RolledBack,
     /// Source: the operator has taken the guest back and given the word that the destination is fenced. `RolledBack`
@@ -50,8 +71,18 @@ pub enum Record {
     Told,
     /// Destination: `Commit` was received; the guest will run here.
     Committed,
+    /// Destination, before QEMU loads the guest of a post-copy: its page faults wait for us.
+    Armed {
+        /// Numbers of the userfaultfds that stay open inside QEMU.
+        inside: Vec<i32>,
+        /// RAMBlocks, in the source's order.
+        blocks: Vec<BlockSpec>,
+    },
     /// Destination: the guest runs here.
     Running,
+    /// Destination, behind `Armed`: the guest needs nothing more of the source: its memory is here, or was given up, or the
+    /// guest has ended.
+    Whole,
     /// Destination: given up before `Commit`; a `Commit` that still arrives is refused.
     Aborted,
     /// Destination: the source has recorded that the guest moved. Nobody will ask again.
@@ -163,7 +194,12 @@ pub fn outcome(records: &[Record]) -> Outcome {
         Some(_) => Outcome::Open,
     };
     records.iter().fold(open, |outcome, record| match record {
-        Record::Begun { .. } | Record::Told => outcome,
+        Record::Begun { .. }
+        | Record::Told
+        | Record::Serving { .. }
+        | Record::Released
+        | Record::Armed { .. }
+        | Record::Whole => outcome,
         Record::CommitIntent => Outcome::Open,
         Record::RolledBack | Record::TakenBack | Record::Aborted => Outcome::NotHere,
         Record::GuestMoved | Record::Committed | Record::Running | Record::Closed => Outcome::Here,
@@ -177,11 +213,35 @@ pub fn has_to_tell(records: &[Record]) -> bool {
 
 /// Whether a source's journal needs nothing more for its guest: it was let go of, or runs here and nothing has to be done
 /// about it. A daemon that is started anew leaves such a guest alone.
+///
+/// The guest of a post-copy needs its source until `Released`.
 pub fn is_settled(records: &[Record]) -> bool {
-    matches!(
-        records.iter().rfind(|record| **record != Record::Told),
-        Some(Record::GuestMoved | Record::RolledBack)
-    )
+    match records.iter().rfind(|record| **record != Record::Told) {
+        Some(Record::GuestMoved) => postcopy(records) != Postcopy::Open,
+        last => matches!(last, Some(Record::Released | Record::RolledBack)),
+    }
+}
+
+/// Whether a guest depends, or will depend, on both hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Postcopy {
+    /// Its memory comes, or came, before it runs.
+    No,
+    /// It lacks pages, or will when it runs.
+    Open,
+    /// It depends on its source no more.
+    Over,
+}
+
+/// What a journal of either side says about post-copy.
+pub fn postcopy(records: &[Record]) -> Postcopy {
+    records
+        .iter()
+        .fold(Postcopy::No, |postcopy, record| match record {
+            Record::Serving { .. } | Record::Armed { .. } => Postcopy::Open,
+            Record::Released | Record::Whole => Postcopy::Over,
+            _ => postcopy,
+        })
 }
 
 /// What a destination's journal lets its daemon answer to `Query`; `None`: there is no journal of that name, which is

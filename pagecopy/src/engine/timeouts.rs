@@ -26,6 +26,11 @@ pub struct Timeouts {
     pub reconnect_first: Duration,
     /// …up to this. Also how often a peer is asked again that cannot tell yet.
     pub reconnect_most: Duration,
+    /// In post-copy: wait this long before the first attempt to reach the destination again, then twice as long each
+    /// time…
+    pub serve_first: Duration,
+    /// …up to this.
+    pub serve_most: Duration,
     /// The destination, committed: wait this long before the next attempt to run the guest.
     pub run_again: Duration,
     /// The destination, committed: after so long without success, leave it to the operator.
@@ -45,6 +50,8 @@ impl Default for Timeouts {
             resume: Duration::from_secs(30),
             reconnect_first: Duration::from_secs(1),
             reconnect_most: Duration::from_secs(30),
+            serve_first: Duration::from_millis(100),
+            serve_most: Duration::from_secs(5),
             run_again: Duration::from_secs(1),
             run_most: Duration::from_secs(30),
         }

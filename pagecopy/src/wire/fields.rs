@@ -291,6 +291,29 @@ impl Codec for Chunk {
     }
 }
 
+/// Words of a bitmap: 1 to `MAX_WORDS`. That the pages are inside their block is checked by who knows the blocks.
+pub(super) struct Words;
+
+impl Codec for Words {
+    type Value = Vec<u64>;
+    fn put(value: &Vec<u64>, out: &mut Writer) {
+        out.count(value.len(), limits::MAX_WORDS);
+        for word in value {
+            u64::put(word, out);
+        }
+    }
+    fn get(field: &'static str, input: &mut Reader<'_>) -> Result<Vec<u64>, WireError> {
+        let count = input.count(field, limits::MAX_WORDS, 8)?;
+        if count == 0 {
+            return Err(WireError::Invalid {
+                field,
+                why: "a piece of a bitmap is not empty",
+            });
+        }
+        (0..count).map(|_| u64::get(field, input)).collect()
+    }
+}
+
 /// An abort code.
 pub(super) struct Code;
 

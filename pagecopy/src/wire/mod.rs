@@ -25,6 +25,8 @@ pub const VERSION_MAX: u16 = 1;
 pub mod capability {
     /// `--verify`: digests before the commit.
     pub const VERIFY: u64 = 1 << 0;
+    /// The guest may run at the destination before its memory is there, which then fetches it.
+    pub const POSTCOPY: u64 = 1 << 1;
 }
 
 /// Why a side gives up, as a number that tools can decide by.
@@ -222,6 +224,39 @@ pub enum Message {
     /// Source → destination, first message of a new connection: the operator has taken the guest back here. Answered as
     /// `Query` is, after `Aborted` was recorded unless the guest runs there.
     Withdrawn {
+        /// The migration.
+        id: MigrationId,
+    },
+    /// Source → destination: pages that will not come; the destination fetches them itself. Bit 0 of the first word is
+    /// page `first`.
+    Lacking {
+        /// The block's number.
+        block: u16,
+        /// The first page, a multiple of 64.
+        first: u64,
+        /// One bit a page.
+        words: Vec<u64>,
+    },
+    /// Source → destination: that was all that will not come. From here on the switchover is one of post-copy.
+    LackingEnd {
+        /// Pages in all.
+        pages: u64,
+    },
+    /// Source → destination, first message of a new connection with data channels: the pages that the guest lacks are
+    /// served here.
+    Serve {
+        /// The migration.
+        id: MigrationId,
+    },
+    /// The answer to `Serve`: the destination fetches on over this connection.
+    Resumed,
+    /// Destination → source: what the guest still lacks.
+    Lacks {
+        /// Bytes.
+        bytes: u64,
+    },
+    /// Destination → source: recorded; nothing more is needed of the source.
+    Whole {
         /// The migration.
         id: MigrationId,
     },

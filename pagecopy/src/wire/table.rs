@@ -5,7 +5,9 @@ use bytes::Bytes;
 
 use super::Message;
 use super::codec::{Reader, WireError, Writer};
-use super::fields::{Blocks, Chunk, Code, Codec, Digests, Flag, Id, Name, Reason, Runs, Stand};
+use super::fields::{
+    Blocks, Chunk, Code, Codec, Digests, Flag, Id, Name, Reason, Runs, Stand, Words,
+};
 
 macro_rules! messages {
     ($($number:literal $name:ident
@@ -89,4 +91,10 @@ messages! {
     20 Answer { id: Id, standing: Stand };
     21 Abort { code: Code, reason: Reason };
     22 Withdrawn { id: Id };
+    23 Lacking { block: u16, first: u64, words: Words };
+    24 LackingEnd { pages: u64 };
+    25 Serve { id: Id };
+    26 Resumed;
+    27 Lacks { bytes: u64 };
+    28 Whole { id: Id };
 }

@@ -136,6 +136,25 @@ fn samples() -> Vec<(Message, String)> {
             "1500 0700 02000000 6e6f".into(),
         ),
         (Message::Withdrawn { id: ID }, format!("1600 {ID_HEX}")),
+        (
+            Message::Lacking {
+                block: 1,
+                first: 64,
+                words: vec![1, 0x8000_0000_0000_0000],
+            },
+            "1700 0100 4000000000000000 02000000 0100000000000000 0000000000000080".into(),
+        ),
+        (
+            Message::LackingEnd { pages: 2 },
+            "1800 0200000000000000".into(),
+        ),
+        (Message::Serve { id: ID }, format!("1900 {ID_HEX}")),
+        (Message::Resumed, "1a00".into()),
+        (
+            Message::Lacks { bytes: 8192 },
+            "1b00 0020000000000000".into(),
+        ),
+        (Message::Whole { id: ID }, format!("1c00 {ID_HEX}")),
     ]
 }
 
@@ -187,7 +206,7 @@ fn a_message_cut_short_or_with_bytes_behind_it_is_refused() {
 
 #[test]
 fn an_unknown_type_is_refused() {
-    for number in [0, 23, u16::MAX] {
+    for number in [0, 29, u16::MAX] {
         assert_eq!(
             Message::decode(&number.to_le_bytes()),
             Err(WireError::UnknownType(number))
@@ -278,6 +297,14 @@ fn figures_outside_their_rules_are_refused() {
             "reason is 1025, above its limit of 1024",
         ),
         (format!("1400 {ID_HEX} 06"), "no such standing"),
+        (
+            "1700 0000 0000000000000000 00000000".into(),
+            "a piece of a bitmap is not empty",
+        ),
+        (
+            "1700 0000 0000000000000000 01100000".into(),
+            "words is 4097, above its limit of 4096",
+        ),
     ];
     for (hex, expected) in cases {
         let error = Message::decode(&from_hex(&hex)).unwrap_err().to_string();
@@ -390,12 +417,19 @@ fn with_payload() -> impl Strategy<Value = Message> {
         any::<[u8; 16]>().prop_map(|id| Message::Withdrawn {
             id: MigrationId(id)
         }),
+        (any::<u16>(), any::<u64>(), vec(any::<u64>(), 1..64)).prop_map(|(block, first, words)| {
+            Message::Lacking {
+                block,
+                first,
+                words,
+            }
+        }),
     ]
 }
 
 fn of_numbers() -> impl Strategy<Value = Message> {
     (
-        0..12,
+        0..17,
         any::<u64>(),
         any::<u32>(),
         any::<u16>(),
@@ -413,6 +447,15 @@ fn of_numbers() -> impl Strategy<Value = Message> {
             8 => Message::Commit,
             9 => Message::Running,
             10 => Message::Closed,
+            11 => Message::LackingEnd { pages: a },
+            12 => Message::Serve {
+                id: MigrationId(id),
+            },
+            13 => Message::Resumed,
+            14 => Message::Lacks { bytes: a },
+            15 => Message::Whole {
+                id: MigrationId(id),
+            },
             _ => Message::Query {
                 id: MigrationId(id),
             },
@@ -427,7 +470,7 @@ proptest! {
 
     #[test]
     fn hostile_bytes_do_not_panic_and_what_they_mean_has_one_form(
-        number in 0u16..24,
+        number in 0u16..30,
         rest in vec(prop_oneof![3 => Just(0u8), 1 => any::<u8>()], 0..200),
     ) {
         let bytes = [number.to_le_bytes().as_slice(), &rest].concat();
@@ -470,11 +513,11 @@ fn the_document_and_the_code_name_the_same_numbers() {
     let mut of_code = Standing::ALL.map(|standing| (standing as u16, format!("{standing:?}")));
     of_code.sort();
     assert_eq!(rows("Standings"), of_code);
-    assert_eq!(rows("Versions and capabilities").len(), 1);
-    assert_eq!(
-        capability::VERIFY,
-        1 << rows("Versions and capabilities")[0].0
-    );
+    let bits: Vec<u64> = rows("Versions and capabilities")
+        .iter()
+        .map(|(bit, _)| 1 << bit)
+        .collect();
+    assert_eq!(bits, [capability::VERIFY, capability::POSTCOPY]);
 }
 
 #[test]
@@ -529,7 +572,11 @@ fn the_document_and_the_code_have_the_same_limits() {
             "| runs | u32 *n*, then *n* runs | *n* from 1 to {} |",
             limits::MAX_RUNS
         ),
-        format!("*n* from 1 to {} |\n| chunk", limits::MAX_DIGESTS),
+        format!("*n* from 1 to {} |\n| words", limits::MAX_DIGESTS),
+        format!(
+            "| words | u32 *n*, then *n* × u64 | *n* from 1 to {}; bit 0 of the first is the first page |",
+            limits::MAX_WORDS
+        ),
         format!(
             "| chunk | u32 *n*, then [n] | *n* from 1 to {} |",
             limits::MAX_DEVICE_STATE_CHUNK

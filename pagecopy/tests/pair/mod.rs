@@ -3,6 +3,7 @@
 
 mod doubt;
 mod outputs;
+mod postcopy;
 mod trouble;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -30,6 +31,10 @@ enum Event {
     /// A batch lands at the destination: pages with the content they had when they were read.
     Land(Vec<(usize, u64)>),
     Reconnect,
+    /// All channels.
+    ReconnectAll,
+    /// Pages that lacked have come.
+    Fetch,
     RestartSource,
     GuestWrites,
 }
@@ -64,7 +69,10 @@ pub struct Pair {
     pub refused_but_there: bool,
     /// QEMU's answers to `RunGuest` and `ResumeGuest` while this is set.
     pub qemu_refuses: bool,
+    /// With post-copy: what outlives the daemons.
+    pub moved: postcopy::Moved,
     setup: source::Setup,
+    arriving: destination::Setup,
     queue: BTreeMap<(Time, u64), Event>,
     sequence: u64,
     dirty: BTreeSet<usize>,
@@ -91,6 +99,7 @@ impl Pair {
             vm: "guest".into(),
             host: "alpha".into(),
             blocks: blocks(pages),
+            ram: Vec::new(),
             direct_io: false,
             data_channels: 2,
             fixed_downtime: Duration::from_millis(10),
@@ -100,6 +109,7 @@ impl Pair {
                 max_rounds: 30,
                 timeout: None,
                 verify: false,
+                mode: source::Mode::Precopy,
                 quit_source: false,
             },
             timeouts: Timeouts::default(),
@@ -107,6 +117,8 @@ impl Pair {
         change(&mut setup);
         let now = Time(1_000_000_000);
         let arriving = destination::Setup {
+            id: ID,
+            postcopy: true,
             host: "beta".into(),
             vm: "guest".into(),
             blocks: blocks(pages),
@@ -124,7 +136,7 @@ impl Pair {
             now,
             steps: 0,
             source: Some(Source::new(setup.clone(), now)),
-            destination: Some(Destination::new(arriving, now)),
+            destination: Some(Destination::new(arriving.clone(), now)),
             source_runs: true,
             destination_runs: false,
             // Every third page is a hole.
@@ -145,7 +157,9 @@ impl Pair {
             refused: Vec::new(),
             refused_but_there: false,
             qemu_refuses: false,
+            moved: postcopy::Moved::default(),
             setup,
+            arriving,
             queue: BTreeMap::new(),
             sequence: 0,
             dirty: BTreeSet::new(),
@@ -283,10 +297,22 @@ impl Pair {
                     failed
                 });
             }
+            Event::ReconnectAll => {
+                self.link = !self.network_gone;
+                // A daemon that is started anew opens the files again.
+                self.moved.open = self.link;
+                self.tell_source(if self.link {
+                    source::Input::Reconnected
+                } else {
+                    source::Input::ReconnectFailed("no route".into())
+                });
+            }
+            Event::Fetch => self.fetch(),
             Event::RestartSource => {
-                let outcome =
-                    journal::outcome(&journal::decode(&self.source_journal).unwrap().records);
-                self.source = Some(Source::recover(self.setup.clone(), outcome, self.now));
+                let records = journal::decode(&self.source_journal).unwrap().records;
+                let (outcome, postcopy) = (journal::outcome(&records), journal::postcopy(&records));
+                let setup = self.setup.clone();
+                self.source = Some(Source::recover(setup, outcome, postcopy, self.now));
             }
             Event::GuestWrites => self.guest_writes(),
         }
@@ -313,6 +339,9 @@ impl Pair {
                 self.source_pages[page] = 1 << 32 | self.written;
                 self.dirty.insert(page);
             }
+        }
+        if self.destination_runs && self.moved.armed {
+            self.guest_writes_there();
         }
         if self.writes_per_ms > 0 && !self.ended() {
             self.after(WORK, Event::GuestWrites);

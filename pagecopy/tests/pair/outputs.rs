@@ -5,9 +5,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use pagecopy::engine::destination::{self, Destination};
 use pagecopy::engine::event::Report;
-use pagecopy::engine::journal::{self, Outcome, Record};
+use pagecopy::engine::journal::{self, Outcome, Postcopy, Record};
 use pagecopy::engine::source::{self, Pushed};
-use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
+use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Time};
 use pagecopy::limits::DIGEST_CHUNK;
 use pagecopy::memory::{BlockId, Run};
 use pagecopy::wire::{Message, Standing};
@@ -24,6 +24,13 @@ impl Pair {
         use source::{Input, Output};
         match output {
             Output::Send(Message::Query { id }) if self.link => self.answer_query(id),
+            Output::Send(Message::Serve { id }) if self.link => {
+                assert_eq!(id, ID);
+                self.serve();
+            }
+            Output::OpenReads => self.moved.open = true,
+            Output::ConnectAll => self.after(WORK, Event::ReconnectAll),
+            Output::Detach => self.moved.open = false,
             Output::Send(message) if self.link => {
                 let message = Pair::crossing(&message);
                 self.after(
@@ -100,11 +107,7 @@ impl Pair {
             Output::Report(Report::Round { .. }) => self.rounds += 1,
             Output::Decided(result) => self.decided.push(result),
             Output::Finished(finished) => self.finished.push(finished),
-            Output::Send(_)
-            | Output::SendOn(..)
-            | Output::Detach
-            | Output::QuitGuest
-            | Output::Report(_) => {}
+            Output::Send(_) | Output::SendOn(..) | Output::QuitGuest | Output::Report(_) => {}
         }
     }
 
@@ -124,14 +127,10 @@ impl Pair {
                 Standing::Aborted
             }
             Standing::Committed if !served => {
-                let setup = destination::Setup {
-                    host: "beta".into(),
-                    vm: "guest".into(),
-                    blocks: Vec::new(),
-                    data_channels: 0,
-                    timeouts: Timeouts::default(),
-                };
-                self.destination = Some(Destination::recover(setup, self.now));
+                let armed = journal::postcopy(&records) == Postcopy::Open;
+                let setup = self.arriving.clone();
+                self.destination = Some(Destination::recover(setup, armed, self.now));
+                self.stop_pulling();
                 self.destination_finished = None;
                 Standing::Committed
             }
@@ -205,6 +204,7 @@ impl Pair {
             Output::LoadDeviceState => Input::DeviceStateLoaded,
             Output::RunGuest => Input::GuestRunning,
             Output::Finished { state, failure, .. } => {
+                self.stop_pulling();
                 self.destination_finished = Some((state, failure));
                 return;
             }
@@ -212,6 +212,11 @@ impl Pair {
                 self.notices.push(text);
                 return;
             }
+            Output::Arm { lacking } => return self.arm(lacking),
+            Output::Pull => return self.pull(),
+            Output::StopPulling => return self.stop_pulling(),
+            Output::Poison => return self.poison(),
+            Output::Decided(result) => return self.decided.push(result),
             Output::Allocate(_) | Output::KeepDeviceState(_) | Output::Report(_) => return,
         };
         self.after(WORK, Event::ToDestination(answer));

@@ -101,6 +101,7 @@ impl Pair {
                 event,
                 Event::Land(_)
                     | Event::Reconnect
+                    | Event::ReconnectAll
                     | Event::ToSource(source::Input::Message(_))
                     | Event::ToDestination(
                         destination::Input::Message(_) | destination::Input::Barrier { .. }

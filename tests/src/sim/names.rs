@@ -133,6 +133,8 @@ pub(super) fn of_source(output: &source::Output) -> Name {
         Output::Detach => "Detach",
         Output::QuitGuest => "QuitGuest",
         Output::Connect => "Connect",
+        Output::OpenReads => "OpenReads",
+        Output::ConnectAll => "ConnectAll",
         Output::Decided(_) => "Decided",
         Output::Report(_) => "Report",
         Output::Finished(_) => "Finished",
@@ -162,6 +164,11 @@ pub(super) fn of_destination(output: &destination::Output) -> Name {
         Output::PageDigests { .. } => "PageDigests",
         Output::LoadDeviceState => "LoadDeviceState",
         Output::RunGuest => "RunGuest",
+        Output::Arm { .. } => "Arm",
+        Output::StopPulling => "StopPulling",
+        Output::Pull => "Pull",
+        Output::Poison => "Poison",
+        Output::Decided(_) => "Decided",
         Output::Report(_) => "Report",
         Output::Finished { .. } => "Finished",
     })
@@ -179,5 +186,9 @@ fn of_record(record: &Record) -> &'static str {
         Record::Running => "Running",
         Record::Aborted => "Aborted",
         Record::Closed => "Closed",
+        Record::Serving { .. } => "Serving",
+        Record::Released => "Released",
+        Record::Armed { .. } => "Armed",
+        Record::Whole => "Whole",
     }
 }

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use pagecopy::engine::source::Options;
+use pagecopy::engine::source::{Mode, Options};
 use pagecopy::memory::BlockSpec;
 use serde::{Deserialize, Serialize};
 
@@ -246,6 +246,7 @@ impl Plan {
             max_rounds: self.wanted.max_rounds,
             timeout: self.wanted.timeout_us.map(micros),
             verify: self.wanted.verify,
+            mode: Mode::Precopy,
             quit_source: self.wanted.quit_source,
         }
     }

@@ -78,6 +78,8 @@ fn setup() -> Setup {
         vm: "vm".to_owned(),
         blocks,
         data_channels: CHANNELS,
+        id: words::ID,
+        postcopy: false,
         timeouts: Timeouts::default(),
     }
 }
@@ -86,7 +88,7 @@ fn run(input: &mut Unstructured<'_>) -> Result<()> {
     let recovered = input.ratio(1, 16)?;
     let now = Time(1);
     let engine = if recovered {
-        Destination::recover(setup(), now)
+        Destination::recover(setup(), false, now)
     } else {
         Destination::new(setup(), now)
     };
@@ -319,7 +321,10 @@ impl World {
                     facts.aborted |= !facts.commit_came;
                 }
             }
-            Output::Send(_) | Output::Report(_) | Output::Allocate(_) => {}
+            Output::Send(_) | Output::Report(_) | Output::Allocate(_) | Output::Decided(_) => {}
+            Output::Arm { .. } | Output::StopPulling | Output::Pull | Output::Poison => {
+                panic!("without the capability: {output:?}")
+            }
             Output::Journal(record) => self.journal(record),
             Output::Prepare { order } => {
                 assert_eq!(order, [1, 0], "the source's order");

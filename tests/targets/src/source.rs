@@ -11,8 +11,10 @@ use std::time::Duration;
 use arbitrary::{Arbitrary, Result, Unstructured};
 use bytes::Bytes;
 use pagecopy::engine::event::State;
-use pagecopy::engine::journal::{Outcome, Record};
-use pagecopy::engine::source::{Batch, Input, Options, Output, Pushed, Resolution, Setup, Source};
+use pagecopy::engine::journal::{Outcome, Postcopy, Record};
+use pagecopy::engine::source::{
+    Batch, Input, Mode, Options, Output, Pushed, Resolution, Setup, Source,
+};
 use pagecopy::engine::{ChannelId, Time, Timeouts};
 use pagecopy::limits::{
     DIGEST_CHUNK, MAX_BATCH_BYTES, MAX_BATCHES_PER_CHANNEL, MAX_DEVICE_STATE_CHUNK, MAX_RUNS,
@@ -90,6 +92,7 @@ fn setup(input: &mut Unstructured<'_>) -> Result<Setup> {
         vm: "vm".to_owned(),
         host: "here".to_owned(),
         blocks: blocks(),
+        ram: Vec::new(),
         direct_io: flags & 1 != 0,
         data_channels: CHANNELS,
         fixed_downtime: Duration::from_millis(20),
@@ -98,6 +101,7 @@ fn setup(input: &mut Unstructured<'_>) -> Result<Setup> {
             bandwidth_limit: (flags & 2 != 0).then_some(100 << 20),
             max_rounds: 1 + u32::from(flags >> 5),
             timeout: (flags & 4 != 0).then_some(Duration::from_secs(20)),
+            mode: Mode::Precopy,
             verify: flags & 8 != 0,
             quit_source: flags & 16 != 0,
         },
@@ -111,9 +115,9 @@ fn run(input: &mut Unstructured<'_>) -> Result<()> {
     let start = u8::arbitrary(input)?;
     let recovered = start < 48;
     let engine = match start {
-        0..=15 => Source::recover(setup, Outcome::Open, now),
-        16..=31 => Source::recover(setup, Outcome::NotHere, now),
-        32..=47 => Source::recover(setup, Outcome::Here, now),
+        0..=15 => Source::recover(setup, Outcome::Open, Postcopy::No, now),
+        16..=31 => Source::recover(setup, Outcome::NotHere, Postcopy::No, now),
+        32..=47 => Source::recover(setup, Outcome::Here, Postcopy::No, now),
         _ => Source::new(setup, now),
     };
     let mut world = World {
@@ -373,6 +377,7 @@ impl World {
             Output::Send(Message::Closed) => assert!(facts.moved_recorded, "{facts:?}"),
             Output::Send(_) | Output::Report(_) | Output::Decided(_) | Output::Detach => {}
             Output::SendOn(channel, Message::Barrier { round }) => self.barrier(channel, round),
+            Output::OpenReads | Output::ConnectAll => panic!("without the capability"),
             Output::SendOn(_, other) => panic!("{other:?} on a data channel"),
             Output::Push { channel, batch } => self.push(channel, batch),
             Output::ResumeGuest => {

@@ -245,6 +245,11 @@ impl Session {
                 Output::PageDigests { block, chunk } => self.page_digests(block, chunk),
                 Output::LoadDeviceState => self.load(),
                 Output::RunGuest => self.run_guest(),
+                Output::Arm { .. }
+                | Output::StopPulling
+                | Output::Pull
+                | Output::Poison
+                | Output::Decided(_) => {}
                 Output::Report(report) => tell(&self.migration, &report),
             }
         }

@@ -306,6 +306,7 @@ impl Session {
                 self.scan(holes);
                 self.look_sometimes();
             }
+            Output::OpenReads | Output::ConnectAll => {}
             Output::LookAgain => self.look_again(),
             Output::DrainIo => self.drain_io(),
             Output::StopGuest => self.stop_guest(),

@@ -23,6 +23,57 @@ fn specs() -> Vec<BlockSpec> {
         .collect()
 }
 
+/// What crosses the wire is what was there.
+#[test]
+fn a_bitmap_is_put_together_from_its_pieces() {
+    let run = |block, first, pages| Run {
+        block: BlockId(block),
+        first,
+        pages,
+    };
+    let mut bitmap = Bitmap::new(&specs());
+    for run in [run(0, 3, 1), run(0, 63, 2), run(0, 8300, 90), run(1, 0, 64)] {
+        bitmap.insert(run).unwrap();
+    }
+    for most in [1, 2, 3, 200] {
+        let pieces = bitmap.pieces(most);
+        assert!(pieces.iter().all(|(_, first, words)| {
+            first % 64 == 0
+                && words.len() <= most
+                && words.first() != Some(&0)
+                && words.last() != Some(&0)
+        }));
+        let mut other = Bitmap::new(&specs());
+        for (block, first, words) in &pieces {
+            other.insert_words(*block, *first, words).unwrap();
+        }
+        assert_eq!(other.pages(), bitmap.pages());
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let mut copy = bitmap.clone();
+        while !copy.is_empty() {
+            copy.take(9, u64::MAX, &mut ours);
+            other.take(9, u64::MAX, &mut theirs);
+        }
+        assert_eq!(ours, theirs);
+    }
+}
+
+#[test]
+fn words_outside_a_block_are_refused() {
+    let mut bitmap = Bitmap::new(&specs());
+    let mut insert =
+        |block, first, words: &[u64]| bitmap.insert_words(BlockId(block), first, words);
+    assert!(insert(2, 0, &[1]).is_err(), "no such block");
+    assert!(insert(0, 1, &[1]).is_err(), "not at a word");
+    assert!(insert(1, 64, &[1]).is_err(), "behind the end");
+    assert!(insert(0, u64::MAX - 63, &[1]).is_err());
+    // The last page is the eighth of its word; clear words behind it are nothing.
+    let last = PAGES[0] / 64 * 64;
+    assert!(insert(0, last, &[1 << (PAGES[0] - last)]).is_err());
+    assert!(insert(0, last, &[1 << (PAGES[0] - last - 1), 0, 0]).is_ok());
+    assert_eq!(bitmap.pages(), 1);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Insert(u16, u64, u64),

@@ -2,6 +2,7 @@
 
 use super::abort::Aborting;
 use super::core::Core;
+use super::fetching::Fetching;
 use super::interface::{Input, Output};
 use super::{Phase, Step};
 use crate::engine::end::End;
@@ -59,7 +60,15 @@ fn after_commit(core: &mut Core, input: Input) {
         Input::Cancel => core
             .out
             .notice("too late to cancel: the guest is committed to this host"),
-        Input::LinkLost(_) => core.link.lost(),
+        Input::LinkLost(_) => core.link_lost(),
+        Input::PullFailed(failure) => {
+            core.out.notice(format!(
+                "fetching has stopped, what the guest touches and lacks waits: {}",
+                failure.what
+            ));
+            core.stop_serving();
+        }
+        Input::Poison { .. } => core.nothing_to_poison(),
         Input::Message(Message::Ping { nonce }) => core.send(Message::Pong { nonce }),
         _ => {}
     }
@@ -84,6 +93,7 @@ impl Starting {
     pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
         let timeouts = core.setup.timeouts;
         match input {
+            Input::GuestRunning if core.armed => return Ok(Fetching::begin(core)),
             Input::GuestRunning => return Ok(Running::begin(core)),
             Input::QemuFailed(failure) if self.again.is_none() => {
                 if core.now >= self.since.after(timeouts.run_most) {

@@ -2,6 +2,7 @@
 
 use super::interface::{Input, Output, Setup};
 use super::reasons::by_peer;
+use crate::engine::doubt::refuse;
 use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;
@@ -20,6 +21,12 @@ pub(super) struct Core {
     pub(super) link: Liveness,
     /// The source's RAMBlocks, in the order that numbers them; empty before `Hello`.
     pub(super) blocks: Vec<BlockSpec>,
+    /// Whether both sides can do post-copy.
+    pub(super) postcopy: bool,
+    /// Whether the guest lacks pages, or will when it runs.
+    pub(super) armed: bool,
+    /// Whether pages are being fetched.
+    pub(super) pulls: bool,
     /// Whether digests are compared.
     pub(super) verify: bool,
     /// Whether a `Hello` came: before it there is nothing to record.
@@ -36,10 +43,21 @@ impl Core {
             out: Outbox::new(),
             link: Liveness::new(now),
             blocks: Vec::new(),
+            postcopy: false,
+            armed: false,
+            pulls: false,
             verify: false,
             greeted: false,
             qemu_used: false,
         }
+    }
+
+    /// A migration that is taken up again.
+    pub(super) fn known(setup: Setup, now: Time) -> Core {
+        let mut core = Core::new(setup, now);
+        core.greeted = true;
+        core.qemu_used = true;
+        core
     }
 
     pub(super) fn send(&mut self, message: Message) {
@@ -50,6 +68,37 @@ impl Core {
 
     pub(super) fn journal(&mut self, record: Record) {
         self.out.push(Output::Journal(record));
+    }
+
+    /// The connection is gone, or of no use. The guest goes on, and waits for what it lacks.
+    pub(super) fn stop_pulling(&mut self) {
+        self.stop_serving();
+        self.out.enter(State::Paused);
+    }
+
+    /// The connection is gone, or of no use.
+    pub(super) fn link_lost(&mut self) {
+        if self.pulls {
+            self.stop_serving();
+        } else {
+            self.link.lost();
+        }
+    }
+
+    /// Lets go of the connection.
+    pub(super) fn stop_serving(&mut self) {
+        self.link.lost();
+        if std::mem::take(&mut self.pulls) {
+            self.out.push(Output::StopPulling);
+        }
+    }
+
+    /// Refuses the operator's word to go on without what lacks.
+    pub(super) fn nothing_to_poison(&mut self) {
+        self.out.push(Output::Decided(Err(refuse(
+            "the guest does not run here, or lacks nothing",
+            "see `pagecopy status`",
+        ))));
     }
 
     /// The last output.
@@ -75,7 +124,13 @@ impl Core {
                 Err(End::new(AbortCode::Host, failure))
             }
             Input::PeerMisbehaved(what) => Err(End::protocol(what)),
-            Input::HostFailed(failure) => Err(End::new(AbortCode::Host, failure)),
+            Input::HostFailed(failure) | Input::PullFailed(failure) => {
+                Err(End::new(AbortCode::Host, failure))
+            }
+            Input::Poison { .. } => {
+                self.nothing_to_poison();
+                Ok(None)
+            }
             Input::QemuFailed(failure) => Err(End::new(AbortCode::Qemu, failure)),
             Input::JournalFailed(_, failure) => Err(End::new(AbortCode::Host, failure)),
             Input::Message(message) => {

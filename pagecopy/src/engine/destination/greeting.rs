@@ -29,7 +29,8 @@ impl Greeting {
                 core.greeted = true;
                 core.out.enter(State::Preparing);
                 let version = common_version(version_min, version_max)?;
-                let capabilities = common_capabilities(capabilities, verify)?;
+                let capabilities = common_capabilities(core, capabilities, verify)?;
+                core.postcopy = capabilities & wire::capability::POSTCOPY != 0;
                 if vm != core.setup.vm {
                     return Err(unknown_vm(core, &vm));
                 }
@@ -64,8 +65,12 @@ fn common_version(min: u16, max: u16) -> Result<u16, End> {
     Ok(version)
 }
 
-fn common_capabilities(theirs: u64, verify: bool) -> Result<u64, End> {
-    let common = theirs & wire::capability::VERIFY;
+fn common_capabilities(core: &Core, theirs: u64, verify: bool) -> Result<u64, End> {
+    let mut ours = wire::capability::VERIFY;
+    if core.setup.postcopy && core.setup.data_channels >= 2 && !verify {
+        ours |= wire::capability::POSTCOPY;
+    }
+    let common = theirs & ours;
     if verify && common & wire::capability::VERIFY == 0 {
         return Err(End::protocol(
             "the source wants to verify and says that it cannot",

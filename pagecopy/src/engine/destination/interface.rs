@@ -1,14 +1,17 @@
 //! What the destination's engine is set up with, what it is told, and what it asks for.
 
-use crate::engine::event::{Report, State};
+use crate::engine::bitmap::Bitmap;
+use crate::engine::event::{FaultFigures, Report, State};
 use crate::engine::journal::Record;
-use crate::engine::{ChannelId, Failure, Timeouts};
+use crate::engine::{ChannelId, Failure, MigrationId, Timeouts};
 use crate::memory::{BlockSpec, Run};
 use crate::wire::Message;
 
 /// All that an engine starts from: a QEMU that waits for a guest.
 #[derive(Clone, Debug)]
 pub struct Setup {
+    /// The migration.
+    pub id: MigrationId,
     /// This daemon's name, for the peer's messages.
     pub host: String,
     /// The guest's name.
@@ -17,6 +20,8 @@ pub struct Setup {
     pub blocks: Vec<BlockSpec>,
     /// Number of data channels that the connection has.
     pub data_channels: u16,
+    /// Whether the guest may run here before its memory is here.
+    pub postcopy: bool,
     /// How long to wait for what.
     pub timeouts: Timeouts,
 }
@@ -60,6 +65,35 @@ pub enum Input {
     },
     /// Answer to [`Output::LoadDeviceState`]: QEMU has loaded it and stands paused.
     DeviceStateLoaded,
+    /// Answer to [`Output::Arm`]: page faults wait, and pages are fetched. The numbers are those of the userfaultfds that
+    /// stay open inside QEMU.
+    Armed {
+        /// By which a successor takes them back.
+        inside: Vec<i32>,
+    },
+    /// Post-copy, about once a second: what lacks, and what waited.
+    Lacks {
+        /// Bytes.
+        bytes: u64,
+        /// Page faults so far.
+        faults: FaultFigures,
+    },
+    /// Post-copy: every page is here, and QEMU's memory was let go of.
+    Whole,
+    /// Post-copy: this host cannot fetch on (the source's failures are `LinkLost` and `PeerMisbehaved`).
+    PullFailed(Failure),
+    /// Post-copy: the source has come with a new connection, whose data channels the driver holds.
+    Served,
+    /// Post-copy: the operator wants the guest to go on without what it lacks. Answer: [`Output::Decided`].
+    Poison {
+        /// The operator's word that the source's memory is gone for good.
+        peer_fenced: bool,
+    },
+    /// Answer to [`Output::Poison`]: so many bytes were poisoned, and QEMU's memory was let go of. Or `HostFailed`.
+    Poisoned {
+        /// Bytes.
+        bytes: u64,
+    },
     /// QEMU failed or left, at any time.
     QemuFailed(Failure),
     /// Answer to [`Output::Journal`]: the record is on disk.
@@ -96,7 +130,22 @@ pub enum Output {
         /// The chunk.
         chunk: u64,
     },
-    /// The guest's RAM is whole: close the regions to the peer, give QEMU the device state. Answer: `DeviceStateLoaded`
+    /// Post-copy: close the regions to the peer's writes, keep a record of what has been received (all but `lacking`), make
+    /// page faults in what lacks wait, and begin to serve them and to fetch. Answer: `Armed` or `HostFailed`; then `Lacks`
+    /// and `Whole`, or `PullFailed`.
+    Arm {
+        /// Pages that are not here.
+        lacking: Bitmap,
+    },
+    /// Post-copy: let go of the connection. Page faults go on to wait.
+    StopPulling,
+    /// Post-copy: fetch on, over the connection that came with `Served`.
+    Pull,
+    /// Post-copy: poison what lacks, and let go of QEMU's memory. Answer: `Poisoned` or `HostFailed`.
+    Poison,
+    /// Answer to [`Input::Poison`]: what is done, or why it is refused.
+    Decided(Result<String, Failure>),
+    /// The guest's RAM is whole, or its page faults wait: close the regions to the peer's writes, give QEMU the device state. Answer: `DeviceStateLoaded`
     /// or `QemuFailed`.
     LoadDeviceState,
     /// QMP `cont`. Answer: `GuestRunning` or `QemuFailed`.

@@ -6,6 +6,8 @@
 //!    └─────────────┴────────────┴───────────┴──────────┴────────────┴──▶ Aborting
 //! ```
 //!
+//! With post-copy `Fetching` and `Ending` take the place of `Running`.
+//!
 //! Everything to the left of `Committing` may end in `Aborting` at any time. `Committing` ends there only when `Committed`
 //! could not be recorded or QEMU is gone, before the guest was told to run; `Starting` and `Running` never do.
 
@@ -13,6 +15,7 @@ mod abort;
 mod barriers;
 mod commit;
 mod core;
+mod fetching;
 mod greeting;
 mod interface;
 mod load;
@@ -50,6 +53,8 @@ enum Phase {
     Committing(commit::Committing),
     Starting(commit::Starting),
     Running(commit::Running),
+    Fetching(fetching::Fetching),
+    Ending(fetching::Ending),
     Aborting(abort::Aborting),
     Ended,
 }
@@ -69,12 +74,23 @@ impl Destination {
     ///
     /// To be called when the source's `Query` has come, with that connection, and not before: a source that asks has not
     /// taken the guest back. A source whose operator has taken it back never asks.
-    pub fn recover(setup: Setup, now: Time) -> Destination {
-        let mut core = Core::new(setup, now);
-        core.greeted = true;
-        core.qemu_used = true;
+    ///
+    /// `armed`: it is a post-copy, and page faults wait for the driver again, which fetches nothing yet.
+    pub fn recover(setup: Setup, armed: bool, now: Time) -> Destination {
+        let mut core = Core::known(setup, now);
+        core.armed = armed;
         core.out.enter(State::Completing);
         let phase = commit::Starting::begin(&mut core);
+        Destination { core, phase }
+    }
+
+    /// Takes a post-copy up again after a crash of the daemon: its guest runs here and lacks so many bytes. Page faults wait
+    /// for the driver again. There is no connection: the source dials. Of the set-up, `id`, `host` and `timeouts` matter.
+    pub fn resume(setup: Setup, lacks: u64, now: Time) -> Destination {
+        let mut core = Core::known(setup, now);
+        core.armed = true;
+        core.link.lost();
+        let phase = fetching::Fetching::resume(&mut core, lacks);
         Destination { core, phase }
     }
 
@@ -103,6 +119,8 @@ impl Destination {
             | Phase::Loaded(_) => Some(self.core.next_watch()),
             Phase::Starting(phase) => phase.next(),
             Phase::Running(phase) => phase.next(),
+            Phase::Fetching(phase) => phase.next(&self.core),
+            Phase::Ending(phase) => phase.next(),
             Phase::Committing(_) | Phase::Aborting(_) | Phase::Ended => None,
         }
     }
@@ -119,6 +137,8 @@ impl Phase {
             Phase::Committing(phase) => phase.handle(core, input),
             Phase::Starting(phase) => phase.handle(core, input),
             Phase::Running(phase) => phase.handle(core, input),
+            Phase::Fetching(phase) => phase.handle(core, input),
+            Phase::Ending(phase) => phase.handle(core, input),
             Phase::Aborting(phase) => phase.handle(core, input),
             Phase::Ended => Ok(Phase::Ended),
             before_commit => {

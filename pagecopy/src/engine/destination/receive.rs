@@ -7,10 +7,12 @@ use super::interface::{Input, Output};
 use super::load::Loading;
 use super::verify::Verify;
 use super::{Phase, Step};
+use crate::engine::bitmap::Bitmap;
 use crate::engine::end::End;
 use crate::engine::event::State;
+use crate::engine::journal::Record;
 use crate::limits::MAX_DEVICE_STATE;
-use crate::memory::{BlockSpec, Run};
+use crate::memory::{BlockId, BlockSpec, Run};
 use crate::wire::Message;
 
 /// Rounds of pre-copy and the switchover.
@@ -20,9 +22,27 @@ pub(super) struct Receive {
     /// Set when the guest stands still at the source.
     final_round: Option<u32>,
     device_state: DeviceState,
+    lacking: Lacking,
     /// None without `--verify`.
     verify: Option<Verify>,
     digest_ordered: bool,
+}
+
+/// The pages of a post-copy that will not come.
+#[derive(Debug)]
+enum Lacking {
+    /// Nothing was said of any.
+    None,
+    /// Some were named.
+    Some(Bitmap),
+    /// All were named.
+    All(Bitmap),
+    /// Page faults are being made to wait for them.
+    Arming,
+    /// That they wait is being recorded.
+    Recording,
+    /// They do.
+    Armed,
 }
 
 /// QEMU's device state as it comes.
@@ -39,6 +59,7 @@ impl Receive {
             barriers: Barriers::new(core.setup.data_channels),
             final_round: None,
             device_state: DeviceState::default(),
+            lacking: Lacking::None,
             verify: core.verify.then(|| Verify::new(&core.blocks)),
             digest_ordered: false,
         }
@@ -81,6 +102,12 @@ impl Receive {
                     verify.pages(core, false, (block, chunk), digests)?;
                 }
             }
+            Input::Armed { inside } if matches!(self.lacking, Lacking::Arming) => {
+                self.lacking = Lacking::Recording;
+                let blocks = core.blocks.clone();
+                core.journal(Record::Armed { inside, blocks });
+            }
+            Input::Journaled(Record::Armed { .. }) => self.lacking = Lacking::Armed,
             _ => return Ok(Phase::Receive(self)),
         }
         self.load_if_whole(core)
@@ -101,7 +128,21 @@ impl Receive {
                 core.out.push(Output::Allocate(runs));
             }
             (Message::Stopped { final_round }, None, _) => self.stopped(core, final_round)?,
-            (Message::DeviceState(bytes), Some(_), _) if !self.device_state.whole => {
+            (
+                Message::Lacking {
+                    block,
+                    first,
+                    words,
+                },
+                Some(_),
+                None,
+            ) if core.postcopy => self.lacks(core, BlockId(block), first, &words)?,
+            (Message::LackingEnd { pages }, Some(_), None) if core.postcopy => {
+                self.lacks_no_more(core, pages)?;
+            }
+            (Message::DeviceState(bytes), Some(_), _)
+                if !self.device_state.whole && !matches!(self.lacking, Lacking::Some(_)) =>
+            {
                 self.device_state.bytes += bytes.len() as u64;
                 if self.device_state.bytes > MAX_DEVICE_STATE {
                     return Err(End::protocol("the device state is larger than its limit"));
@@ -147,6 +188,36 @@ impl Receive {
         Ok(())
     }
 
+    fn lacks(&mut self, core: &Core, block: BlockId, first: u64, words: &[u64]) -> Result<(), End> {
+        if matches!(self.lacking, Lacking::None) && self.device_state.bytes == 0 {
+            self.lacking = Lacking::Some(Bitmap::new(&core.blocks));
+        }
+        let Lacking::Some(bitmap) = &mut self.lacking else {
+            return Err(End::protocol(
+                "Lacking came after LackingEnd or DeviceState",
+            ));
+        };
+        bitmap
+            .insert_words(block, first, words)
+            .map_err(|outside| End::protocol(format!("what lacks: {outside}")))
+    }
+
+    fn lacks_no_more(&mut self, core: &Core, pages: u64) -> Result<(), End> {
+        let bitmap = match std::mem::replace(&mut self.lacking, Lacking::None) {
+            Lacking::None if self.device_state.bytes == 0 => Bitmap::new(&core.blocks),
+            Lacking::Some(bitmap) => bitmap,
+            _ => return Err(End::protocol("LackingEnd came twice or after DeviceState")),
+        };
+        if bitmap.pages() != pages {
+            return Err(End::protocol(format!(
+                "{} pages were said to lack, and then that it is {pages}",
+                bitmap.pages()
+            )));
+        }
+        self.lacking = Lacking::All(bitmap);
+        Ok(())
+    }
+
     /// The guest stands still at the source. The last round's barriers may have overtaken this message.
     fn stopped(&mut self, core: &mut Core, final_round: u32) -> Result<(), End> {
         let round = self.barriers.round();
@@ -166,6 +237,17 @@ impl Receive {
             .is_some_and(|last| self.barriers.round() > last)
     }
 
+    /// Everything that comes is in place: from here on the guest's memory is fetched.
+    fn arm(&mut self, core: &mut Core) {
+        if matches!(self.lacking, Lacking::All(_))
+            && let Lacking::All(lacking) = std::mem::replace(&mut self.lacking, Lacking::Arming)
+        {
+            core.armed = true;
+            core.pulls = true;
+            core.out.push(Output::Arm { lacking });
+        }
+    }
+
     fn load_if_whole(mut self, core: &mut Core) -> Step {
         if !self.ram_whole() {
             return Ok(Phase::Receive(self));
@@ -179,7 +261,9 @@ impl Receive {
                 return Ok(Phase::Receive(self));
             }
         }
-        if !self.device_state.whole {
+        self.arm(core);
+        let ready = matches!(self.lacking, Lacking::None | Lacking::Armed);
+        if !ready || !self.device_state.whole {
             return Ok(Phase::Receive(self));
         }
         Ok(Loading::begin(core))

@@ -94,8 +94,13 @@ impl Puller {
         for run in lacking {
             bitmap.insert(*run)?;
         }
-        Ok(Puller {
-            lacking: bitmap,
+        Ok(Puller::of(specs, bitmap))
+    }
+
+    /// A guest of these RAMBlocks that lacks what is in `lacking`, a bitmap of the same guest.
+    pub fn of(specs: &[BlockSpec], lacking: Bitmap) -> Puller {
+        Puller {
+            lacking,
             claimed: Bitmap::new(specs),
             demand: VecDeque::new(),
             neighbours: VecDeque::new(),
@@ -104,7 +109,7 @@ impl Puller {
             waited_for: BTreeSet::new(),
             windows: Windows::new(specs),
             page_sizes: specs.iter().map(|spec| spec.page_size).collect(),
-        })
+        }
     }
 
     /// Somebody waits for a page. One that does not exist is answered like one that is here.

@@ -5,6 +5,7 @@ use super::in_doubt::InDoubt;
 use super::interface::{Input, Output};
 use super::reasons::by_peer;
 use super::rollback::Rollback;
+use super::serving::Serving;
 use super::{Phase, Step};
 use crate::engine::event::State;
 use crate::engine::journal::Record;
@@ -37,11 +38,11 @@ impl Commit {
             }
             Input::Message(Message::Ping { nonce }) => core.send(Message::Pong { nonce }),
             Input::LinkLost(failure) => {
-                core.link.lost();
+                core.link_lost();
                 return Ok(InDoubt::begin(core, failure));
             }
             Input::Cancel => refuse_cancel(core),
-            Input::Resolve(_) => core.nothing_to_resolve(
+            Input::Resolve(_) | Input::StartPostcopy | Input::Recover => core.nothing_to_resolve(
                 "not in doubt: the destination has been told to run the guest and may still answer",
                 "wait for its answer",
             ),
@@ -95,13 +96,18 @@ fn measure_downtime(core: &mut Core) {
 pub(super) struct Moved {
     /// The destination said so. If only the operator did, QEMU is kept: it may hold the only copy of the guest.
     said_by_peer: bool,
+    /// What the destination said meanwhile, for the phase that follows.
+    early: Option<Message>,
 }
 
 impl Moved {
     /// The destination said that the guest runs there.
     pub(super) fn begin(core: &mut Core) -> Phase {
         core.journal(Record::GuestMoved);
-        Phase::Moved(Moved { said_by_peer: true })
+        Phase::Moved(Moved {
+            said_by_peer: true,
+            early: None,
+        })
     }
 
     /// The operator said so.
@@ -109,13 +115,14 @@ impl Moved {
         core.journal(Record::GuestMoved);
         Phase::Moved(Moved {
             said_by_peer: false,
+            early: None,
         })
     }
 
-    pub(super) fn handle(self, core: &mut Core, input: Input) -> Step {
+    pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
         match input {
             Input::Journaled(Record::GuestMoved) => {
-                if core.link.is_up() && self.said_by_peer {
+                if core.link.is_up() && self.said_by_peer && !core.serves {
                     core.send(Message::Closed);
                 }
             }
@@ -125,18 +132,25 @@ impl Moved {
                     .notice(format!("the journal could not be closed: {}", failure.what));
             }
             Input::LinkLost(_) => {
-                core.link.lost();
+                core.link_lost();
                 return Ok(Phase::Moved(self));
             }
             Input::Cancel => {
                 refuse_cancel(core);
                 return Ok(Phase::Moved(self));
             }
-            Input::Resolve(_) => {
+            Input::Message(message @ (Message::Whole { .. } | Message::Abort { .. })) => {
+                self.early = Some(message);
+                return Ok(Phase::Moved(self));
+            }
+            Input::Resolve(_) | Input::StartPostcopy | Input::Recover => {
                 core.nothing_to_resolve("the guest runs at the destination", "nothing");
                 return Ok(Phase::Moved(self));
             }
             _ => return Ok(Phase::Moved(self)),
+        }
+        if core.serves {
+            return Ok(Serving::begin(core, self.early));
         }
         core.out.push(Output::Detach);
         if core.setup.options.quit_source && self.said_by_peer {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::heat::Scan;
-use super::interface::Options;
+use super::interface::{After, Options};
 use super::sender::Sent;
 use super::shortening::Shortening;
 use crate::engine::{Failure, Fault, Time};
@@ -49,8 +49,21 @@ pub(super) enum Decision {
     NextRound,
     /// Send the hot pages, too: there are no others.
     NextRoundHot,
+    /// Stop the guest and let it go first.
+    Postcopy,
     /// It will not become better.
     GiveUp(Failure),
+}
+
+/// Whether the guest may go before its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Policy {
+    /// It may not.
+    Never,
+    /// Where the migration would fail otherwise.
+    RatherThanFail,
+    /// The operator has said when.
+    When(After),
 }
 
 /// Collects measurements and judges them.
@@ -68,6 +81,7 @@ pub(super) struct Convergence {
     best: Option<Best>,
     predicted: Option<Duration>,
     shortening: Shortening,
+    postcopy: Policy,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +118,28 @@ impl Convergence {
             best: None,
             predicted: None,
             shortening: Shortening::default(),
+            postcopy: Policy::Never,
+        }
+    }
+
+    /// What both sides can, and the operator wants.
+    pub(super) fn allow(&mut self, postcopy: Policy) {
+        self.postcopy = postcopy;
+    }
+
+    /// Whether the guest goes first where the migration would fail otherwise.
+    pub(super) fn falls_back(&self) -> bool {
+        self.postcopy != Policy::Never
+    }
+
+    /// After how long the guest goes first, whatever the rounds say.
+    pub(super) fn postcopy_after(&self) -> Option<Duration> {
+        match self.postcopy {
+            Policy::When(After::Time(time)) => {
+                Some(self.timeout.map_or(time, |most| most.min(time)))
+            }
+            Policy::Never => None,
+            _ => self.timeout,
         }
     }
 
@@ -174,7 +210,14 @@ impl Convergence {
             );
         }
         self.shortening.above_the_limit();
+        let why = self.no_more_rounds(end, improved);
+        if let Some(why) = why {
+            return (Decision::Postcopy, format!("post-copy, {why}: {figures}"));
+        }
         if let Some(why) = self.hopeless(end, improved) {
+            if self.falls_back() {
+                return (Decision::Postcopy, format!("post-copy, {why}: {figures}"));
+            }
             return (
                 Decision::GiveUp(self.verdict(&why)),
                 format!("give up, {why}: {figures}"),
@@ -227,6 +270,25 @@ impl Convergence {
             },
         };
         *self.best.insert(best)
+    }
+
+    /// Whether a hybrid migration has had its rounds, and why.
+    fn no_more_rounds(&self, end: &RoundEnd, best: Best) -> Option<String> {
+        let Policy::When(after) = self.postcopy else {
+            return None;
+        };
+        let rounds = end.round + 1;
+        match after {
+            After::Rounds(most) if rounds >= most => Some(format!("{rounds} rounds were sent")),
+            After::Time(time) if end.elapsed >= time => {
+                Some(format!("{:.1} s are over", time.as_secs_f64()))
+            }
+            After::Auto if end.all_hot => {
+                Some("all that remains is written again and again".to_owned())
+            }
+            After::Auto if best.round != end.round => Some("the last round did not pay".to_owned()),
+            _ => None,
+        }
     }
 
     fn hopeless(&self, end: &RoundEnd, best: Best) -> Option<String> {
@@ -309,6 +371,7 @@ mod tests {
             bandwidth_limit: None,
             max_rounds: 1000,
             timeout: None,
+            mode: super::super::Mode::Precopy,
             verify: false,
             quit_source: false,
         };

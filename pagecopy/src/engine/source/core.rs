@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-use super::convergence::Convergence;
+use super::convergence::{Convergence, Policy};
 use super::heat::Pages;
-use super::interface::{Input, Output, Setup};
+use super::interface::{Input, Mode, Output, Setup};
 use super::reasons::by_peer;
 use super::sender::Sender;
 use crate::engine::doubt::refuse;
@@ -48,6 +48,14 @@ pub(super) struct Core {
     /// When `StopGuest` was ordered: from then on the guest may stand still.
     pub(super) stop_ordered: Option<Time>,
     pub(super) intent: Intent,
+    /// Whether both sides can do post-copy and the operator wants it in some case.
+    pub(super) postcopy: bool,
+    /// The round is cut short: the guest goes first.
+    pub(super) cut: bool,
+    /// The guest will depend, or depends, on the memory here.
+    pub(super) serves: bool,
+    /// Whether there are data channels.
+    pub(super) has_data: bool,
     /// Time in which pages were sent, for the goodput.
     pub(super) sending_time: Duration,
     progress_at: Time,
@@ -67,6 +75,10 @@ impl Core {
             figures: Figures::default(),
             stop_ordered: None,
             intent: Intent::None,
+            postcopy: false,
+            cut: false,
+            serves: false,
+            has_data: true,
             sending_time: Duration::ZERO,
             progress_at: Time(0),
             setup,
@@ -103,17 +115,20 @@ impl Core {
         }));
     }
 
-    /// Puts batches under way.
+    /// Puts batches under way, unless the round is cut short.
     pub(super) fn fill_channels(&mut self) {
+        if self.cut {
+            return;
+        }
         let pushes = self
             .sender
             .fill(self.now, &mut self.pages, &self.setup.blocks);
         self.out.extend(pushes);
     }
 
-    /// Whether every page of the round has left.
+    /// Whether every page of the round has left, or the round is cut short and what was under way has.
     pub(super) fn all_sent(&self) -> bool {
-        self.pages.nothing_to_send() && self.sender.idle()
+        (self.cut || self.pages.nothing_to_send()) && self.sender.idle()
     }
 
     /// Closes the round on every data channel.
@@ -133,7 +148,7 @@ impl Core {
                 "nothing: the guest runs on here",
             )),
             Input::LinkLost(failure) => {
-                self.link.lost();
+                self.link_lost();
                 Err(End::new(AbortCode::Host, failure))
             }
             Input::HostFailed(failure) => Err(End::new(AbortCode::Host, failure)),
@@ -150,9 +165,53 @@ impl Core {
                 );
                 Ok(None)
             }
+            Input::StartPostcopy => {
+                self.start_postcopy();
+                Ok(None)
+            }
+            Input::Recover => {
+                self.nothing_to_resolve("this migration is under way", "wait for it");
+                Ok(None)
+            }
             Input::Tick => Ok(None),
             other => Ok(Some(other)),
         }
+    }
+
+    /// The destination has said whether it can do post-copy.
+    pub(super) fn agree_on_postcopy(&mut self, can: bool) {
+        let mode = self.setup.options.mode;
+        self.postcopy = can;
+        self.cut = can && mode == Mode::Postcopy;
+        self.convergence.allow(match mode {
+            Mode::Auto { postcopy: true } if can => Policy::RatherThanFail,
+            Mode::Hybrid(after) if can => Policy::When(after),
+            _ => Policy::Never,
+        });
+    }
+
+    /// The connection is gone, with all of its channels.
+    pub(super) fn link_lost(&mut self) {
+        self.link.lost();
+        self.has_data = false;
+    }
+
+    /// The operator does not want to wait for the rounds.
+    fn start_postcopy(&mut self) {
+        if self.out.state() != State::Migrating {
+            return self.nothing_to_resolve(
+                "pages are not being sent at this moment",
+                "see `pagecopy status`, and try again while it says `migrating`",
+            );
+        }
+        if !self.postcopy {
+            return self.nothing_to_resolve(
+                "this migration cannot become a post-copy: it was begun without, or the destination cannot",
+                "cancel it, and migrate with --mode hybrid or --mode postcopy",
+            );
+        }
+        self.cut = true;
+        self.decided(Ok("the guest goes first: its memory follows"));
     }
 
     fn message_before_commit(&mut self, message: Message) -> Result<Option<Input>, End> {

@@ -1,7 +1,7 @@
 //! First phases: the destination is told what wants to come, and accepts; then QEMU is attached to.
 
 use super::core::Core;
-use super::interface::{Input, Output};
+use super::interface::{Input, Mode, Output, Setup};
 use super::reasons::{outside, stalled};
 use super::round::Round;
 use super::{Phase, Step};
@@ -19,11 +19,12 @@ pub(super) struct Greeting {
 impl Greeting {
     pub(super) fn begin(core: &mut Core) -> Phase {
         core.out.enter(State::Preparing);
+        let offered = offered(core);
         let setup = &core.setup;
         let hello = Message::Hello {
             version_min: VERSION_MIN,
             version_max: VERSION_MAX,
-            capabilities: wire::capability::VERIFY,
+            capabilities: offered,
             id: setup.id,
             vm: setup.vm.clone(),
             host: setup.host.clone(),
@@ -44,6 +45,7 @@ impl Greeting {
                 host: _,
             }) => {
                 check_accept(core, version, capabilities)?;
+                core.agree_on_postcopy(capabilities & wire::capability::POSTCOPY != 0);
                 core.out.push(Output::Attach);
                 let deadline = core.now.after(core.setup.timeouts.stall);
                 Ok(Phase::Attaching(Attaching { deadline }))
@@ -75,13 +77,28 @@ impl Greeting {
     }
 }
 
+/// Capability bits: post-copy only where the operator wants it in some case.
+fn offered(core: &Core) -> u64 {
+    let Setup {
+        options,
+        data_channels,
+        ..
+    } = &core.setup;
+    let postcopy = !matches!(options.mode, Mode::Precopy | Mode::Auto { postcopy: false });
+    if postcopy && !options.verify && *data_channels >= 2 {
+        wire::capability::VERIFY | wire::capability::POSTCOPY
+    } else {
+        wire::capability::VERIFY
+    }
+}
+
 fn check_accept(core: &Core, version: u16, capabilities: u64) -> Result<(), End> {
     if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
         return Err(End::protocol(format!(
             "the destination chose version {version}, which was not offered"
         )));
     }
-    if capabilities & !wire::capability::VERIFY != 0 {
+    if capabilities & !offered(core) != 0 {
         return Err(End::protocol(
             "the destination chose capabilities that were not offered".to_owned(),
         ));
@@ -93,6 +110,18 @@ fn check_accept(core: &Core, version: u16, capabilities: u64) -> Result<(), End>
                 Fault::Operator,
                 "the destination cannot verify",
                 "migrate without --verify, or run a newer pagecopyd at the destination",
+            ),
+        ));
+    }
+    let without = capabilities & wire::capability::POSTCOPY == 0;
+    if without && matches!(core.setup.options.mode, Mode::Hybrid(_) | Mode::Postcopy) {
+        return Err(End::new(
+            AbortCode::Incompatible,
+            Failure::new(
+                Fault::Operator,
+                "the hosts cannot do post-copy for this guest",
+                "migrate with --mode precopy; or use two data channels or more and no --verify, and see the destination's log \
+                 for what it lacks",
             ),
         ));
     }

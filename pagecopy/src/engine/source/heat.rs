@@ -82,6 +82,17 @@ impl Pages {
         Ok(found)
     }
 
+    /// After [`stopped`](Self::stopped): takes those pages out that are in the RAM files; holes stay to be sent, as zero.
+    pub(super) fn take_populated(&mut self, populated: &[Run]) -> Result<Bitmap, Outside> {
+        let mut taken = self.scan.clone();
+        for run in populated {
+            taken.insert_common(*run, &self.send)?;
+        }
+        self.send
+            .zip([&mut taken], |send, [taken]| *send &= !*taken);
+        Ok(taken)
+    }
+
     /// Sends the hot pages after all: there is nothing else to send.
     pub(super) fn release_held(&mut self) {
         self.send.zip([&mut self.held], |send, [held]| {

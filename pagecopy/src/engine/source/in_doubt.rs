@@ -66,7 +66,7 @@ impl InDoubt {
                 ..failure
             }),
         );
-        core.link.lost();
+        core.link_lost();
         core.out.push(Output::Connect);
         Phase::InDoubt(InDoubt {
             contact: Contact::Connecting,
@@ -95,6 +95,10 @@ impl InDoubt {
             Input::Message(message) => return Ok(self.message(core, message)),
             Input::Resolve(resolution) => self.resolve(core, resolution),
             Input::Cancel => refuse_cancel(core),
+            Input::StartPostcopy | Input::Recover => core.nothing_to_resolve(
+                "this migration is in doubt: the destination is asked on and on",
+                "wait, or decide by `pagecopy resolve`",
+            ),
             Input::Journaled(Record::TakenBack) if self.contact == Contact::Silent => {
                 core.intent = Intent::Withdrawn;
                 core.decided(Ok(

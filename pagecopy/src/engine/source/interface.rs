@@ -4,10 +4,37 @@ use std::time::Duration;
 
 pub use crate::engine::doubt::Resolution;
 use crate::engine::event::{Finished, Report};
-use crate::engine::journal::Record;
+use crate::engine::journal::{RamFile, Record};
 use crate::engine::{ChannelId, Failure, MigrationId, Timeouts};
 use crate::memory::{BlockSpec, Run};
 use crate::wire::Message;
+
+/// How the guest's memory moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// All of it before the guest does.
+    Precopy,
+    /// The same; but where that would fail and `postcopy` allows it, the guest goes first.
+    Auto {
+        /// Whether it may depend on both hosts for a while.
+        postcopy: bool,
+    },
+    /// Rounds, and then the guest before the rest.
+    Hybrid(After),
+    /// The guest first.
+    Postcopy,
+}
+
+/// When a hybrid migration lets the guest go first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// When a round does not pay any more.
+    Auto,
+    /// After so many rounds.
+    Rounds(u32),
+    /// After so long.
+    Time(Duration),
+}
 
 /// What the operator asked for.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +47,8 @@ pub struct Options {
     pub max_rounds: u32,
     /// Give up after so long without a switchover.
     pub timeout: Option<Duration>,
+    /// How the memory moves. With `verify`, never after the guest.
+    pub mode: Mode,
     /// Compare digests of both RAMs before the commit.
     pub verify: bool,
     /// Quit the source QEMU once the guest has moved.
@@ -37,6 +66,8 @@ pub struct Setup {
     pub host: String,
     /// RAMBlocks, in the order that numbers them.
     pub blocks: Vec<BlockSpec>,
+    /// The files of the RAMBlocks, in the same order: recorded, so that a daemon that is started anew can serve them.
+    pub ram: Vec<RamFile>,
     /// Whether the guest has disks with direct I/O, so that dirty pages must age past the I/O in flight.
     pub direct_io: bool,
     /// Number of data channels.
@@ -142,6 +173,10 @@ pub enum Input {
         /// Of every page in it.
         digests: Vec<[u8; 16]>,
     },
+    /// The operator wants the guest switched over now, before its memory. Answer: [`Output::Decided`].
+    StartPostcopy,
+    /// The operator wants the destination of a paused post-copy dialled now. Answer: [`Output::Decided`].
+    Recover,
     /// The operator decides an `InDoubt` migration. Answer: [`Output::Decided`], after the destination was asked.
     Resolve(Resolution),
 }
@@ -176,6 +211,9 @@ pub enum Output {
     StopGuest,
     /// QMP `migrate-continue`. Answers: `DeviceState`…, `DeviceStateSaved`, or `QemuFailed`.
     SaveDeviceState,
+    /// Post-copy: from now on answer the peer's reads of all RAM, which does not change any more. No answer; ended by
+    /// `Detach`.
+    OpenReads,
     /// Take digests of all RAM. Answer: `Digests` or `HostFailed`.
     Digest,
     /// Take digests of the pages of a chunk. Answer: `PageDigests`.
@@ -197,7 +235,10 @@ pub enum Output {
     /// Make a control channel to the peer anew and say `Hello` is not needed: the engine asks by `Query`. Answer:
     /// `Reconnected` or `ReconnectFailed`.
     Connect,
-    /// Answer to [`Input::Resolve`]: what is done, or why it is refused.
+    /// Post-copy: let go of the connection that there was, and make control and data channels anew, with RAM open to the
+    /// peer's reads. Answer: `Reconnected` or `ReconnectFailed`.
+    ConnectAll,
+    /// Answer to [`Input::Resolve`], `StartPostcopy`, `Recover`: what is done, or why it is refused.
     Decided(Result<String, Failure>),
     /// Tell people.
     Report(Report),

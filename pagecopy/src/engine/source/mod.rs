@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! Greeting ──▶ Attaching ──▶ Round ──▶ Switchover ──▶ Commit ──▶ Moved ──▶ (completed)
-//!     │            │          │ ▲         │           │    │       ▲
-//!     │            │          └─┘         │           │    ▼       │
+//!     │            │          │ ▲         │           │    │       ▲ │
+//!     │            │          └─┘         │           │    ▼       │ └──▶ Serving ──▶ (completed, post-copy)
 //!     └────────────┴──────────┴───────────┴──▶ Rollback ◀─ InDoubt ┘
 //! ```
 //!
@@ -22,18 +22,19 @@ mod reasons;
 mod rollback;
 mod round;
 mod sender;
+mod serving;
 mod shortening;
 mod switchover;
 #[cfg(test)]
 mod tests;
 
-pub use interface::{Batch, Input, Options, Output, Pushed, Resolution, Setup};
+pub use interface::{After, Batch, Input, Mode, Options, Output, Pushed, Resolution, Setup};
 
 use self::core::{Core, Intent};
 use super::Time;
 use super::end::End;
 use super::event::{Figures, State};
-use super::journal::Outcome;
+use super::journal::{Outcome, Postcopy};
 use crate::wire::AbortCode;
 
 /// Moves one guest away. See [the engines' common shape](super).
@@ -56,6 +57,8 @@ enum Phase {
     Commit(commit::Commit),
     InDoubt(in_doubt::InDoubt),
     Moved(commit::Moved),
+    Serving(serving::Serving),
+    Releasing(serving::Releasing),
     Rollback(rollback::Rollback),
     Ended,
 }
@@ -76,12 +79,15 @@ impl Source {
     /// - `Here`: the guest has moved; only the rest of the closing is done. QEMU is not quit: the record does not say whether
     ///   the destination said so or only the operator, and then QEMU may hold the only copy of the guest.
     ///
+    /// - `Here`, and the guest of a post-copy still depends on this host: its memory is served again.
+    ///
     /// Of the set-up, only `id`, `vm`, `host` and `timeouts` matter, and `options.quit_source` as long as the destination
     /// can still be asked.
-    pub fn recover(setup: Setup, outcome: Outcome, now: Time) -> Source {
+    pub fn recover(setup: Setup, outcome: Outcome, postcopy: Postcopy, now: Time) -> Source {
         let mut core = Core::new(setup, now);
         core.link.lost();
         core.stop_ordered = Some(now);
+        core.serves = postcopy == Postcopy::Open;
         let phase = match outcome {
             Outcome::Open => {
                 core.intent = Intent::Written;
@@ -92,6 +98,7 @@ impl Source {
                 let end = End::new(AbortCode::Cancelled, reasons::restarted());
                 rollback::Rollback::begin(&mut core, end)
             }
+            Outcome::Here if core.serves => serving::Serving::begin(&mut core, None),
             Outcome::Here => commit::Moved::by_word(&mut core),
         };
         Source { core, phase }
@@ -124,7 +131,8 @@ impl Source {
             Phase::Commit(phase) => Some(phase.next()),
             Phase::InDoubt(phase) => phase.next(),
             Phase::Rollback(phase) => phase.next(),
-            Phase::Moved(_) | Phase::Ended => None,
+            Phase::Serving(phase) => phase.next(core),
+            Phase::Moved(_) | Phase::Releasing(_) | Phase::Ended => None,
         }
     }
 
@@ -145,9 +153,11 @@ impl Phase {
             Phase::Commit(phase) => phase.handle(core, input),
             Phase::InDoubt(phase) => phase.handle(core, input),
             Phase::Moved(phase) => phase.handle(core, input),
+            Phase::Serving(phase) => Ok(phase.handle(core, input)),
+            Phase::Releasing(phase) => phase.handle(core, input),
             Phase::Rollback(phase) => phase.handle(core, input),
             Phase::Ended => {
-                if let Input::Resolve(_) = input {
+                if let Input::Resolve(_) | Input::StartPostcopy | Input::Recover = input {
                     core.nothing_to_resolve(
                         "this migration has ended",
                         "see `pagecopy status` for how",

@@ -169,7 +169,9 @@ impl Round {
         self.report(core, found, scan_took, words);
         let next = self.number + 1;
         match decision {
-            Decision::SwitchOver => Ok(Switchover::begin(core, next)),
+            Decision::SwitchOver => Ok(Switchover::begin(core, next, false)),
+            Decision::Postcopy => Ok(Switchover::begin(core, next, true)),
+            _ if core.cut => Ok(Switchover::begin(core, next, true)),
             Decision::NextRound => Ok(Round::begin(core, next, core.now)),
             Decision::NextRoundHot => {
                 core.pages.release_held();
@@ -198,14 +200,18 @@ impl Round {
     pub(super) fn next(&self, core: &Core) -> Time {
         let work = match self.stage {
             Stage::Resting => Some(self.last_scan.after(SCAN_EVERY)),
+            Stage::Sending if core.cut => None,
             Stage::Sending => core.sender.next(&core.pages),
             Stage::Draining | Stage::Closing | Stage::Scanning => None,
         };
         let stalled = self.moved.after(core.setup.timeouts.stall);
-        let out_of_time = core
+        let limit = core
             .convergence
-            .timeout()
-            .map(|timeout| core.started.after(timeout));
+            .postcopy_after()
+            .or(core.convergence.timeout());
+        let out_of_time = limit
+            .filter(|_| !core.cut)
+            .map(|limit| core.started.after(limit));
         [work, out_of_time]
             .into_iter()
             .flatten()
@@ -213,7 +219,13 @@ impl Round {
     }
 
     pub(super) fn on_time(mut self, core: &mut Core) -> Step {
-        if let Some(failure) = core.convergence.out_of_time(core.now.since(core.started)) {
+        let elapsed = core.now.since(core.started);
+        let postcopy = core.convergence.postcopy_after();
+        if postcopy.is_some_and(|after| elapsed >= after) {
+            core.cut = true;
+        } else if let Some(failure) = core.convergence.out_of_time(elapsed)
+            && !core.cut
+        {
             return Err(End::new(AbortCode::NotConverging, failure));
         }
         if core.now >= self.moved.after(core.setup.timeouts.stall) {
@@ -225,6 +237,10 @@ impl Round {
             });
         }
         match self.stage {
+            Stage::Resting if core.cut => {
+                return Ok(Switchover::begin(core, self.number + 1, true));
+            }
+            Stage::Sending if core.cut && core.sender.idle() => self.send_on(core),
             Stage::Resting if core.now >= self.last_scan.after(SCAN_EVERY) => {
                 self.stage = Stage::Scanning;
                 self.moved = core.now;

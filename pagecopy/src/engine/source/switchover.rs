@@ -11,17 +11,24 @@ use super::core::{Core, Intent, millis};
 use super::interface::{Input, Output};
 use super::reasons::outside;
 use super::{Phase, Step};
+use crate::engine::bitmap::Bitmap;
 use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
-use crate::limits::{MAX_DEVICE_STATE, MAX_DEVICE_STATE_CHUNK, MAX_DIGESTS};
+use crate::limits::{MAX_DEVICE_STATE, MAX_DEVICE_STATE_CHUNK, MAX_DIGESTS, MAX_WORDS};
+use crate::memory::Run;
 use crate::wire::{AbortCode, Message};
+
+/// With post-copy the destination gets ready and QEMU loads while it fetches pages: it has this much more time.
+const POSTCOPY_GRACE: Duration = Duration::from_secs(7);
 
 /// The guest is being looked at, and then told to stop.
 #[derive(Debug)]
 pub(super) struct Switchover {
     final_round: u32,
+    /// The guest goes first, and fetches what remains.
+    postcopy: bool,
     pages: Pages,
     bytes: u64,
     device_state: DeviceState,
@@ -62,12 +69,15 @@ struct DeviceState {
 }
 
 impl Switchover {
-    pub(super) fn begin(core: &mut Core, final_round: u32) -> Phase {
+    pub(super) fn begin(core: &mut Core, final_round: u32, postcopy: bool) -> Phase {
         core.out.enter(State::Completing);
+        core.cut = false;
+        core.serves = postcopy;
         core.figures.predicted_downtime_ms = core.convergence.predicted().map(millis);
         core.out.push(Output::LookAgain);
         Phase::Switchover(Switchover {
             final_round,
+            postcopy,
             pages: Pages::Looking,
             bytes: 0,
             device_state: DeviceState::default(),
@@ -80,7 +90,12 @@ impl Switchover {
                 .setup
                 .options
                 .downtime_limit
-                .saturating_add(core.convergence.verify().saturating_mul(4)),
+                .saturating_add(core.convergence.verify().saturating_mul(4))
+                .saturating_add(if postcopy {
+                    POSTCOPY_GRACE
+                } else {
+                    Duration::ZERO
+                }),
         })
     }
 
@@ -102,7 +117,7 @@ impl Switchover {
                 ..
             } if self.pages == Pages::Scanning => {
                 core.pages.stopped(&dirty, &populated).map_err(outside)?;
-                self.send_the_rest(core);
+                self.send_the_rest(core, &populated)?;
             }
             Input::Pushed {
                 channel,
@@ -168,13 +183,21 @@ impl Switchover {
         Ok(())
     }
 
-    /// The last scan is in: everything goes, and QEMU saves its devices meanwhile.
-    fn send_the_rest(&mut self, core: &mut Core) {
+    /// The last scan is in: everything goes, or is said to lack, and QEMU saves its devices meanwhile.
+    fn send_the_rest(&mut self, core: &mut Core, populated: &[Run]) -> Result<(), End> {
         self.pages = Pages::Sending { since: core.now };
-        self.bytes = core.pages.send_bytes();
-        core.send(Message::Stopped {
+        let stopped = Message::Stopped {
             final_round: self.final_round,
-        });
+        };
+        if self.postcopy {
+            let lacking = core.pages.take_populated(populated).map_err(outside)?;
+            core.out.push(Output::OpenReads);
+            core.send(stopped);
+            say_what_lacks(core, &lacking);
+        } else {
+            core.send(stopped);
+        }
+        self.bytes = core.pages.send_bytes();
         // Not earlier: digests are answered at once, and mean nothing to the destination before `Stopped`.
         if self.digests_owed {
             core.out.push(Output::Digest);
@@ -182,6 +205,7 @@ impl Switchover {
         core.sender.begin_round();
         self.send_on(core);
         core.out.push(Output::SaveDeviceState);
+        Ok(())
     }
 
     fn send_on(&mut self, core: &mut Core) {
@@ -230,6 +254,10 @@ impl Switchover {
         self.device_state.sent = true;
         core.figures.device_state_bytes = bytes;
         core.send(Message::DeviceStateEnd { bytes, crc });
+        if self.postcopy {
+            let (blocks, ram) = (core.setup.blocks.clone(), core.setup.ram.clone());
+            core.journal(Record::Serving { blocks, ram });
+        }
         core.intent = Intent::Ordered;
         core.journal(Record::CommitIntent);
     }
@@ -352,4 +380,19 @@ impl Switchover {
             Pages::InPlace { .. } => "everything was ready",
         }
     }
+}
+
+/// The pages that do not come: the destination fetches them.
+fn say_what_lacks(core: &mut Core, lacking: &Bitmap) {
+    core.figures.lacking_bytes = Some(lacking.bytes());
+    for (block, first, words) in lacking.pieces(MAX_WORDS) {
+        core.send(Message::Lacking {
+            block: block.0,
+            first,
+            words,
+        });
+    }
+    core.send(Message::LackingEnd {
+        pages: lacking.pages(),
+    });
 }

@@ -5,9 +5,9 @@ mod doubt;
 
 use std::time::Duration;
 
-use super::{Input, Options, Output, Resolution, Setup, Source};
+use super::{Input, Mode, Options, Output, Resolution, Setup, Source};
 use crate::engine::event::State;
-use crate::engine::journal::{Outcome, Record};
+use crate::engine::journal::{Outcome, Postcopy, Record};
 use crate::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
 use crate::memory::{BlockId, BlockSpec, Run};
 use crate::wire::{AbortCode, Message, tests::one_of_each};
@@ -26,6 +26,7 @@ fn setup() -> Setup {
             size: 8 << 20,
             page_size: 4096,
         }],
+        ram: Vec::new(),
         direct_io: false,
         data_channels: 1,
         fixed_downtime: Duration::from_millis(10),
@@ -34,6 +35,7 @@ fn setup() -> Setup {
             bandwidth_limit: None,
             max_rounds: 10,
             timeout: None,
+            mode: Mode::Precopy,
             verify: false,
             quit_source: true,
         },
@@ -270,14 +272,14 @@ fn after_commit_nothing_but_the_peers_abort_or_answer_resumes_the_guest() {
 
 #[test]
 fn a_restarted_daemon_does_what_its_journal_says() {
-    let mut back = Source::recover(setup(), Outcome::NotHere, NOW);
+    let mut back = Source::recover(setup(), Outcome::NotHere, Postcopy::No, NOW);
     assert_eq!(outputs(&mut back), [Output::ResumeGuest, Output::Detach]);
     back.handle(NOW, Input::GuestResumed);
     assert!(
         matches!(outputs(&mut back).last(), Some(Output::Finished(f)) if f.state == State::Failed)
     );
 
-    let mut gone = Source::recover(setup(), Outcome::Here, NOW);
+    let mut gone = Source::recover(setup(), Outcome::Here, Postcopy::No, NOW);
     assert_eq!(outputs(&mut gone), [Output::Journal(Record::GuestMoved)]);
     gone.handle(NOW, Input::Journaled(Record::GuestMoved));
     let outputs = outputs(&mut gone);
@@ -287,7 +289,7 @@ fn a_restarted_daemon_does_what_its_journal_says() {
 
 #[test]
 fn a_guest_that_went_with_its_qemu_is_said_to_run_nowhere() {
-    let mut source = Source::recover(setup(), Outcome::NotHere, NOW);
+    let mut source = Source::recover(setup(), Outcome::NotHere, Postcopy::No, NOW);
     outputs(&mut source);
     source.handle(NOW, Input::GuestLost);
     let Some(Output::Finished(end)) = outputs(&mut source).pop() else {

@@ -83,6 +83,8 @@ impl DestinationSide {
                 seed.stream("destination disk"),
             )),
             setup: Setup {
+                id,
+                postcopy: false,
                 host: "destination".into(),
                 vm: "guest".into(),
                 blocks: ram.specs(),

@@ -47,6 +47,11 @@ impl DestinationSide {
             Output::LoadDeviceState => self.load_device_state(env),
             Output::RunGuest => self.run_guest(env),
             Output::Report(_) => {}
+            Output::Arm { .. }
+            | Output::StopPulling
+            | Output::Pull
+            | Output::Poison
+            | Output::Decided(_) => unreachable!("post-copy is not offered"),
             Output::Finished { state, .. } => self.finished(env, state),
         }
     }

@@ -161,7 +161,7 @@ impl DestinationSide {
     /// The guest is committed to this host and nobody has said yet that it runs. A source that asks has not taken it
     /// back: it is run now, and the source is told on the connection on which it asked.
     fn run_committed(&mut self, env: &mut Env, lane: usize) {
-        let engine = Destination::recover(self.setup.clone(), env.clock(Side::Destination));
+        let engine = Destination::recover(self.setup.clone(), false, env.clock(Side::Destination));
         if let Some(daemon) = &mut self.daemon {
             daemon.control = Some(daemon.questions.remove(lane));
             daemon.engine = Some(engine);

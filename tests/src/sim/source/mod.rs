@@ -275,7 +275,12 @@ impl SourceSide {
         }
         self.ended = None;
         let now = env.clock(Side::Source);
-        let engine = Source::recover(self.setup.clone(), journal::outcome(&records), now);
+        let engine = Source::recover(
+            self.setup.clone(),
+            journal::outcome(&records),
+            journal::postcopy(&records),
+            now,
+        );
         self.install(engine, None, Vec::new());
         self.carry_out_all(env);
     }
@@ -372,6 +377,7 @@ fn setup(plan: &Plan, seed: &Rng, no_ageing: bool) -> Setup {
         vm: "guest".into(),
         host: "source".into(),
         blocks: plan.blocks.clone(),
+        ram: Vec::new(),
         direct_io: plan.direct_io && !no_ageing,
         data_channels: plan.data_channels,
         fixed_downtime: plan.fixed_downtime(),

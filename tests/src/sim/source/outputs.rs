@@ -35,6 +35,7 @@ impl SourceSide {
                 let delay = env.operation(Side::Source) / 2;
                 self.event_after(env, delay, SourceEvent::Scan { holes });
             }
+            Output::OpenReads | Output::ConnectAll => unreachable!("post-copy is not offered"),
             Output::DrainIo => self.drain_io(env),
             Output::LookAgain => {
                 let delay = env.operation(Side::Source);

@@ -5,7 +5,7 @@ use crate::wire::Standing;
 
 /// In doubt, with a connection and a question.
 fn asking() -> Source {
-    let mut source = Source::recover(setup(), Outcome::Open, NOW);
+    let mut source = Source::recover(setup(), Outcome::Open, Postcopy::No, NOW);
     let begun = outputs(&mut source);
     assert!(
         matches!(&begun[..], [.., Output::Finished(f), Output::Connect] if f.state == State::InDoubt)

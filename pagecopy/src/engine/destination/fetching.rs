@@ -1,0 +1,271 @@
+//! Post-copy: the guest runs here and lacks pages, which the driver fetches; until it lacks none.
+//!
+//! The driver serves page faults and fetches by itself, whatever happens here. This phase keeps the connection, says how
+//! things stand, and records the end. A lost connection is a pause: the source dials, and fetching goes on.
+
+use super::core::Core;
+use super::interface::{Input, Output};
+use super::{Phase, Step};
+use crate::engine::doubt::refuse;
+use crate::engine::event::{FaultFigures, Report, State};
+use crate::engine::journal::Record;
+use crate::engine::{Failure, Fault, Time};
+use crate::wire::{AbortCode, Message};
+
+/// The guest runs, and lacks pages.
+#[derive(Debug)]
+pub(super) struct Fetching {
+    /// Bytes that lack, as last heard.
+    lacks: u64,
+    /// The operator's word to go on without what lacks is being carried out.
+    poisoning: bool,
+}
+
+impl Fetching {
+    /// The guest has just been started.
+    pub(super) fn begin(core: &mut Core) -> Phase {
+        core.send(Message::Running);
+        core.journal(Record::Running);
+        Fetching::enter(core, 0)
+    }
+
+    /// After a restart of the daemon: there is no connection.
+    pub(super) fn resume(core: &mut Core, lacks: u64) -> Phase {
+        Fetching::enter(core, lacks)
+    }
+
+    fn enter(core: &mut Core, lacks: u64) -> Phase {
+        core.out.enter(if core.pulls {
+            State::Migrating
+        } else {
+            State::Paused
+        });
+        Phase::Fetching(Fetching {
+            lacks,
+            poisoning: false,
+        })
+    }
+
+    pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
+        match input {
+            Input::Lacks { bytes, faults } => self.progress(core, bytes, faults),
+            Input::Whole => return Ok(Ending::begin(core, None)),
+            Input::Served => {
+                core.link.restored(core.now);
+                core.pulls = true;
+                core.send(Message::Resumed);
+                core.out.push(Output::Pull);
+                core.out.enter(State::Migrating);
+            }
+            Input::PullFailed(failure) => {
+                core.out.notice(format!(
+                    "fetching has stopped, what the guest touches and lacks waits: {}; {}",
+                    failure.what, failure.remedy
+                ));
+                core.stop_pulling();
+            }
+            Input::LinkLost(_) => core.stop_pulling(),
+            Input::PeerMisbehaved(what) => {
+                core.out
+                    .notice(format!("the source broke the protocol: {what}"));
+                core.stop_pulling();
+            }
+            Input::QemuFailed(failure) => {
+                return Ok(Ending::begin(core, Some(guest_lost(&failure))));
+            }
+            Input::Journaled(Record::Running) => {}
+            // `Committed` is on disk and says as much to a restarted daemon: it looks and finds the guest running.
+            Input::JournalFailed(Record::Running, failure) => core.out.notice(format!(
+                "that the guest runs could not be recorded: {}",
+                failure.what
+            )),
+            Input::Poison { peer_fenced } => self.poison(core, peer_fenced),
+            Input::Poisoned { bytes } if self.poisoning => {
+                let what = format!(
+                    "the guest goes on without {bytes} bytes of its memory: what touches them gets a memory error"
+                );
+                core.out.notice(what.clone());
+                core.out.push(Output::Decided(Ok(what)));
+                return Ok(Ending::begin(core, None));
+            }
+            Input::HostFailed(failure) if self.poisoning => {
+                self.poisoning = false;
+                core.out.push(Output::Decided(Err(failure)));
+            }
+            Input::Message(message) => self.message(core, message),
+            Input::Cancel => core.out.notice("too late to cancel: the guest runs here"),
+            _ => {}
+        }
+        if core.pulls && core.now >= core.next_watch() {
+            core.out.notice("the source has been silent for too long");
+            core.stop_pulling();
+        }
+        Ok(Phase::Fetching(self))
+    }
+
+    pub(super) fn next(&self, core: &Core) -> Option<Time> {
+        core.pulls.then(|| core.next_watch())
+    }
+
+    fn message(&self, core: &mut Core, message: Message) {
+        core.link.heard(core.now);
+        match message {
+            Message::Ping { nonce } => core.send(Message::Pong { nonce }),
+            Message::Pong { .. } => {}
+            other => {
+                core.out.notice(format!(
+                    "the source sent {} while its pages were being fetched",
+                    other.name()
+                ));
+                core.stop_pulling();
+            }
+        }
+    }
+
+    fn progress(&mut self, core: &mut Core, bytes: u64, faults: FaultFigures) {
+        self.lacks = bytes;
+        if core.pulls {
+            core.send(Message::Lacks { bytes });
+        }
+        let report = Report::Postcopy {
+            lacking_bytes: bytes,
+            faults: Some(faults),
+        };
+        core.out.push(Output::Report(report));
+    }
+
+    fn poison(&mut self, core: &mut Core, peer_fenced: bool) {
+        let refused = if core.pulls {
+            Some(refuse(
+                "the source is there, and what the guest lacks is being fetched",
+                "wait until it lacks nothing",
+            ))
+        } else if self.poisoning {
+            Some(refuse("this is being done", "wait"))
+        } else if !peer_fenced {
+            Some(refuse(
+                format!(
+                    "{} bytes of the guest's memory are at the source only, and would be lost",
+                    self.lacks
+                ),
+                "bring the source's pagecopyd back. Only if its memory is gone for good (powered off), say so by adding \
+                 `--peer-fenced`",
+            ))
+        } else {
+            None
+        };
+        match refused {
+            Some(failure) => core.out.push(Output::Decided(Err(failure))),
+            None => {
+                self.poisoning = true;
+                core.out.push(Output::Poison);
+            }
+        }
+    }
+}
+
+fn guest_lost(why: &Failure) -> Failure {
+    Failure::new(
+        Fault::Qemu,
+        format!(
+            "this host's QEMU has ended, and the guest with it, which still lacked some of its memory: {}",
+            why.what
+        ),
+        "see QEMU's log for why it ended, then start the guest anew",
+    )
+}
+
+/// Nothing more is needed of the source; that is being recorded, and the source told.
+#[derive(Debug)]
+pub(super) struct Ending {
+    /// Why the guest does not run here.
+    failure: Option<Failure>,
+    recorded: bool,
+    closing: bool,
+    deadline: Time,
+}
+
+impl Ending {
+    fn begin(core: &mut Core, failure: Option<Failure>) -> Phase {
+        core.journal(Record::Whole);
+        Phase::Ending(Ending {
+            failure,
+            recorded: false,
+            closing: false,
+            deadline: core.now,
+        })
+    }
+
+    pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
+        match input {
+            Input::Journaled(Record::Whole) => self.recorded(core),
+            Input::JournalFailed(Record::Whole, failure) => {
+                // A daemon that is started anew finds that everything is here, and records it then.
+                core.out.notice(format!(
+                    "that the guest is whole could not be recorded: {}",
+                    failure.what
+                ));
+                self.recorded(core);
+            }
+            Input::Message(Message::Closed) if self.recorded && !self.closing => {
+                self.closing = true;
+                core.journal(Record::Closed);
+            }
+            Input::Journaled(Record::Closed) | Input::JournalFailed(Record::Closed, _) => {
+                return Ok(self.finish(core));
+            }
+            Input::Message(Message::Ping { nonce }) => core.send(Message::Pong { nonce }),
+            Input::Served => {
+                core.link.restored(core.now);
+                if self.recorded {
+                    self.tell(core);
+                }
+            }
+            Input::LinkLost(_) | Input::PeerMisbehaved(_) => core.link.lost(),
+            Input::Poison { .. } => core.out.push(Output::Decided(Err(refuse(
+                "the guest lacks nothing any more",
+                "nothing",
+            )))),
+            Input::Cancel => core.out.notice("too late to cancel: the guest runs here"),
+            _ => {}
+        }
+        // Without `Closed` the journal stays for a source that comes again.
+        let over = !core.link.is_up() || core.now >= self.deadline;
+        if self.recorded && !self.closing && over {
+            return Ok(self.finish(core));
+        }
+        Ok(Phase::Ending(self))
+    }
+
+    fn recorded(&mut self, core: &mut Core) {
+        self.recorded = true;
+        self.tell(core);
+    }
+
+    fn tell(&mut self, core: &mut Core) {
+        self.deadline = core.now.after(core.setup.timeouts.silence);
+        match &self.failure {
+            None => core.send(Message::Whole { id: core.setup.id }),
+            Some(failure) => {
+                let reason = format!("{}: {}", core.setup.host, failure.what);
+                core.send(Message::Abort {
+                    code: AbortCode::Qemu,
+                    reason,
+                });
+            }
+        }
+    }
+
+    fn finish(self, core: &mut Core) -> Phase {
+        let state = match self.failure {
+            None => State::Completed,
+            Some(_) => State::Failed,
+        };
+        core.finish(state, self.failure);
+        Phase::Ended
+    }
+
+    pub(super) fn next(&self) -> Option<Time> {
+        (self.recorded && !self.closing).then_some(self.deadline)
+    }
+}

@@ -1,0 +1,295 @@
+//! Post-copy: the guest runs at the destination and depends on the memory here, which is served until it lacks nothing.
+//!
+//! ```text
+//! Up ──▶ Waiting ──▶ Connecting ──▶ Asked ──▶ Up         Whole, in Up or Asked: record it, done
+//!          ▲             │            │
+//!          └─────────────┴────────────┘  no connection, or not now
+//! ```
+//!
+//! Nothing is decided here: the transport answers the destination's reads by itself. This phase keeps the connection, says
+//! how things stand, and lets go of the memory when the destination, or the operator, says so.
+
+use std::time::Duration;
+
+use super::commit::refuse_cancel;
+use super::core::{Core, millis};
+use super::interface::{Input, Output, Resolution};
+use super::reasons::by_peer;
+use super::{Phase, Step};
+use crate::engine::event::{Report, State};
+use crate::engine::journal::Record;
+use crate::engine::{Failure, Fault, Time};
+use crate::wire::Message;
+
+/// The memory is served.
+#[derive(Debug)]
+pub(super) struct Serving {
+    contact: Contact,
+    /// How long to wait after the next failure.
+    backoff: Duration,
+    since: Time,
+    /// Since when the destination is away.
+    away: Option<Time>,
+    paused: Duration,
+}
+
+/// Where the connection stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Contact {
+    /// The destination fetches.
+    Up,
+    /// Until the next attempt.
+    Waiting { until: Time },
+    /// `ConnectAll` is under way.
+    Connecting,
+    /// `Serve` was sent.
+    Asked { deadline: Time },
+}
+
+impl Serving {
+    /// The guest runs at the destination, and that is recorded. `early` is what the destination has said since.
+    pub(super) fn begin(core: &mut Core, early: Option<Message>) -> Phase {
+        let mut serving = Serving {
+            contact: Contact::Up,
+            backoff: core.setup.timeouts.serve_first,
+            since: core.now,
+            away: None,
+            paused: Duration::ZERO,
+        };
+        if core.link.is_up() && core.has_data {
+            core.out.enter(State::Migrating);
+        } else {
+            serving.away(core);
+            serving.dial(core);
+        }
+        match early {
+            Some(message) => serving.handle(core, Input::Message(message)),
+            None => Phase::Serving(serving),
+        }
+    }
+
+    pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Phase {
+        match input {
+            Input::Message(message) => {
+                if let Some(ended) = self.message(core, message) {
+                    return self.release(core, ended);
+                }
+            }
+            Input::LinkLost(failure) if self.is_connected() => self.lost(core, &failure.what),
+            Input::Reconnected if self.contact == Contact::Connecting => {
+                core.link.restored(core.now);
+                core.send(Message::Serve { id: core.setup.id });
+                self.contact = Contact::Asked {
+                    deadline: core.now.after(core.setup.timeouts.silence),
+                };
+            }
+            Input::ReconnectFailed(why) if self.contact == Contact::Connecting => {
+                core.out
+                    .notice(format!("the destination cannot be reached yet: {why}"));
+                self.wait(core);
+            }
+            Input::Recover => self.recover(core),
+            Input::Resolve(Resolution::Abandon) if self.away.is_some() => {
+                core.decided(Ok(
+                    "the guest's memory here is let go of; QEMU keeps it until it is ended",
+                ));
+                return self.release(core, Some(abandoned()));
+            }
+            Input::Resolve(_) => core.nothing_to_resolve(
+                "the guest runs at the destination and depends on the memory here",
+                "wait until it lacks nothing; if the destination never comes back, `pagecopy resolve ID --abandon` lets go of it",
+            ),
+            Input::StartPostcopy => {
+                core.nothing_to_resolve("it has begun: the guest runs at the destination", "nothing");
+            }
+            Input::Cancel => refuse_cancel(core),
+            Input::QemuFailed(failure) => core.out.notice(format!(
+                "this host's QEMU has ended; the guest's memory is served on from its files: {}",
+                failure.what
+            )),
+            _ => {}
+        }
+        self.on_time(core);
+        Phase::Serving(self)
+    }
+
+    /// Returns how it ended, if it did: `Some(None)` well.
+    fn message(&mut self, core: &mut Core, message: Message) -> Option<Option<Failure>> {
+        core.link.heard(core.now);
+        match message {
+            Message::Whole { id } if id == core.setup.id => return Some(None),
+            Message::Abort { code, reason } => {
+                return Some(Some(Failure {
+                    remedy: "the guest has ended with its QEMU at the destination: start it anew"
+                        .to_owned(),
+                    ..by_peer(code, &reason).failure
+                }));
+            }
+            Message::Lacks { bytes } => {
+                let report = Report::Postcopy {
+                    lacking_bytes: bytes,
+                    faults: None,
+                };
+                core.out.push(Output::Report(report));
+            }
+            Message::Resumed if matches!(self.contact, Contact::Asked { .. }) => {
+                self.contact = Contact::Up;
+                self.backoff = core.setup.timeouts.serve_first;
+                self.end_of_pause(core);
+                core.has_data = true;
+                core.out.enter(State::Migrating);
+            }
+            Message::Answer { standing, .. } if matches!(self.contact, Contact::Asked { .. }) => {
+                let why = format!("it does not take the guest up yet ({standing:?})");
+                self.lost(core, &why);
+            }
+            Message::Ping { nonce } => core.send(Message::Pong { nonce }),
+            _ => {}
+        }
+        None
+    }
+
+    fn is_connected(&self) -> bool {
+        matches!(self.contact, Contact::Up | Contact::Asked { .. })
+    }
+
+    /// The connection is of no use any more.
+    fn lost(&mut self, core: &mut Core, why: &str) {
+        core.out.notice(format!(
+            "the destination is away: what the guest touches and lacks waits: {why}"
+        ));
+        self.away(core);
+        self.wait(core);
+    }
+
+    fn away(&mut self, core: &mut Core) {
+        core.link_lost();
+        self.away.get_or_insert(core.now);
+        core.out.enter(State::Paused);
+    }
+
+    fn end_of_pause(&mut self, core: &Core) {
+        if let Some(since) = self.away.take() {
+            self.paused += core.now.since(since);
+        }
+    }
+
+    fn wait(&mut self, core: &Core) {
+        self.contact = Contact::Waiting {
+            until: core.now.after(self.backoff),
+        };
+        self.backoff = self
+            .backoff
+            .saturating_mul(2)
+            .min(core.setup.timeouts.serve_most);
+    }
+
+    fn dial(&mut self, core: &mut Core) {
+        self.contact = Contact::Connecting;
+        core.out.push(Output::ConnectAll);
+    }
+
+    fn recover(&mut self, core: &mut Core) {
+        match self.contact {
+            Contact::Up => core.nothing_to_resolve("the hosts are connected", "nothing"),
+            Contact::Connecting | Contact::Asked { .. } => {
+                core.decided(Ok("the destination is being dialled at this moment"));
+            }
+            Contact::Waiting { .. } => {
+                core.decided(Ok("the destination is dialled now"));
+                self.backoff = core.setup.timeouts.serve_first;
+                self.dial(core);
+            }
+        }
+    }
+
+    fn on_time(&mut self, core: &mut Core) {
+        let timeouts = core.setup.timeouts;
+        match self.contact {
+            Contact::Up => {
+                if core.now >= core.link.deadline(timeouts.silence) {
+                    self.lost(core, "it has been silent for too long");
+                } else if let Some(ping) = core.link.ping(core.now, timeouts.ping_every) {
+                    core.send(ping);
+                }
+            }
+            Contact::Asked { deadline } if core.now >= deadline => {
+                self.lost(core, "it does not answer");
+            }
+            Contact::Waiting { until } if core.now >= until => self.dial(core),
+            _ => {}
+        }
+    }
+
+    pub(super) fn next(&self, core: &Core) -> Option<Time> {
+        match self.contact {
+            Contact::Up => Some(core.next_watch()),
+            Contact::Waiting { until: at } | Contact::Asked { deadline: at } => Some(at),
+            Contact::Connecting => None,
+        }
+    }
+
+    /// Nothing here is needed any more; that is being recorded.
+    fn release(mut self, core: &mut Core, failure: Option<Failure>) -> Phase {
+        self.end_of_pause(core);
+        core.figures.postcopy_ms = Some(millis(core.now.since(self.since)));
+        core.figures.paused_ms = Some(millis(self.paused));
+        core.journal(Record::Released);
+        Phase::Releasing(Releasing { failure })
+    }
+}
+
+/// `Released` is being recorded.
+#[derive(Debug)]
+pub(super) struct Releasing {
+    /// Why the guest does not run at the destination, whole.
+    failure: Option<Failure>,
+}
+
+impl Releasing {
+    pub(super) fn handle(self, core: &mut Core, input: Input) -> Step {
+        match input {
+            Input::Journaled(Record::Released) => {
+                if core.link.is_up() {
+                    core.send(Message::Closed);
+                }
+            }
+            // Without the record nobody may be told that we will not come again.
+            Input::JournalFailed(Record::Released, failure) => {
+                core.out
+                    .notice(format!("the journal could not be closed: {}", failure.what));
+            }
+            Input::LinkLost(_) => {
+                core.link_lost();
+                return Ok(Phase::Releasing(self));
+            }
+            Input::Cancel => {
+                refuse_cancel(core);
+                return Ok(Phase::Releasing(self));
+            }
+            Input::Resolve(_) | Input::Recover | Input::StartPostcopy => {
+                core.nothing_to_resolve("this migration is ending", "nothing");
+                return Ok(Phase::Releasing(self));
+            }
+            _ => return Ok(Phase::Releasing(self)),
+        }
+        core.out.push(Output::Detach);
+        if core.setup.options.quit_source && self.failure.is_none() {
+            core.out.push(Output::QuitGuest);
+        }
+        let state = match self.failure {
+            None => State::Completed,
+            Some(_) => State::Failed,
+        };
+        core.finish(state, self.failure);
+        Ok(Phase::Ended)
+    }
+}
+
+fn abandoned() -> Failure {
+    Failure::new(
+        Fault::Operator,
+        "the operator let go of the guest's memory here while the guest still lacked some of it",
+        "at the destination, `pagecopy resolve ID --poison --peer-fenced` lets the guest go on without what it lacks, or end its QEMU",
+    )
+}
