@@ -9,11 +9,12 @@
 //!
 //! ```text
 //! driver: a page fault        ──▶ fault()    Map: it is here, map it. Fetch, Wait: it will come
-//!         a channel has room  ──▶ next()     what to read, and under which number
+//!         a channel has room  ──▶ next()     what to read, and under which number; the rest as much as `Pace` lets go
 //!         a read has ended    ──▶ arrived()  mark these pages as received, then map them (but the held one)
 //!         the connection ends ──▶ lost()     what was on its way lacks again; call it when nothing can arrive any more
 //! ```
 
+pub mod pace;
 mod window;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -141,13 +142,20 @@ impl Puller {
 
     /// The next request of class `class` or a more urgent one; `None` when there is none now.
     pub fn next(&mut self, class: Class) -> Option<Request> {
+        self.next_within(class, MAX_BATCH_BYTES)
+    }
+
+    /// The same; what nobody waits for, and is near nothing that somebody waited for, in requests of at most `most` bytes
+    /// (but at least one page): see [`Pace`](pace::Pace).
+    pub fn next_within(&mut self, class: Class, most: u64) -> Option<Request> {
         let (class, runs) = if let Some(run) = self.demand.pop_front() {
             (Class::Demand, vec![run])
         } else if let Some(run) = self.neighbours.pop_front_if(|_| class >= Class::Neighbour) {
             (Class::Neighbour, vec![run])
         } else if class == Class::Rest {
             let mut runs = Vec::new();
-            self.lacking.take(MAX_RUNS, MAX_BATCH_BYTES, &mut runs);
+            self.lacking
+                .take(MAX_RUNS, most.min(MAX_BATCH_BYTES), &mut runs);
             self.note_claimed(&runs);
             (Class::Rest, runs)
         } else {

@@ -312,3 +312,15 @@ fn only_what_lacks_is_fetched() {
     assert!(puller.is_whole());
     assert!(Puller::new(&specs(4096), &[run(0, 2999, 2)]).is_err());
 }
+
+#[test]
+fn the_rest_comes_in_requests_as_small_as_asked_for() {
+    let mut puller = Puller::new(&specs(4096), &everything()).unwrap();
+    let bytes = |request: Request| request.runs.iter().map(|run| run.pages * 4096).sum::<u64>();
+    let small = puller.next_within(Class::Rest, 16 << 10).unwrap();
+    assert_eq!(bytes(small), 16 << 10);
+    let page = puller.next_within(Class::Rest, 1).unwrap();
+    assert_eq!(bytes(page), 4096);
+    let large = puller.next_within(Class::Rest, u64::MAX).unwrap();
+    assert_eq!(bytes(large), MAX_BATCH_BYTES);
+}

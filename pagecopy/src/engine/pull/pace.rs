@@ -1,0 +1,387 @@
+//! How much of the background is on its way at once: enough to keep the link full, and so little that a page which
+//! somebody waits for finds no queue before it.
+//!
+//! Demand faults go first in every queue of both hosts, but not in those of the network between them: what was asked for
+//! before lies there before them. So the background keeps these queues short. As in TCP Vegas the time of a reply tells
+//! their length: what it takes longer than the shortest reply did, its bytes have waited. The window of bytes on their way
+//! is doubled at first and then grown while that wait is short, and shrunk when it is long:
+//!
+//! ```text
+//!   no wait        ─── short ───┤ keep ├─── long ───▶ a reply's wait behind others
+//!   double, later grow                     shrink until the wait is in the middle
+//! ```
+//!
+//! Once in a while the window is small for a moment, so that the queue empties and the shortest reply is measured anew: the
+//! path may have become another.
+
+use std::time::Duration;
+
+use crate::engine::Time;
+use crate::limits::MAX_BATCH_BYTES;
+
+/// Bytes on their way at least, and at first.
+pub const MIN_WINDOW_BYTES: u64 = 64 << 10;
+/// Bytes on their way at most: 100 Gbit/s over 20 ms.
+pub const MAX_WINDOW_BYTES: u64 = 256 << 20;
+/// The smallest request.
+const MIN_REQUEST_BYTES: u64 = 16 << 10;
+/// So many requests make a window: while one is answered, the others keep the link full.
+const REQUESTS: u64 = 8;
+/// A wait below this is no queue but a host that was busy…
+const NOISE: Duration = Duration::from_micros(20);
+/// …and one above this is a queue.
+const QUEUE: Duration = Duration::from_micros(60);
+/// How often the shortest reply is measured anew.
+const MEASURE_EVERY: Duration = Duration::from_secs(10);
+
+/// The background's window.
+#[derive(Clone, Debug)]
+pub struct Pace {
+    window: u64,
+    /// The shortest reply: what one takes that waits for nothing.
+    base: Option<Duration>,
+    /// The window has not met a queue yet.
+    doubles: bool,
+    measuring: Measuring,
+    measured_at: Time,
+    epoch: Epoch,
+}
+
+/// Whether the shortest reply is being measured anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Measuring {
+    No,
+    /// The window is small, and the queue empties.
+    Emptying {
+        window: u64,
+    },
+    /// It is empty.
+    Now {
+        window: u64,
+    },
+}
+
+/// A window's worth of replies.
+#[derive(Clone, Copy, Debug, Default)]
+struct Epoch {
+    /// What was asked for since then belongs to it.
+    begun: Time,
+    bytes: u64,
+    shortest: Option<Duration>,
+    /// The window was used up: what was measured is about the window, and not about who asked for less.
+    used_up: bool,
+}
+
+impl Default for Pace {
+    fn default() -> Pace {
+        Pace::new()
+    }
+}
+
+impl Pace {
+    /// For a connection of which nothing is known.
+    pub fn new() -> Pace {
+        Pace {
+            window: MIN_WINDOW_BYTES,
+            base: None,
+            doubles: true,
+            measuring: Measuring::No,
+            measured_at: Time(0),
+            epoch: Epoch::default(),
+        }
+    }
+
+    /// How many bytes the next request of the background may have when so many are on their way; `None`: wait for a reply.
+    /// A page that is larger may be asked for all the same.
+    pub fn may_request(&mut self, in_flight_bytes: u64) -> Option<u64> {
+        let pages = 4096;
+        let request =
+            (self.window / REQUESTS / pages * pages).clamp(MIN_REQUEST_BYTES, MAX_BATCH_BYTES);
+        let room = self.window.saturating_sub(in_flight_bytes);
+        if room < request && in_flight_bytes > 0 {
+            self.epoch.used_up = true;
+            return None;
+        }
+        Some(request)
+    }
+
+    /// A request of the background was answered whole.
+    pub fn on_reply(&mut self, now: Time, sent_at: Time, bytes: u64) {
+        let took = now.since(sent_at);
+        if self.base.is_none() {
+            self.measured_at = now;
+        }
+        if self.base.is_none_or(|base| took < base) {
+            self.base = Some(took);
+        }
+        // An older one tells of the window before.
+        if sent_at < self.epoch.begun {
+            return;
+        }
+        let epoch = &mut self.epoch;
+        epoch.bytes += bytes;
+        epoch.shortest = Some(epoch.shortest.map_or(took, |shortest| shortest.min(took)));
+        if epoch.bytes >= self.window {
+            self.adjust(now);
+            self.epoch = Epoch {
+                begun: now,
+                ..Epoch::default()
+            };
+        }
+    }
+
+    /// Bytes that may be on their way.
+    pub fn window_bytes(&self) -> u64 {
+        self.window
+    }
+
+    /// What a reply takes that waits for nothing, as far as is known.
+    pub fn base(&self) -> Option<Duration> {
+        self.base
+    }
+
+    /// A window's worth of replies has come.
+    fn adjust(&mut self, now: Time) {
+        let (Some(base), Some(shortest)) = (self.base, self.epoch.shortest) else {
+            return;
+        };
+        match self.measuring {
+            Measuring::Emptying { window } => self.measuring = Measuring::Now { window },
+            Measuring::Now { window } => {
+                self.base = Some(shortest);
+                self.measured_at = now;
+                self.measuring = Measuring::No;
+                self.window = window;
+            }
+            Measuring::No if now.since(self.measured_at) >= MEASURE_EVERY => {
+                self.measuring = Measuring::Emptying {
+                    window: self.window,
+                };
+                self.window = (self.window / 4).max(MIN_REQUEST_BYTES);
+            }
+            Measuring::No => self.follow(base, shortest.saturating_sub(base)),
+        }
+    }
+
+    fn follow(&mut self, base: Duration, wait: Duration) {
+        let short = (base / 4).max(NOISE);
+        let long = (base / 4 * 3).max(QUEUE);
+        if wait > long {
+            self.doubles = false;
+            let middle = base + (short + long) / 2;
+            // The wait grows with the window: by so much less it will be in the middle.
+            let share = middle.as_secs_f64() / (base + wait).as_secs_f64();
+            self.window = bounded(part(self.window, share.max(0.5)));
+        } else if wait > short {
+            self.doubles = false;
+        } else if self.epoch.used_up {
+            self.window = bounded(if self.doubles {
+                self.window * 2
+            } else {
+                self.window + self.window / 8
+            });
+        }
+    }
+}
+
+fn bounded(window: u64) -> u64 {
+    window.clamp(MIN_WINDOW_BYTES, MAX_WINDOW_BYTES)
+}
+
+/// A share of a window.
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a float cast saturates, and neither factor is negative"
+)]
+fn part(window: u64, share: f64) -> u64 {
+    (window as f64 * share) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    /// Reads over a link: each takes half a round trip to the source, waits until the link has carried the replies before
+    /// its own, is carried, and takes the other half.
+    struct Link {
+        bytes_s: f64,
+        round_trip: Duration,
+        free_at: Time,
+        noise: u64,
+        /// A host is busy for up to so long with a reply.
+        jitter: Duration,
+    }
+
+    impl Link {
+        fn new(gbit_s: f64, round_trip: Duration) -> Link {
+            Link {
+                bytes_s: gbit_s * 1e9 / 8.0,
+                round_trip,
+                free_at: Time(0),
+                noise: 1,
+                jitter: Duration::ZERO,
+            }
+        }
+
+        /// When the reply to a read of so many bytes is here.
+        fn read(&mut self, now: Time, bytes: u64) -> Time {
+            let asked = now.after(self.round_trip / 2);
+            let carried = Duration::from_secs_f64(bytes as f64 / self.bytes_s);
+            self.free_at = self.free_at.max(asked).after(carried);
+            self.noise = self
+                .noise
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            let share = (self.noise >> 40) as f64 / f64::from(1 << 24);
+            self.free_at
+                .after(self.round_trip / 2)
+                .after(self.jitter.mul_f64(share))
+        }
+    }
+
+    /// What a link did.
+    #[derive(Debug)]
+    struct Seen {
+        /// Of what the link could carry.
+        used: f64,
+        /// A page fault's time without anything else on the link, and with the background that of the worst of 100.
+        alone: Duration,
+        p99: Duration,
+        most_window: u64,
+    }
+
+    /// Keeps the link busy from `from` to `until`; every now and then a page is waited for.
+    fn drive(pace: &mut Pace, link: &mut Link, from: Time, until: Time) -> Seen {
+        let alone = Link::new(link.bytes_s * 8.0 / 1e9, link.round_trip).read(Time(0), 4096);
+        let (mut now, mut in_flight, mut done) = (from, 0, 0);
+        let mut replies = VecDeque::<(Time, Time, u64)>::new();
+        let mut faults = Vec::new();
+        let every = Duration::from_micros(7_919);
+        let mut next_fault = from.after(every);
+        let mut most_window = 0;
+        while now < until {
+            while let Some(bytes) = pace.may_request(in_flight) {
+                let here = link.read(now, bytes);
+                let last = replies.back().map_or(here, |(last, ..)| here.max(*last));
+                replies.push_back((last, now, bytes));
+                in_flight += bytes;
+            }
+            most_window = most_window.max(pace.window_bytes());
+            let (here, sent_at, bytes) = *replies.front().unwrap();
+            if next_fault < here {
+                now = next_fault;
+                faults.push(link.read(now, 4096).since(now));
+                next_fault = now.after(every);
+                continue;
+            }
+            replies.pop_front();
+            now = here;
+            in_flight -= bytes;
+            done += bytes;
+            pace.on_reply(now, sent_at, bytes);
+        }
+        // What is still under way is let go of.
+        link.free_at = Time(0);
+        faults.sort();
+        Seen {
+            used: done as f64 / until.since(from).as_secs_f64() / link.bytes_s,
+            alone: alone.since(Time(0)),
+            p99: faults[faults.len() * 99 / 100],
+            most_window,
+        }
+    }
+
+    const SECOND: u64 = 1_000_000_000;
+
+    /// 1 Gbit/s in one rack, 10 Gbit/s between two cities, 30 Gbit/s on one host.
+    fn links() -> [Link; 3] {
+        [
+            Link::new(1.0, Duration::from_micros(200)),
+            Link::new(10.0, Duration::from_millis(20)),
+            Link::new(30.0, Duration::from_micros(50)),
+        ]
+    }
+
+    #[test]
+    fn the_link_is_full_and_a_fault_takes_at_most_three_times_as_long() {
+        for mut link in links() {
+            let mut pace = Pace::new();
+            let begin = drive(&mut pace, &mut link, Time(0), Time(2 * SECOND));
+            assert!(begin.used > 0.8, "{begin:?}");
+            let seen = drive(&mut pace, &mut link, Time(2 * SECOND), Time(6 * SECOND));
+            assert!(seen.used > 0.95, "{seen:?}");
+            assert!(seen.p99 < seen.alone * 3, "{seen:?}");
+        }
+    }
+
+    #[test]
+    fn it_holds_when_hosts_are_busy_now_and_then() {
+        for mut link in links() {
+            link.jitter = link.round_trip / 4;
+            let mut pace = Pace::new();
+            drive(&mut pace, &mut link, Time(0), Time(2 * SECOND));
+            let seen = drive(&mut pace, &mut link, Time(2 * SECOND), Time(6 * SECOND));
+            assert!(seen.used > 0.9, "{seen:?}");
+            assert!(seen.p99 < (seen.alone + link.jitter) * 3, "{seen:?}");
+        }
+    }
+
+    #[test]
+    fn a_path_that_becomes_longer_or_shorter_is_measured_anew() {
+        for (before, after) in [(200, 2_000), (2_000, 200)] {
+            let mut pace = Pace::new();
+            let mut link = Link::new(10.0, Duration::from_micros(before));
+            drive(&mut pace, &mut link, Time(0), Time(2 * SECOND));
+            link.round_trip = Duration::from_micros(after);
+            // As long as it takes to notice, and some more.
+            drive(&mut pace, &mut link, Time(2 * SECOND), Time(15 * SECOND));
+            let seen = drive(&mut pace, &mut link, Time(15 * SECOND), Time(20 * SECOND));
+            assert!(seen.used > 0.9, "{before} to {after} us: {seen:?}");
+            assert!(
+                seen.p99 < seen.alone * 3,
+                "{before} to {after} us: {seen:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_window_keeps_within_its_limits() {
+        let mut pace = Pace::new();
+        let mut far = Link::new(400.0, Duration::from_secs(1));
+        let seen = drive(&mut pace, &mut far, Time(0), Time(60 * SECOND));
+        assert_eq!(seen.most_window, MAX_WINDOW_BYTES);
+        let mut pace = Pace::new();
+        let mut slow = Link::new(0.01, Duration::from_millis(1));
+        drive(&mut pace, &mut slow, Time(0), Time(20 * SECOND));
+        assert_eq!(pace.window_bytes(), MIN_WINDOW_BYTES);
+    }
+
+    #[test]
+    fn who_asks_for_little_is_given_no_larger_window() {
+        let mut pace = Pace::new();
+        for round in 0..10_000 {
+            let sent_at = Time(round * 1_000_000);
+            let bytes = pace.may_request(0).unwrap();
+            pace.on_reply(sent_at.after(Duration::from_micros(200)), sent_at, bytes);
+        }
+        assert_eq!(pace.window_bytes(), MIN_WINDOW_BYTES);
+    }
+
+    #[test]
+    fn several_requests_make_a_window_and_one_may_always_go() {
+        let mut pace = Pace::new();
+        let mut in_flight = 0;
+        let mut requests = 0;
+        while let Some(bytes) = pace.may_request(in_flight) {
+            in_flight += bytes;
+            requests += 1;
+        }
+        assert_eq!((requests, in_flight), (4, MIN_WINDOW_BYTES));
+        assert_eq!(pace.may_request(2 << 20), None);
+        assert!(pace.may_request(0).is_some());
+    }
+}
