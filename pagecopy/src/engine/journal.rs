@@ -382,4 +382,89 @@ mod tests {
         assert!(has_to_tell(&[TakenBack, RolledBack]) && !has_to_tell(&[TakenBack, Told]));
         assert_eq!(standing_for(None), Standing::NoJournal);
     }
+
+    /// What a daemon that is started anew has to do for the guest of a post-copy.
+    #[test]
+    fn a_source_is_needed_until_it_is_released() {
+        use Record::{
+            Aborted, Armed, Closed, CommitIntent, Committed, GuestMoved, Released, RolledBack,
+            Running, Serving, Whole,
+        };
+        let serving = || Serving {
+            blocks: Vec::new(),
+            ram: Vec::new(),
+        };
+        let armed = || Armed {
+            inside: vec![7, 9],
+            blocks: Vec::new(),
+        };
+        let source = [
+            (vec![serving()], Outcome::NotHere, Postcopy::Open, false),
+            (
+                vec![serving(), CommitIntent],
+                Outcome::Open,
+                Postcopy::Open,
+                false,
+            ),
+            (
+                vec![serving(), CommitIntent, RolledBack],
+                Outcome::NotHere,
+                Postcopy::Open,
+                true,
+            ),
+            (
+                vec![serving(), CommitIntent, GuestMoved],
+                Outcome::Here,
+                Postcopy::Open,
+                false,
+            ),
+            (
+                vec![serving(), CommitIntent, GuestMoved, Released],
+                Outcome::Here,
+                Postcopy::Over,
+                true,
+            ),
+            (
+                vec![CommitIntent, GuestMoved],
+                Outcome::Here,
+                Postcopy::No,
+                true,
+            ),
+        ];
+        for (records, expected, depends, settled) in source {
+            let records = [vec![begun(Side::Source)], records].concat();
+            let found = (outcome(&records), postcopy(&records), is_settled(&records));
+            assert_eq!(found, (expected, depends, settled), "{records:?}");
+            assert_eq!(decode(&written(&records)).unwrap().records, records);
+        }
+        let destination = [
+            (vec![armed()], Standing::Unknown, Postcopy::Open),
+            (vec![armed(), Aborted], Standing::Aborted, Postcopy::Open),
+            (
+                vec![armed(), Committed],
+                Standing::Committed,
+                Postcopy::Open,
+            ),
+            (
+                vec![armed(), Committed, Running],
+                Standing::Running,
+                Postcopy::Open,
+            ),
+            (
+                vec![armed(), Committed, Running, Whole],
+                Standing::Running,
+                Postcopy::Over,
+            ),
+            (
+                vec![armed(), Committed, Running, Whole, Closed],
+                Standing::Running,
+                Postcopy::Over,
+            ),
+        ];
+        for (records, standing, depends) in destination {
+            let records = [vec![begun(Side::Destination)], records].concat();
+            assert_eq!(standing_for(Some(&records)), standing, "{records:?}");
+            assert_eq!(postcopy(&records), depends, "{records:?}");
+        }
+    }
 }

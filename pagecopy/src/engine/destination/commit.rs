@@ -69,6 +69,9 @@ fn after_commit(core: &mut Core, input: Input) {
             core.stop_serving();
         }
         Input::Poison { .. } => core.nothing_to_poison(),
+        Input::Lacks { bytes, .. } => core.lacks = bytes,
+        // A small guest lacks nothing before it has run for a moment.
+        Input::Whole => core.whole = true,
         Input::Message(Message::Ping { nonce }) => core.send(Message::Pong { nonce }),
         _ => {}
     }

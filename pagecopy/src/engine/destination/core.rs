@@ -27,6 +27,10 @@ pub(super) struct Core {
     pub(super) armed: bool,
     /// Whether pages are being fetched.
     pub(super) pulls: bool,
+    /// Bytes that lack, as last heard.
+    pub(super) lacks: u64,
+    /// Nothing lacks any more, and QEMU's memory was let go of.
+    pub(super) whole: bool,
     /// Whether digests are compared.
     pub(super) verify: bool,
     /// Whether a `Hello` came: before it there is nothing to record.
@@ -46,6 +50,8 @@ impl Core {
             postcopy: false,
             armed: false,
             pulls: false,
+            lacks: 0,
+            whole: false,
             verify: false,
             greeted: false,
             qemu_used: false,
@@ -129,6 +135,14 @@ impl Core {
             }
             Input::Poison { .. } => {
                 self.nothing_to_poison();
+                Ok(None)
+            }
+            Input::Lacks { bytes, .. } => {
+                self.lacks = bytes;
+                Ok(None)
+            }
+            Input::Whole => {
+                self.whole = true;
                 Ok(None)
             }
             Input::QemuFailed(failure) => Err(End::new(AbortCode::Qemu, failure)),

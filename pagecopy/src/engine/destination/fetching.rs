@@ -15,8 +15,6 @@ use crate::wire::{AbortCode, Message};
 /// The guest runs, and lacks pages.
 #[derive(Debug)]
 pub(super) struct Fetching {
-    /// Bytes that lack, as last heard.
-    lacks: u64,
     /// The operator's word to go on without what lacks is being carried out.
     poisoning: bool,
 }
@@ -26,36 +24,37 @@ impl Fetching {
     pub(super) fn begin(core: &mut Core) -> Phase {
         core.send(Message::Running);
         core.journal(Record::Running);
-        Fetching::enter(core, 0)
+        if core.whole {
+            return Ending::begin(core, None);
+        }
+        Fetching::enter(core)
     }
 
     /// After a restart of the daemon: there is no connection.
     pub(super) fn resume(core: &mut Core, lacks: u64) -> Phase {
-        Fetching::enter(core, lacks)
+        core.lacks = lacks;
+        Fetching::enter(core)
     }
 
-    fn enter(core: &mut Core, lacks: u64) -> Phase {
+    fn enter(core: &mut Core) -> Phase {
         core.out.enter(if core.pulls {
             State::Migrating
         } else {
             State::Paused
         });
-        Phase::Fetching(Fetching {
-            lacks,
-            poisoning: false,
-        })
+        Phase::Fetching(Fetching { poisoning: false })
     }
 
     pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
         match input {
-            Input::Lacks { bytes, faults } => self.progress(core, bytes, faults),
+            Input::Lacks { bytes, faults } => Self::progress(core, bytes, faults),
             Input::Whole => return Ok(Ending::begin(core, None)),
             Input::Served => {
                 core.link.restored(core.now);
-                core.pulls = true;
-                core.send(Message::Resumed);
-                core.out.push(Output::Pull);
-                core.out.enter(State::Migrating);
+                // What the guest goes on without is not fetched any more; then it is whole, and says so.
+                if !self.poisoning {
+                    fetch_on(core);
+                }
             }
             Input::PullFailed(failure) => {
                 core.out.notice(format!(
@@ -91,6 +90,9 @@ impl Fetching {
             Input::HostFailed(failure) if self.poisoning => {
                 self.poisoning = false;
                 core.out.push(Output::Decided(Err(failure)));
+                if core.link.is_up() {
+                    fetch_on(core);
+                }
             }
             Input::Message(message) => self.message(core, message),
             Input::Cancel => core.out.notice("too late to cancel: the guest runs here"),
@@ -122,8 +124,8 @@ impl Fetching {
         }
     }
 
-    fn progress(&mut self, core: &mut Core, bytes: u64, faults: FaultFigures) {
-        self.lacks = bytes;
+    fn progress(core: &mut Core, bytes: u64, faults: FaultFigures) {
+        core.lacks = bytes;
         if core.pulls {
             core.send(Message::Lacks { bytes });
         }
@@ -146,7 +148,7 @@ impl Fetching {
             Some(refuse(
                 format!(
                     "{} bytes of the guest's memory are at the source only, and would be lost",
-                    self.lacks
+                    core.lacks
                 ),
                 "bring the source's pagecopyd back. Only if its memory is gone for good (powered off), say so by adding \
                  `--peer-fenced`",
@@ -162,6 +164,14 @@ impl Fetching {
             }
         }
     }
+}
+
+/// Over the connection that has come.
+fn fetch_on(core: &mut Core) {
+    core.pulls = true;
+    core.send(Message::Resumed);
+    core.out.push(Output::Pull);
+    core.out.enter(State::Migrating);
 }
 
 fn guest_lost(why: &Failure) -> Failure {

@@ -69,8 +69,8 @@ impl Destination {
     }
 
     /// Takes a migration up again after a crash of the daemon whose journal says `Committed` and not yet `Running`: runs
-    /// the guest (`cont` on one that runs already does nothing), then says and records so. Of the set-up, only `timeouts`
-    /// matters.
+    /// the guest (`cont` on one that runs already does nothing), then says and records so. Of the set-up, `id`,
+    /// `host` and `timeouts` matter.
     ///
     /// To be called when the source's `Query` has come, with that connection, and not before: a source that asks has not
     /// taken the guest back. A source whose operator has taken it back never asks.
@@ -123,6 +123,12 @@ impl Destination {
             Phase::Ending(phase) => phase.next(),
             Phase::Committing(_) | Phase::Aborting(_) | Phase::Ended => None,
         }
+    }
+
+    /// Whether a source that comes with `Serve` can be given over by [`Input::Served`] now. Otherwise the journal says what
+    /// it is answered.
+    pub fn takes_serve(&self) -> bool {
+        matches!(self.phase, Phase::Fetching(_) | Phase::Ending(_))
     }
 
     /// The state as a person sees it.

@@ -53,6 +53,12 @@ struct DeviceState {
     whole: bool,
 }
 
+impl DeviceState {
+    fn is_not_begun(&self) -> bool {
+        self.bytes == 0 && !self.whole
+    }
+}
+
 impl Receive {
     pub(super) fn new(core: &Core) -> Receive {
         Receive {
@@ -150,7 +156,9 @@ impl Receive {
                 self.device_state.crc = crc32c::crc32c_append(self.device_state.crc, &bytes);
                 core.out.push(Output::KeepDeviceState(bytes));
             }
-            (Message::DeviceStateEnd { bytes, crc }, Some(_), _) if !self.device_state.whole => {
+            (Message::DeviceStateEnd { bytes, crc }, Some(_), _)
+                if !self.device_state.whole && !matches!(self.lacking, Lacking::Some(_)) =>
+            {
                 if (bytes, crc) != (self.device_state.bytes, self.device_state.crc) {
                     return Err(End::protocol(format!(
                         "the device state arrived changed: {} bytes with checksum {:08x}, sent were {bytes} with {crc:08x}",
@@ -189,7 +197,7 @@ impl Receive {
     }
 
     fn lacks(&mut self, core: &Core, block: BlockId, first: u64, words: &[u64]) -> Result<(), End> {
-        if matches!(self.lacking, Lacking::None) && self.device_state.bytes == 0 {
+        if matches!(self.lacking, Lacking::None) && self.device_state.is_not_begun() {
             self.lacking = Lacking::Some(Bitmap::new(&core.blocks));
         }
         let Lacking::Some(bitmap) = &mut self.lacking else {
@@ -204,7 +212,7 @@ impl Receive {
 
     fn lacks_no_more(&mut self, core: &Core, pages: u64) -> Result<(), End> {
         let bitmap = match std::mem::replace(&mut self.lacking, Lacking::None) {
-            Lacking::None if self.device_state.bytes == 0 => Bitmap::new(&core.blocks),
+            Lacking::None if self.device_state.is_not_begun() => Bitmap::new(&core.blocks),
             Lacking::Some(bitmap) => bitmap,
             _ => return Err(End::protocol("LackingEnd came twice or after DeviceState")),
         };
@@ -244,6 +252,7 @@ impl Receive {
         {
             core.armed = true;
             core.pulls = true;
+            core.lacks = lacking.bytes();
             core.out.push(Output::Arm { lacking });
         }
     }

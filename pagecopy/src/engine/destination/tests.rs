@@ -10,6 +10,8 @@ use crate::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
 use crate::memory::{BlockId, BlockSpec, Run};
 use crate::wire::{AbortCode, Message, Standing, VERSION_MAX, tests::one_of_each};
 
+mod postcopy;
+
 const NOW: Time = Time(1);
 
 fn ram(name: &str, mib: u64) -> BlockSpec {

@@ -236,7 +236,8 @@ pub enum Output {
     /// `Reconnected` or `ReconnectFailed`.
     Connect,
     /// Post-copy: let go of the connection that there was, and make control and data channels anew, with RAM open to the
-    /// peer's reads. Answer: `Reconnected` or `ReconnectFailed`.
+    /// peer's reads. Answer: `Reconnected` or `ReconnectFailed`; the latter, too, when a daemon that was started anew
+    /// cannot open the RAM files: people may see to that, or let go.
     ConnectAll,
     /// Answer to [`Input::Resolve`], `StartPostcopy`, `Recover`: what is done, or why it is refused.
     Decided(Result<String, Failure>),

@@ -57,6 +57,8 @@ impl Serving {
             paused: Duration::ZERO,
         };
         if core.link.is_up() && core.has_data {
+            // The journal's disk may have been slow.
+            core.link.heard(core.now);
             core.out.enter(State::Migrating);
         } else {
             serving.away(core);
@@ -193,6 +195,7 @@ impl Serving {
         match self.contact {
             Contact::Up => core.nothing_to_resolve("the hosts are connected", "nothing"),
             Contact::Connecting | Contact::Asked { .. } => {
+                self.backoff = core.setup.timeouts.serve_first;
                 core.decided(Ok("the destination is being dialled at this moment"));
             }
             Contact::Waiting { .. } => {

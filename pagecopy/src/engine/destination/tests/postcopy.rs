@@ -1,0 +1,306 @@
+//! Post-copy at the destination: what must come before what, and what the operator may do about pages that never come.
+
+use super::*;
+use crate::engine::bitmap::Bitmap;
+use crate::engine::event::FaultFigures;
+
+fn lacking(words: Vec<u64>) -> Input {
+    let (block, first) = (0, 64);
+    Input::Message(Message::Lacking {
+        block,
+        first,
+        words,
+    })
+}
+
+fn lacking_end(pages: u64) -> Input {
+    Input::Message(Message::LackingEnd { pages })
+}
+
+fn barrier(channel: u16) -> Input {
+    Input::Barrier {
+        channel: ChannelId(channel),
+        round: 0,
+        zero_bytes: 0,
+    }
+}
+
+fn device_state() -> [Input; 2] {
+    let bytes = Bytes::from_static(b"state");
+    let crc = crc32c::crc32c(&bytes);
+    [
+        Input::Message(Message::DeviceState(bytes)),
+        Input::Message(Message::DeviceStateEnd { bytes: 5, crc }),
+    ]
+}
+
+fn lacks(bytes: u64) -> Input {
+    let faults = FaultFigures::default();
+    Input::Lacks { bytes, faults }
+}
+
+/// A destination with two data channels that is told in this order what comes.
+fn told(inputs: impl IntoIterator<Item = Input>) -> (Destination, Vec<Output>) {
+    let mut setup = setup(vec![ram("a", 8), ram("b", 4)]);
+    setup.data_channels = 2;
+    let mut destination = Destination::new(setup, NOW);
+    let hello = hello(vec![ram("a", 8), ram("b", 4)]);
+    let before = [
+        Input::Message(hello),
+        Input::Prepared,
+        Input::Message(Message::Stopped { final_round: 0 }),
+    ];
+    for input in before.into_iter().chain(inputs) {
+        destination.handle(NOW, input);
+    }
+    let outputs = outputs(&mut destination);
+    (destination, outputs)
+}
+
+fn armed() -> Record {
+    Record::Armed {
+        inside: vec![7],
+        blocks: vec![ram("a", 8), ram("b", 4)],
+    }
+}
+
+/// Two pages lack, and everything is ready but that page faults wait.
+fn arming() -> (Destination, Vec<Output>) {
+    let [state, end] = device_state();
+    told([
+        lacking(vec![5]),
+        lacking_end(2),
+        state,
+        end,
+        barrier(1),
+        barrier(2),
+    ])
+}
+
+/// The guest is about to run.
+fn starting() -> Destination {
+    let (mut destination, _) = arming();
+    for input in [
+        Input::Armed { inside: vec![7] },
+        Input::Journaled(armed()),
+        Input::DeviceStateLoaded,
+        Input::Message(Message::Commit),
+        Input::Journaled(Record::Committed),
+    ] {
+        destination.handle(NOW, input);
+    }
+    assert_eq!(phase(&destination), "Starting");
+    outputs(&mut destination);
+    destination
+}
+
+fn fetching() -> Destination {
+    let mut destination = starting();
+    destination.handle(NOW, Input::GuestRunning);
+    assert_eq!(phase(&destination), "Fetching");
+    outputs(&mut destination);
+    destination
+}
+
+fn paused() -> Destination {
+    let mut destination = fetching();
+    let lost = Failure::new(Fault::Network, "cut", "");
+    destination.handle(NOW, Input::LinkLost(lost));
+    assert_eq!(outputs(&mut destination)[0], Output::StopPulling);
+    destination
+}
+
+fn sent(outputs: &[Output]) -> Vec<&'static str> {
+    let name = |output: &Output| match output {
+        Output::Send(message) => Some(message.name()),
+        _ => None,
+    };
+    outputs.iter().filter_map(name).collect()
+}
+
+#[test]
+fn qemu_loads_only_when_page_faults_wait_and_that_is_on_disk() {
+    let (mut destination, asked) = arming();
+    let mut expected = Bitmap::new(&[ram("a", 8), ram("b", 4)]);
+    for first in [64, 66] {
+        let run = Run {
+            block: BlockId(0),
+            first,
+            pages: 1,
+        };
+        expected.insert(run).unwrap();
+    }
+    assert!(asked.contains(&Output::Arm { lacking: expected }));
+    assert!(!asked.contains(&Output::LoadDeviceState));
+    destination.handle(NOW, Input::Armed { inside: vec![7] });
+    assert_eq!(outputs(&mut destination), [Output::Journal(armed())]);
+    destination.handle(NOW, Input::Journaled(armed()));
+    assert_eq!(outputs(&mut destination), [Output::LoadDeviceState]);
+}
+
+/// Nothing orders the barriers against the control channel: what is armed is armed when both are there.
+#[test]
+fn nothing_is_armed_before_the_last_barrier_and_the_last_word_of_what_lacks() {
+    let arms = |inputs: Vec<Input>| {
+        let (_, outputs) = told(inputs);
+        outputs
+            .iter()
+            .any(|output| matches!(output, Output::Arm { .. }))
+    };
+    assert!(!arms(vec![barrier(1), barrier(2), lacking(vec![1])]));
+    assert!(!arms(vec![lacking(vec![1]), lacking_end(1), barrier(1)]));
+    assert!(arms(vec![
+        barrier(1),
+        lacking(vec![1]),
+        barrier(2),
+        lacking_end(1)
+    ]));
+    assert!(arms(vec![lacking_end(0), barrier(1), barrier(2)]));
+}
+
+#[test]
+fn what_lacks_is_said_once_and_in_its_place() {
+    let [state, end] = device_state();
+    let empty = Input::Message(Message::DeviceStateEnd { bytes: 0, crc: 0 });
+    for offence in [
+        vec![lacking(vec![1]), lacking_end(2)],
+        vec![lacking_end(0), lacking_end(0)],
+        vec![lacking_end(0), lacking(vec![1])],
+        vec![state.clone(), lacking(vec![1])],
+        vec![state.clone(), end, lacking_end(0)],
+        vec![empty.clone(), lacking_end(0)],
+        vec![lacking(vec![1]), state],
+        vec![lacking(vec![1]), empty],
+        vec![Input::Message(Message::Lacking {
+            block: 2,
+            first: 0,
+            words: vec![1],
+        })],
+        vec![Input::Message(Message::Lacking {
+            block: 0,
+            first: 2048 - 64,
+            words: vec![0, 1],
+        })],
+        vec![Input::Message(Message::Lacking {
+            block: 0,
+            first: 1,
+            words: vec![1],
+        })],
+    ] {
+        let (_, outputs) = told(offence.clone());
+        assert_eq!(
+            aborts_with(&outputs),
+            Some(AbortCode::Protocol),
+            "{offence:?}"
+        );
+    }
+}
+
+/// A small guest lacks nothing any more before it has run for a moment.
+#[test]
+fn a_guest_that_is_whole_before_it_runs_ends_at_once() {
+    let mut early = starting();
+    early.handle(NOW, Input::Whole);
+    early.handle(NOW, Input::GuestRunning);
+    assert_eq!(
+        outputs(&mut early)
+            .into_iter()
+            .filter(|output| !matches!(output, Output::Report(_)))
+            .collect::<Vec<_>>(),
+        [
+            Output::Send(Message::Running),
+            Output::Journal(Record::Running),
+            Output::Journal(Record::Whole)
+        ]
+    );
+    let (mut earlier, _) = arming();
+    for input in [
+        Input::Armed { inside: vec![7] },
+        Input::Whole,
+        Input::Journaled(armed()),
+        Input::DeviceStateLoaded,
+        Input::Message(Message::Commit),
+        Input::Journaled(Record::Committed),
+        Input::GuestRunning,
+    ] {
+        earlier.handle(NOW, input);
+    }
+    assert!(outputs(&mut earlier).contains(&Output::Journal(Record::Whole)));
+}
+
+#[test]
+fn the_source_is_told_only_when_it_is_on_disk() {
+    let mut destination = fetching();
+    destination.handle(NOW, Input::Whole);
+    assert_eq!(outputs(&mut destination), [Output::Journal(Record::Whole)]);
+    destination.handle(NOW, Input::Journaled(Record::Whole));
+    assert_eq!(sent(&outputs(&mut destination)), ["Whole"]);
+    destination.handle(NOW, Input::Message(Message::Closed));
+    destination.handle(NOW, Input::Journaled(Record::Closed));
+    assert_eq!(destination.state(), State::Completed);
+}
+
+#[test]
+fn a_source_that_comes_again_is_fetched_from_on() {
+    let mut destination = paused();
+    assert_eq!(destination.state(), State::Paused);
+    assert!(destination.takes_serve() && !starting().takes_serve());
+    destination.handle(NOW, Input::Served);
+    let asked = outputs(&mut destination);
+    assert_eq!(sent(&asked), ["Resumed"]);
+    assert!(asked.contains(&Output::Pull));
+    assert_eq!(destination.state(), State::Migrating);
+}
+
+/// While it is carried out, a source that comes is not fetched from; when it fails, it is.
+#[test]
+fn giving_up_what_lacks_and_fetching_it_do_not_mix() {
+    let poison = Input::Poison { peer_fenced: true };
+    let mut destination = paused();
+    destination.handle(NOW, poison);
+    assert_eq!(outputs(&mut destination).last(), Some(&Output::Poison));
+    destination.handle(NOW, Input::Served);
+    assert_eq!(outputs(&mut destination), []);
+    let mut fails = destination;
+    let failure = Failure::new(Fault::ThisHost, "no", "");
+    fails.handle(NOW, Input::HostFailed(failure));
+    let asked = outputs(&mut fails);
+    assert!(matches!(asked[0], Output::Decided(Err(_))), "{asked:?}");
+    assert!(asked.contains(&Output::Pull) && sent(&asked) == ["Resumed"]);
+}
+
+/// The operator hears how much would be lost, also when the source went before anything was fetched.
+#[test]
+fn a_refusal_names_the_bytes_that_lack() {
+    let refused = |destination: &mut Destination| {
+        destination.handle(NOW, Input::Poison { peer_fenced: false });
+        let asked = outputs(destination);
+        asked.into_iter().find_map(|output| match output {
+            Output::Decided(Err(failure)) => Some(failure.what),
+            _ => None,
+        })
+    };
+    let text = refused(&mut paused()).unwrap();
+    assert!(text.contains("8192 bytes"), "{text}");
+    let mut later = starting();
+    later.handle(NOW, lacks(4096));
+    later.handle(NOW, Input::GuestRunning);
+    let lost = Failure::new(Fault::Network, "cut", "");
+    later.handle(NOW, Input::LinkLost(lost));
+    outputs(&mut later);
+    let text = refused(&mut later).unwrap();
+    assert!(text.contains("4096 bytes"), "{text}");
+}
+
+#[test]
+fn before_commit_everything_may_end_and_after_it_a_lost_link_is_a_pause() {
+    let lost = || Input::LinkLost(Failure::new(Fault::Network, "cut", ""));
+    let (mut before, _) = arming();
+    before.handle(NOW, lost());
+    assert!(outputs(&mut before).contains(&Output::Journal(Record::Aborted)));
+    let mut after = starting();
+    after.handle(NOW, lost());
+    assert_eq!(outputs(&mut after), [Output::StopPulling]);
+    after.handle(NOW, Input::GuestRunning);
+    assert_eq!(after.state(), State::Paused);
+}

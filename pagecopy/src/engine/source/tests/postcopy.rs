@@ -1,0 +1,242 @@
+//! Post-copy at the source: what must come before what.
+
+use super::*;
+use crate::engine::source::Mode;
+
+fn lost() -> Input {
+    Input::LinkLost(Failure::new(Fault::Network, "cut", ""))
+}
+
+fn setup_of(mode: Mode) -> Setup {
+    let mut setup = setup();
+    setup.options.mode = mode;
+    setup.data_channels = 2;
+    setup
+}
+
+fn runs() -> Vec<Run> {
+    vec![Run {
+        block: BlockId(0),
+        first: 3,
+        pages: 2,
+    }]
+}
+
+fn accept() -> Input {
+    Input::Message(Message::Accept {
+        version: 1,
+        capabilities: 3,
+        host: "beta".into(),
+    })
+}
+
+fn attached() -> Input {
+    Input::Attached {
+        stopped: Duration::ZERO,
+        populated: runs(),
+    }
+}
+
+/// Up to `Commit`: nothing is sent of the guest's memory, and two pages lack.
+fn switched_over() -> (Source, Vec<Output>) {
+    let mut source = Source::new(setup_of(Mode::Postcopy), Time(0));
+    let mut asked = Vec::new();
+    let mut now = NOW;
+    for input in [
+        accept(),
+        attached(),
+        Input::Message(Message::BarrierReached { round: 0 }),
+        Input::Unchanged,
+        Input::GuestStopped,
+        Input::Scanned {
+            dirty: Vec::new(),
+            populated: Some(runs()),
+            took: Duration::ZERO,
+        },
+        Input::DeviceState(bytes::Bytes::from_static(b"state")),
+        Input::DeviceStateSaved,
+        Input::Message(Message::BarrierReached { round: 1 }),
+        Input::Message(Message::Loaded),
+        Input::Journaled(Record::CommitIntent),
+    ] {
+        now = now.after(Duration::from_millis(6));
+        source.handle(now, input);
+        asked.extend(outputs(&mut source));
+    }
+    (source, asked)
+}
+
+/// The guest runs at the destination, which fetches.
+fn serving() -> Source {
+    let (mut source, _) = switched_over();
+    let now = NOW.after(Duration::from_secs(1));
+    source.handle(now, Input::Message(Message::Running));
+    source.handle(now, Input::Journaled(Record::GuestMoved));
+    assert_eq!(phase(&source), "Serving");
+    outputs(&mut source);
+    source
+}
+
+#[test]
+fn the_memory_is_open_before_anybody_may_read_it_and_recorded_before_commit() {
+    let (_, asked) = switched_over();
+    assert_eq!(
+        sent(&asked),
+        [
+            "Hello",
+            "Populate",
+            "Barrier",
+            "Barrier",
+            "Stopped",
+            "Lacking",
+            "LackingEnd",
+            "Barrier",
+            "Barrier",
+            "DeviceState",
+            "DeviceStateEnd",
+            "Commit"
+        ]
+    );
+    let lacking = Message::Lacking {
+        block: 0,
+        first: 0,
+        words: vec![0b11000],
+    };
+    let open = position(&asked, &Output::OpenReads);
+    assert!(open < position(&asked, &Output::Send(lacking)));
+    let served = asked
+        .iter()
+        .position(|output| matches!(output, Output::Journal(Record::Serving { .. })));
+    assert!(served.unwrap() < position(&asked, &Output::Journal(Record::CommitIntent)));
+    assert!(
+        !asked
+            .iter()
+            .any(|output| matches!(output, Output::Push { .. }))
+    );
+}
+
+#[test]
+fn nothing_is_let_go_of_before_the_destination_is_whole_and_that_is_on_disk() {
+    let mut source = serving();
+    assert_eq!(source.state(), State::Migrating);
+    let id = setup().id;
+    source.handle(NOW, Input::Message(Message::Whole { id }));
+    assert_eq!(outputs(&mut source), [Output::Journal(Record::Released)]);
+    source.handle(NOW, Input::Journaled(Record::Released));
+    let asked = outputs(&mut source);
+    assert_eq!(sent(&asked), ["Closed"]);
+    assert!(position(&asked, &Output::Detach) < position(&asked, &Output::QuitGuest));
+    assert_eq!(source.state(), State::Completed);
+}
+
+/// No failure of this host takes the only copy of the guest's memory away.
+#[test]
+fn only_the_destination_or_the_operator_ends_it() {
+    let failure = || Failure::new(Fault::ThisHost, "something", "");
+    for input in [
+        Input::Cancel,
+        Input::HostFailed(failure()),
+        Input::QemuFailed(failure()),
+        Input::JournalFailed(Record::GuestMoved, failure()),
+        Input::Resolve(Resolution::Abandon),
+        Input::Resolve(Resolution::ResumeHere { peer_fenced: true }),
+        Input::StartPostcopy,
+        lost(),
+        Input::Message(Message::Whole {
+            id: crate::engine::MigrationId([0xee; 16]),
+        }),
+    ] {
+        let mut source = serving();
+        source.handle(NOW, input.clone());
+        let asked = outputs(&mut source);
+        assert!(
+            !asked.iter().any(|output| matches!(
+                output,
+                Output::Detach | Output::ResumeGuest | Output::Journal(_)
+            )),
+            "{input:?}: {asked:?}"
+        );
+        assert_eq!(phase(&source), "Serving", "{input:?}");
+    }
+}
+
+/// It dials with growing pauses, at once when the operator says so; the operator alone may let go.
+#[test]
+fn a_destination_that_is_away_is_dialled_until_the_operator_lets_go() {
+    let mut source = serving();
+    let mut now = NOW.after(Duration::from_secs(2));
+    source.handle(now, lost());
+    assert_eq!(source.state(), State::Paused);
+    outputs(&mut source);
+    let mut pauses = Vec::new();
+    for _ in 0..9 {
+        let next = source.poll_timeout().unwrap();
+        pauses.push(next.since(now).as_millis());
+        now = next;
+        source.handle(now, Input::Tick);
+        assert!(outputs(&mut source).contains(&Output::ConnectAll));
+        source.handle(now, Input::ReconnectFailed("no route".into()));
+        outputs(&mut source);
+    }
+    assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000]);
+    source.handle(now, Input::Recover);
+    let asked = outputs(&mut source);
+    assert!(asked.contains(&Output::ConnectAll), "{asked:?}");
+    source.handle(now, Input::Reconnected);
+    assert_eq!(sent(&outputs(&mut source)), ["Serve"]);
+    source.handle(now, Input::Message(Message::Resumed));
+    assert_eq!(source.state(), State::Migrating);
+
+    source.handle(now, lost());
+    source.handle(now, Input::Resolve(Resolution::Abandon));
+    assert!(outputs(&mut source).contains(&Output::Journal(Record::Released)));
+    source.handle(now, Input::Journaled(Record::Released));
+    assert_eq!(source.state(), State::Failed);
+    assert!(!outputs(&mut source).contains(&Output::QuitGuest));
+}
+
+#[test]
+fn a_slow_disk_under_the_last_record_is_no_silence_of_the_destination() {
+    let (mut source, _) = switched_over();
+    source.handle(NOW, Input::Message(Message::Running));
+    let late = NOW.after(Duration::from_secs(60));
+    source.handle(late, Input::Journaled(Record::GuestMoved));
+    source.handle(late, Input::Tick);
+    assert_eq!(source.state(), State::Migrating);
+}
+
+#[test]
+fn a_restarted_daemon_serves_on() {
+    let mut source = Source::recover(setup_of(Mode::Postcopy), Outcome::Here, Postcopy::Open, NOW);
+    assert!(outputs(&mut source).contains(&Output::ConnectAll));
+    assert_eq!(source.state(), State::Paused);
+    // In doubt it asks first.
+    let mut doubt = Source::recover(setup_of(Mode::Postcopy), Outcome::Open, Postcopy::Open, NOW);
+    assert!(outputs(&mut doubt).contains(&Output::Connect));
+    for input in [
+        Input::Reconnected,
+        Input::Message(Message::Running),
+        Input::Journaled(Record::GuestMoved),
+    ] {
+        doubt.handle(NOW, input);
+    }
+    let asked = outputs(&mut doubt);
+    assert!(asked.contains(&Output::ConnectAll) && !asked.contains(&Output::Detach));
+}
+
+#[test]
+fn it_is_offered_only_where_it_is_wanted_and_can_be() {
+    let offers = |mode, verify, channels| {
+        let mut setup = setup_of(mode);
+        setup.options.verify = verify;
+        setup.data_channels = channels;
+        let asked = outputs(&mut Source::new(setup, Time(0)));
+        asked.iter().any(|output| {
+            matches!(output, Output::Send(Message::Hello { capabilities, .. }) if capabilities & 2 != 0)
+        })
+    };
+    let auto = |postcopy| Mode::Auto { postcopy };
+    assert!(offers(auto(true), false, 2) && offers(Mode::Postcopy, false, 2));
+    assert!(!offers(auto(false), false, 2) && !offers(Mode::Precopy, false, 2));
+    assert!(!offers(auto(true), true, 2) && !offers(auto(true), false, 1));
+}
