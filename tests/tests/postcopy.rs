@@ -97,13 +97,15 @@ impl Between {
         i32::try_from(self.destination.pid()).unwrap()
     }
 
-    fn received(&self) -> PathBuf {
-        self.scratch.ram().join("received")
+    fn received(&self, new: bool) -> File {
+        let mut options = std::fs::OpenOptions::new();
+        options.read(true).write(true).create_new(new);
+        options.open(self.scratch.ram().join("received")).unwrap()
     }
 
     /// A pager and what it serves from, at the beginning. Faults on pages that the source never had are answered, too.
     fn begin(&self) -> Server {
-        let received = Received::create(&self.received(), ID, &self.specs).unwrap();
+        let received = Received::create(&self.received(true), ID, &self.specs).unwrap();
         let puller = Puller::new(&self.specs, &self.lacking).unwrap();
         let pager = UffdPager::arm(self.pid(), self.stretches.clone(), None).unwrap();
         self.server(received, puller, pager)
@@ -111,7 +113,7 @@ impl Between {
 
     /// The same after the one before has died: nothing is known but what is in the file, and inside QEMU.
     fn go_on(&self, inside: i32) -> Server {
-        let received = Received::open(&self.received(), ID, &self.specs).unwrap();
+        let received = Received::open(&self.received(false), ID, &self.specs).unwrap();
         let mut puller_lacks = Vec::new();
         for run in &self.lacking {
             let lacks = (run.first..run.end()).filter(|page| !received.contains(run.block, *page));

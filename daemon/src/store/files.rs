@@ -115,6 +115,22 @@ impl Folder {
         self.file(name, OFlags::WRONLY | OFlags::APPEND)
     }
 
+    /// Makes a file to map, open to read and write.
+    ///
+    /// # Errors
+    /// There is one already (or a link), or the disk refused.
+    pub(crate) fn create_to_map(&self, name: &str) -> io::Result<File> {
+        self.file(name, OFlags::CREATE | OFlags::EXCL | OFlags::RDWR)
+    }
+
+    /// Opens a file to map that is there.
+    ///
+    /// # Errors
+    /// There is none, or it is a link.
+    pub(crate) fn open_to_map(&self, name: &str) -> io::Result<File> {
+        self.file(name, OFlags::RDWR)
+    }
+
     /// All of a file; `None` if there is none.
     ///
     /// # Errors

@@ -171,6 +171,28 @@ impl Journals {
         self.folder.read_json(&settings_name(id)).ok().flatten()
     }
 
+    /// Makes the file in which a post-copy keeps what it has received.
+    ///
+    /// # Errors
+    /// The disk refused.
+    pub(crate) fn create_received(&self, id: MigrationId) -> io::Result<File> {
+        self.folder.create_to_map(&received_name(id))
+    }
+
+    /// The file in which a post-copy keeps what it has received.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(crate) fn received(&self, id: MigrationId) -> io::Result<File> {
+        self.folder.open_to_map(&received_name(id))
+    }
+
+    /// The post-copy is over.
+    pub(crate) fn forget_received(&self, id: MigrationId) {
+        // There is one only where there was a post-copy.
+        let _ = self.folder.remove(&received_name(id));
+    }
+
     /// The settings were put back, or QEMU is gone.
     pub fn forget_settings(&self, id: MigrationId) {
         // It may never have been written.
@@ -185,6 +207,10 @@ fn name(id: MigrationId, side: Side) -> String {
 
 fn settings_name(id: MigrationId) -> String {
     format!("{}.settings", Uuid::from_bytes(id.0))
+}
+
+fn received_name(id: MigrationId) -> String {
+    format!("{}.received", Uuid::from_bytes(id.0))
 }
 
 /// Whether nothing will ever be asked of a journal again.

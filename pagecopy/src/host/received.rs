@@ -4,7 +4,7 @@
 //! for the guest; so a page that the guest may have written since is always marked, and a successor of a killed daemon never
 //! fetches it again. (A page that was placed and not marked is fetched once more: the guest has not seen it.)
 //!
-//! The file lies in memory (on tmpfs) next to the RAM: it must outlive the process, not the host.
+//! The file must outlive the process, not the host: nothing is ever synced.
 //!
 //! ```text
 //!  0        8        12       16               32                        4096
@@ -14,10 +14,9 @@
 //!    8        u32      u32      16 bytes         size, page size           bit 0 of word 0 is page 0
 //! ```
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::OutOfBounds;
@@ -56,45 +55,35 @@ struct Bits {
 }
 
 impl Received {
-    /// Makes the file, with nothing received. It must not exist.
+    /// Begins in an empty file, open to read and write, with nothing received.
     ///
     /// # Errors
-    /// The file cannot be made, or there is no room for it.
-    pub fn create(path: &Path, id: MigrationId, specs: &[BlockSpec]) -> io::Result<Received> {
+    /// There is no room for it.
+    pub fn create(file: &File, id: MigrationId, specs: &[BlockSpec]) -> io::Result<Received> {
         let (blocks, words) = layout(specs)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(path)?;
         file.write_all_at(&header(id, specs)?, 0)?;
         let len = HEADER as u64 + words as u64 * 8;
         // All of it now: a store into a full file system would be a signal.
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, len)?;
-        Received::map(&file, blocks, words)
+        rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, len)?;
+        Received::map(file, blocks, words)
     }
 
-    /// Opens the file of a migration that was under way.
+    /// Goes on with the file of a migration that was under way, open to read and write.
     ///
     /// # Errors
     /// `InvalidData`: it is not the file of this migration of this guest.
-    pub fn open(path: &Path, id: MigrationId, specs: &[BlockSpec]) -> io::Result<Received> {
+    pub fn open(file: &File, id: MigrationId, specs: &[BlockSpec]) -> io::Result<Received> {
         let (blocks, words) = layout(specs)?;
-        let mut file = OpenOptions::new().read(true).write(true).open(path)?;
         let mut found = [0; HEADER];
-        file.read_exact(&mut found)?;
+        file.read_exact_at(&mut found, 0)?;
         let len = HEADER as u64 + words as u64 * 8;
         if found != header(id, specs)? || file.metadata()?.len() != len {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                format!(
-                    "{} is not about this migration of this guest",
-                    path.display()
-                ),
+                "the record of what was received is not about this migration of this guest",
             ));
         }
-        Received::map(&file, blocks, words)
+        Received::map(file, blocks, words)
     }
 
     fn map(file: &File, blocks: Vec<Bits>, words: usize) -> io::Result<Received> {
@@ -250,6 +239,17 @@ mod tests {
             let name = format!("pagecopy-received-{}-{name}", std::process::id());
             Scratch(std::env::temp_dir().join(name))
         }
+
+        fn create(&self) -> File {
+            let mut options = File::options();
+            options.read(true).write(true).create_new(true);
+            options.open(&self.0).unwrap()
+        }
+
+        fn open(&self) -> File {
+            let mut options = File::options();
+            options.read(true).write(true).open(&self.0).unwrap()
+        }
     }
 
     impl Drop for Scratch {
@@ -282,7 +282,7 @@ mod tests {
         fn like_a_set_of_pages(runs in prop::collection::vec((0..3_u16, 0..200_u64, 1..130_u64), 0..20)) {
             let specs = specs(&[200, 64, 65]);
             let scratch = Scratch::new("set");
-            let received = Received::create(&scratch.0, ID, &specs).unwrap();
+            let received = Received::create(&scratch.create(), ID, &specs).unwrap();
             let mut set = BTreeSet::new();
             for (block, first, pages) in runs {
                 let inside = first + pages <= specs[usize::from(block)].pages();
@@ -292,7 +292,7 @@ mod tests {
                 }
             }
             drop(received);
-            let received = Received::open(&scratch.0, ID, &specs).unwrap();
+            let received = Received::open(&scratch.open(), ID, &specs).unwrap();
             prop_assert_eq!(received.pages(), set.len() as u64);
             let mut missing = Vec::new();
             received.missing(&mut missing);
@@ -318,18 +318,15 @@ mod tests {
     fn a_file_of_something_else_is_refused() {
         let scratch = Scratch::new("other");
         let guest = specs(&[100, 50]);
-        drop(Received::create(&scratch.0, ID, &guest).unwrap());
+        drop(Received::create(&scratch.create(), ID, &guest).unwrap());
         let refused = |id, specs: &[BlockSpec]| {
-            let error = Received::open(&scratch.0, id, specs).unwrap_err();
+            let error = Received::open(&scratch.open(), id, specs).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
         };
         refused(MigrationId([8; 16]), &guest);
         refused(ID, &specs(&[100, 51]));
         refused(ID, &specs(&[100]));
-        let again = Received::create(&scratch.0, ID, &guest).unwrap_err();
-        assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
-        let file = OpenOptions::new().write(true).open(&scratch.0).unwrap();
-        file.set_len(HEADER as u64 + 8).unwrap();
+        scratch.open().set_len(HEADER as u64 + 8).unwrap();
         refused(ID, &guest);
     }
 }

@@ -161,6 +161,23 @@ impl Puller {
         } else {
             return None;
         };
+        self.request(class, runs)
+    }
+
+    /// The next request of those that nobody waits for, of about `bytes` bytes at most; `None` when there is none now. For
+    /// channels behind whose queues nobody is to wait.
+    pub fn next_ahead(&mut self, bytes: u64) -> Option<Request> {
+        if let Some(run) = self.neighbours.pop_front() {
+            return self.request(Class::Neighbour, vec![run]);
+        }
+        let mut runs = Vec::new();
+        let most = bytes.min(MAX_BATCH_BYTES);
+        self.lacking.take(MAX_RUNS, most, &mut runs);
+        self.note_claimed(&runs);
+        self.request(Class::Rest, runs)
+    }
+
+    fn request(&mut self, class: Class, runs: Vec<Run>) -> Option<Request> {
         if runs.is_empty() {
             return None;
         }

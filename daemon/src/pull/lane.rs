@@ -1,0 +1,149 @@
+//! A thread for each data channel of a post-copy: it asks for pages and places what comes.
+//!
+//! The first channel is for pages that somebody waits for and carries nothing else, so that they stand in no queue of ours.
+//! The others carry the rest, as much at a time as keeps the link full.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use pagecopy::engine::Time;
+use pagecopy::engine::pull::Request;
+use pagecopy::engine::pull::pace::Pace;
+use pagecopy::memory::BlockSpec;
+use transport::{Channel, Error, Event, Extent, Op, RegionId, SubmitError, Token};
+
+use super::shared::Shared;
+use super::{LOOK_EVERY, PullEvent};
+
+/// Pages that somebody waits for are asked for all at once, up to so many: the transport's limit.
+const DEMANDS: usize = transport::limits::MAX_QUEUED - 1;
+
+/// What a channel is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// What somebody waits for.
+    Demand,
+    /// Everything else.
+    Rest,
+}
+
+pub(super) struct Lane {
+    pub(super) shared: Arc<Shared>,
+    pub(super) specs: Arc<[BlockSpec]>,
+    pub(super) channel: Box<dyn Channel>,
+    pub(super) role: Role,
+    pub(super) stop: Arc<AtomicBool>,
+}
+
+struct Flight {
+    request: Request,
+    asked: Instant,
+    bytes: u64,
+}
+
+impl Lane {
+    /// Runs until it is told to stop, or the channel breaks.
+    pub(super) fn run(mut self) {
+        if let Err(error) = self.fetch() {
+            self.shared.tell(PullEvent::Broken(error));
+        }
+    }
+
+    fn fetch(&mut self) -> Result<(), Error> {
+        let begun = Instant::now();
+        let now = || Time::default().after(begun.elapsed());
+        let mut pace = Pace::new();
+        let mut flights = BTreeMap::<Token, Flight>::new();
+        let (mut under_way, mut refused) = (0, None);
+        while !self.stop.load(Ordering::Relaxed) {
+            while let Some((request, op)) = refused
+                .take()
+                .or_else(|| self.next(&mut pace, under_way, flights.len()))
+            {
+                let (token, bytes) = (Token(request.id), self.bytes(&request));
+                match self.channel.submit(token, op) {
+                    Ok(()) => {
+                        under_way += bytes;
+                        let asked = Instant::now();
+                        flights.insert(
+                            token,
+                            Flight {
+                                request,
+                                asked,
+                                bytes,
+                            },
+                        );
+                    }
+                    Err(SubmitError::Full(op)) => {
+                        refused = Some((request, op));
+                        break;
+                    }
+                    Err(SubmitError::Invalid(what)) => return Err(Error::Misuse(what.to_owned())),
+                    // The poll that follows says why.
+                    Err(SubmitError::Closed) => break,
+                }
+            }
+            match self.channel.poll(Some(LOOK_EVERY))? {
+                Some(Event::Fetched(token)) => {
+                    if let Some(flight) = flights.remove(&token) {
+                        under_way -= flight.bytes;
+                        let asked =
+                            Time::default().after(flight.asked.saturating_duration_since(begun));
+                        pace.on_reply(now(), asked, flight.bytes);
+                        self.shared.arrived(&flight.request, flight.asked);
+                    }
+                }
+                Some(Event::Message(_)) => {
+                    return Err(Error::PeerMisbehaved(
+                        "a message on a data channel, where only replies come".to_owned(),
+                    ));
+                }
+                Some(Event::Sent(_)) | None => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn next(&self, pace: &mut Pace, under_way: u64, flights: usize) -> Option<(Request, Op)> {
+        let request = match self.role {
+            Role::Demand if flights < DEMANDS => self.shared.next_demand()?,
+            Role::Rest => self.shared.next_ahead(pace.may_request(under_way)?)?,
+            Role::Demand => return None,
+        };
+        let op = self.read(&request)?;
+        Some((request, op))
+    }
+
+    fn read(&self, request: &Request) -> Option<Op> {
+        let block = request.runs.first()?.block;
+        let page = self.page_size(request);
+        let extents = request
+            .runs
+            .iter()
+            .map(|run| Extent {
+                offset: run.first * page,
+                len: run.pages * page,
+            })
+            .collect();
+        Some(Op::Read {
+            region: RegionId(block.0.into()),
+            extents,
+        })
+    }
+
+    fn bytes(&self, request: &Request) -> u64 {
+        let pages: u64 = request.runs.iter().map(|run| run.pages).sum();
+        pages * self.page_size(request)
+    }
+
+    /// A request is of one block.
+    fn page_size(&self, request: &Request) -> u64 {
+        let block = request
+            .runs
+            .first()
+            .map_or(0, |run| usize::from(run.block.0));
+        self.specs.get(block).map_or(0, |spec| spec.page_size)
+    }
+}

@@ -1,0 +1,296 @@
+//! What the threads of a post-copy share: which page is where, and how one becomes the guest's.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+use std::time::Instant;
+
+use pagecopy::engine::Failure;
+use pagecopy::engine::event::FaultFigures;
+use pagecopy::engine::pull::{Answer, Arrival, Class, Puller, Request};
+use pagecopy::host::pager::UffdPager;
+use pagecopy::host::ram::MappedRam;
+use pagecopy::host::received::Received;
+use pagecopy::host::{Pager, PagerError, Placer};
+use pagecopy::memory::{BlockId, Run};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::latency::{FaultReport, Latency, Waited};
+use super::{PullEvent, pager_failure};
+use crate::failure::host;
+
+/// Shared by all threads.
+pub(super) struct Shared {
+    state: Mutex<State>,
+    received: Received,
+    pub(super) pagers: Vec<UffdPager>,
+    ram: MappedRam,
+    /// Wakes the channel on which pages go that somebody waits for; none without a connection.
+    demand: Mutex<Option<Waker>>,
+    /// The threads that read page faults end.
+    pub(super) end: AtomicBool,
+    events: UnboundedSender<PullEvent>,
+}
+
+struct State {
+    puller: Puller,
+    /// Pages that somebody waits for, and since when.
+    waiting: BTreeMap<(BlockId, u64), Instant>,
+    latency: Latency,
+    /// Everything is here, and that was told.
+    told_whole: bool,
+}
+
+impl Shared {
+    pub(super) fn new(
+        puller: Puller,
+        received: Received,
+        pagers: Vec<UffdPager>,
+        ram: MappedRam,
+        events: UnboundedSender<PullEvent>,
+    ) -> Shared {
+        Shared {
+            state: Mutex::new(State {
+                puller,
+                waiting: BTreeMap::new(),
+                latency: Latency::new(),
+                told_whole: false,
+            }),
+            received,
+            pagers,
+            ram,
+            demand: Mutex::new(None),
+            end: AtomicBool::new(false),
+            events,
+        }
+    }
+
+    /// Reads and answers the page faults of one pager, until the end.
+    pub(super) fn serve_faults(&self, pager: &UffdPager) {
+        let mut faults = Vec::new();
+        while !self.end.load(Ordering::Relaxed) {
+            match pager.faults(&mut faults, super::LOOK_EVERY) {
+                Ok(()) => {}
+                // Whoever watches QEMU notices.
+                Err(PagerError::Gone(_)) => return,
+                Err(error) => return self.fail(pager_failure(&error)),
+            }
+            let mut wanted = false;
+            for fault in faults.drain(..) {
+                match self.fault(fault.block, fault.page) {
+                    Answer::Map => self.map_here(pager, fault.block, fault.page),
+                    Answer::Fetch => wanted = true,
+                    Answer::Wait => {}
+                }
+            }
+            if wanted {
+                self.wake_demand();
+            }
+        }
+    }
+
+    fn fault(&self, block: BlockId, page: u64) -> Answer {
+        let mut state = self.state();
+        let answer = state.puller.fault(block, page);
+        if answer != Answer::Map {
+            state
+                .waiting
+                .entry((block, page))
+                .or_insert_with(Instant::now);
+        }
+        answer
+    }
+
+    /// A page that is here already, or that was a hole at the source: then it is zero.
+    fn map_here(&self, pager: &UffdPager, block: BlockId, page: u64) {
+        let run = Run {
+            block,
+            first: page,
+            pages: 1,
+        };
+        let mapped = match pager.map(run) {
+            Err(PagerError::NotInFile(_)) => match self.ram.allocate(run) {
+                Ok(()) => pager.map(run),
+                Err(error) => {
+                    return self.fail(host(
+                        format!("there is no memory for a page of the guest: {error}"),
+                        "free memory on this host: the guest waits for it",
+                    ));
+                }
+            },
+            mapped => mapped,
+        };
+        self.mapped(mapped);
+    }
+
+    /// What to fetch next, of what somebody waits for.
+    pub(super) fn next_demand(&self) -> Option<Request> {
+        self.state().puller.next(Class::Demand)
+    }
+
+    /// What to fetch next, of what nobody waits for.
+    pub(super) fn next_ahead(&self, bytes: u64) -> Option<Request> {
+        self.state().puller.next_ahead(bytes)
+    }
+
+    /// The bytes of a request are in the file, at the places where they belong. They become the guest's: marked first, so
+    /// that a successor never fetches them again, and then mapped.
+    pub(super) fn arrived(&self, request: &Request, asked: Instant) {
+        let here = Instant::now();
+        for run in &request.runs {
+            if self.received.insert(*run).is_err() {
+                return self.fail(host("a page outside the guest was fetched", "report this"));
+            }
+        }
+        let Some(arrival) = self.state().puller.arrived(request.id) else {
+            return;
+        };
+        for run in mapped_now(&arrival) {
+            for pager in &self.pagers {
+                self.mapped(pager.map(run));
+            }
+        }
+        self.account(&arrival, asked, here);
+    }
+
+    fn account(&self, arrival: &Arrival, asked: Instant, here: Instant) {
+        let now = Instant::now();
+        let mut state = self.state();
+        for run in &arrival.runs {
+            let range = (run.block, run.first)..(run.block, run.end());
+            let served: Vec<_> = state
+                .waiting
+                .range(range)
+                .map(|(page, at)| (*page, *at))
+                .collect();
+            for (page, since) in served {
+                state.waiting.remove(&page);
+                let asked = asked.max(since);
+                state.latency.record(Waited {
+                    queue: asked - since,
+                    wire: here.saturating_duration_since(asked),
+                    place: now - here,
+                });
+            }
+        }
+        if state.puller.is_whole() && !std::mem::replace(&mut state.told_whole, true) {
+            // A session that has ended needs no events.
+            let _ = self.events.send(PullEvent::AllHere);
+        }
+    }
+
+    /// The connection is gone, and its threads have ended: what was on its way is asked for anew, first of all what
+    /// somebody waits for.
+    pub(super) fn lost(&self) {
+        *lock(&self.demand) = None;
+        let mut state = self.state();
+        state.puller.lost();
+        let waiting: Vec<_> = state.waiting.keys().copied().collect();
+        for (block, page) in waiting {
+            state.puller.fault(block, page);
+        }
+    }
+
+    pub(super) fn connected(&self, demand: Waker) {
+        demand.wake_by_ref();
+        *lock(&self.demand) = Some(demand);
+    }
+
+    fn wake_demand(&self) {
+        if let Some(waker) = &*lock(&self.demand) {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// What lacks for good is poisoned: who waits for it, or touches it later, gets a memory error. Returns bytes.
+    pub(super) fn poison(&self) -> Result<u64, PagerError> {
+        let bytes = self.lacks();
+        let mut missing = Vec::new();
+        self.received.missing(&mut missing);
+        for run in missing {
+            for pager in &self.pagers {
+                pager.poison(run)?;
+            }
+        }
+        Ok(bytes)
+    }
+
+    pub(super) fn lacks(&self) -> u64 {
+        self.state().puller.lacking_bytes()
+    }
+
+    /// Whether there was nothing to fetch from the start: then nothing ever arrives that would say so.
+    pub(super) fn tell_if_whole(&self) {
+        let mut state = self.state();
+        if state.puller.is_whole() && !std::mem::replace(&mut state.told_whole, true) {
+            // A session that has ended needs no events.
+            let _ = self.events.send(PullEvent::AllHere);
+        }
+    }
+
+    pub(super) fn figures(&self) -> FaultFigures {
+        let state = self.state();
+        state.latency.figures(state.waiting.len() as u64)
+    }
+
+    pub(super) fn report(&self) -> FaultReport {
+        let state = self.state();
+        let prefetched = state.puller.prefetched();
+        FaultReport {
+            prefetch_windows: prefetched.windows,
+            prefetch_hits: prefetched.hits,
+            ..state.latency.report()
+        }
+    }
+
+    fn mapped(&self, result: Result<(), PagerError>) {
+        match result {
+            // Whoever watches QEMU notices.
+            Ok(()) | Err(PagerError::Gone(_)) => {}
+            Err(error) => self.fail(pager_failure(&error)),
+        }
+    }
+
+    pub(super) fn fail(&self, failure: Failure) {
+        // A session that has ended needs no events.
+        let _ = self.events.send(PullEvent::Failed(failure));
+    }
+
+    pub(super) fn tell(&self, event: PullEvent) {
+        // A session that has ended needs no events.
+        let _ = self.events.send(event);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+/// The runs of an arrival without the page that is held back.
+fn mapped_now(arrival: &Arrival) -> Vec<Run> {
+    let mut runs = Vec::with_capacity(arrival.runs.len() + 1);
+    for run in &arrival.runs {
+        let held = arrival
+            .held
+            .filter(|(block, page)| *block == run.block && (run.first..run.end()).contains(page));
+        let parts = match held {
+            Some((_, page)) => [(run.first, page), (page + 1, run.end())],
+            None => [(run.first, run.end()), (0, 0)],
+        };
+        for (first, end) in parts {
+            if first < end {
+                runs.push(Run {
+                    block: run.block,
+                    first,
+                    pages: end - first,
+                });
+            }
+        }
+    }
+    runs
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
