@@ -73,8 +73,12 @@ pub enum Record {
     Committed,
     /// Destination, before QEMU loads the guest of a post-copy: its page faults wait for us.
     Armed {
-        /// Numbers of the userfaultfds that stay open inside QEMU.
+        /// QEMU's process: one that waits for a page may not answer on its monitor.
+        pid: i32,
+        /// Numbers of the userfaultfds that stay open inside it.
         inside: Vec<i32>,
+        /// The files of the RAMBlocks.
+        ram: Vec<RamFile>,
         /// RAMBlocks, in the source's order.
         blocks: Vec<BlockSpec>,
     },
@@ -395,6 +399,8 @@ mod tests {
             ram: Vec::new(),
         };
         let armed = || Armed {
+            pid: 1,
+            ram: Vec::new(),
             inside: vec![7, 9],
             blocks: Vec::new(),
         };

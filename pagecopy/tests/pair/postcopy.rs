@@ -43,11 +43,12 @@ impl Pair {
         let pages = runs.iter().flat_map(|run| run.first..run.end());
         self.moved.armed = true;
         self.moved.lacking = pages.map(|page| usize::try_from(page).unwrap()).collect();
-        let inside = vec![7];
-        self.after(
-            WORK,
-            Event::ToDestination(destination::Input::Armed { inside }),
-        );
+        let armed = destination::Input::Armed {
+            pid: 1,
+            inside: vec![7],
+            ram: Vec::new(),
+        };
+        self.after(WORK, Event::ToDestination(armed));
         self.pull();
     }
 

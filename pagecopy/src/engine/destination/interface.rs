@@ -2,7 +2,7 @@
 
 use crate::engine::bitmap::Bitmap;
 use crate::engine::event::{FaultFigures, Report, State};
-use crate::engine::journal::Record;
+use crate::engine::journal::{RamFile, Record};
 use crate::engine::{ChannelId, Failure, MigrationId, Timeouts};
 use crate::memory::{BlockSpec, Run};
 use crate::wire::Message;
@@ -65,11 +65,14 @@ pub enum Input {
     },
     /// Answer to [`Output::LoadDeviceState`]: QEMU has loaded it and stands paused.
     DeviceStateLoaded,
-    /// Answer to [`Output::Arm`]: page faults wait, and pages are fetched. The numbers are those of the userfaultfds that
-    /// stay open inside QEMU.
+    /// Answer to [`Output::Arm`]: page faults wait, and pages are fetched. What a successor needs to take them over:
     Armed {
-        /// By which a successor takes them back.
+        /// QEMU's process.
+        pid: i32,
+        /// Numbers of the userfaultfds that stay open inside it.
         inside: Vec<i32>,
+        /// The files of the RAMBlocks.
+        ram: Vec<RamFile>,
     },
     /// Post-copy, about once a second: what lacks, and what waited.
     Lacks {

@@ -131,6 +131,12 @@ impl Destination {
         matches!(self.phase, Phase::Fetching(_) | Phase::Ending(_))
     }
 
+    /// Whether a daemon that is told to end leaves this migration to its journal and the next daemon: the guest runs here, and
+    /// lacks pages.
+    pub fn outlives_the_daemon(&self) -> bool {
+        matches!(self.phase, Phase::Fetching(_))
+    }
+
     /// The state as a person sees it.
     pub fn state(&self) -> State {
         self.core.out.state()

@@ -108,10 +108,14 @@ impl Receive {
                     verify.pages(core, false, (block, chunk), digests)?;
                 }
             }
-            Input::Armed { inside } if matches!(self.lacking, Lacking::Arming) => {
+            Input::Armed { pid, inside, ram } if matches!(self.lacking, Lacking::Arming) => {
                 self.lacking = Lacking::Recording;
-                let blocks = core.blocks.clone();
-                core.journal(Record::Armed { inside, blocks });
+                core.journal(Record::Armed {
+                    pid,
+                    inside,
+                    ram,
+                    blocks: core.blocks.clone(),
+                });
             }
             Input::Journaled(Record::Armed { .. }) => self.lacking = Lacking::Armed,
             _ => return Ok(Phase::Receive(self)),

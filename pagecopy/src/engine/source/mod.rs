@@ -136,6 +136,12 @@ impl Source {
         }
     }
 
+    /// Whether a daemon that is told to end leaves this migration to its journal and the next daemon: it is in doubt, or the
+    /// guest depends on the memory here.
+    pub fn outlives_the_daemon(&self) -> bool {
+        matches!(self.phase, Phase::InDoubt(_) | Phase::Serving(_))
+    }
+
     /// The state as a person sees it.
     pub fn state(&self) -> State {
         self.core.out.state()

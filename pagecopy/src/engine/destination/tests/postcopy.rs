@@ -4,6 +4,14 @@ use super::*;
 use crate::engine::bitmap::Bitmap;
 use crate::engine::event::FaultFigures;
 
+fn armed_input() -> Input {
+    Input::Armed {
+        pid: 1,
+        inside: vec![7],
+        ram: Vec::new(),
+    }
+}
+
 fn lacking(words: Vec<u64>) -> Input {
     let (block, first) = (0, 64);
     Input::Message(Message::Lacking {
@@ -59,6 +67,8 @@ fn told(inputs: impl IntoIterator<Item = Input>) -> (Destination, Vec<Output>) {
 
 fn armed() -> Record {
     Record::Armed {
+        pid: 1,
+        ram: Vec::new(),
         inside: vec![7],
         blocks: vec![ram("a", 8), ram("b", 4)],
     }
@@ -81,7 +91,7 @@ fn arming() -> (Destination, Vec<Output>) {
 fn starting() -> Destination {
     let (mut destination, _) = arming();
     for input in [
-        Input::Armed { inside: vec![7] },
+        armed_input(),
         Input::Journaled(armed()),
         Input::DeviceStateLoaded,
         Input::Message(Message::Commit),
@@ -132,7 +142,7 @@ fn qemu_loads_only_when_page_faults_wait_and_that_is_on_disk() {
     }
     assert!(asked.contains(&Output::Arm { lacking: expected }));
     assert!(!asked.contains(&Output::LoadDeviceState));
-    destination.handle(NOW, Input::Armed { inside: vec![7] });
+    destination.handle(NOW, armed_input());
     assert_eq!(outputs(&mut destination), [Output::Journal(armed())]);
     destination.handle(NOW, Input::Journaled(armed()));
     assert_eq!(outputs(&mut destination), [Output::LoadDeviceState]);
@@ -215,7 +225,7 @@ fn a_guest_that_is_whole_before_it_runs_ends_at_once() {
     );
     let (mut earlier, _) = arming();
     for input in [
-        Input::Armed { inside: vec![7] },
+        armed_input(),
         Input::Whole,
         Input::Journaled(armed()),
         Input::DeviceStateLoaded,
