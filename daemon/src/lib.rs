@@ -14,7 +14,7 @@ mod listener;
 pub mod migrations;
 mod nic;
 pub mod privilege;
-mod pull;
+pub mod pull;
 pub mod qemu;
 pub mod qmp;
 pub mod quota;

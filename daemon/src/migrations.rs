@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::failure::{self, Failure, Fault};
 use crate::limits::MAX_HISTORY;
+use crate::pull::FaultReport;
 use crate::session::arrive::Visit;
 
 /// Ended migrations that stay visible.
@@ -34,11 +35,19 @@ pub(crate) enum Request {
     Cancel,
     /// Decide one that is in doubt.
     Resolve(Resolution, oneshot::Sender<Decided>),
+    /// At the source: the guest goes first.
+    StartPostcopy(oneshot::Sender<Decided>),
+    /// At the source of a paused post-copy: dial the destination now, perhaps at another address.
+    Recover(Option<String>, oneshot::Sender<Decided>),
+    /// At the destination of a paused post-copy: the guest goes on without what lacks; with the word that the source is
+    /// fenced.
+    Poison(bool, oneshot::Sender<Decided>),
     /// The daemon ends: cancel, unless the guest is already on its way.
     Shutdown,
     /// At the destination: the source has lost the connection and asks on another.
     Disconnect,
-    /// At the destination, of a committed guest: the source asks, and hears on this connection.
+    /// At the destination: the source asks about a committed guest, or serves the memory of one in post-copy, on this
+    /// connection.
     Serve(Box<Visit>),
     /// At the destination, of a committed guest: the source's operator has taken it back.
     Withdrawn(oneshot::Sender<Standing>),
@@ -65,6 +74,9 @@ pub struct Finished {
     pub fault: Option<Fault>,
     /// What to do about it, unless completed.
     pub remedy: Option<String>,
+    /// At the destination of a post-copy: what its page faults cost.
+    #[serde(flatten)]
+    pub faults: Option<FaultReport>,
     /// The engine's figures.
     #[serde(flatten)]
     pub figures: Figures,
@@ -88,6 +100,7 @@ impl Finished {
             error: failure.map(|failure| failure::Shown(failure).to_string()),
             fault: failure.map(|failure| failure.fault),
             remedy: failure.map(|failure| failure.remedy.clone()),
+            faults: None,
             figures,
         }
     }

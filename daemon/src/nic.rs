@@ -13,6 +13,9 @@ const LEAST: u16 = 2;
 /// Channels where the link does not say its speed: enough for 40 Gbit/s.
 const UNKNOWN: u16 = 4;
 
+/// Data channels of a post-copy at least: one is for pages that somebody waits for.
+pub(crate) const POSTCOPY_CHANNELS: u16 = 2;
+
 /// How many data channels to open to `address`: as many as its link needs, and no more than there are cores.
 pub(crate) fn default_channels(address: &Address) -> u16 {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);

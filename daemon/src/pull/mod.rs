@@ -196,7 +196,9 @@ impl Pull {
     /// Lets go of QEMU's memory: every page is here, or the guest never runs here.
     pub(crate) fn release(mut self) {
         self.end();
-        if let Some(shared) = Arc::into_inner(self.shared) {
+        let shared = Arc::clone(&self.shared);
+        drop(self);
+        if let Some(shared) = Arc::into_inner(shared) {
             release(shared.pagers);
         }
     }
@@ -235,6 +237,13 @@ impl Pull {
     /// What the faults cost so far.
     pub(crate) fn report(&self) -> FaultReport {
         self.shared.report()
+    }
+}
+
+impl Drop for Pull {
+    /// The threads end; QEMU's memory is not let go of.
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use pagecopy::engine::journal::RamFile;
 use pagecopy::host::TrackError;
 use pagecopy::host::process::{self, RamMapping};
 use pagecopy::host::ram::MappedRam;
@@ -37,6 +38,17 @@ pub struct Block {
     pub spec: BlockSpec,
     /// Where QEMU has it.
     pub mapping: RamMapping,
+}
+
+impl Block {
+    /// The file, to be found again after a restart.
+    pub fn ram_file(&self) -> RamFile {
+        RamFile {
+            path: self.mapping.path.display().to_string(),
+            device: self.mapping.device,
+            inode: self.mapping.inode,
+        }
+    }
 }
 
 /// A QEMU that pagecopy can deal with.

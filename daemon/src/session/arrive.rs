@@ -4,6 +4,7 @@
 //! answered from the journal, and a session that still serves the migration is ended first, unless it has committed.
 //! `Withdrawn`: the source's operator has taken the guest back.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use std::time::Duration;
 use pagecopy::engine::destination::Output;
 use pagecopy::engine::destination::{Destination, Input, Setup};
 use pagecopy::engine::event::State;
-use pagecopy::engine::journal::{Outcome, Record, Side, outcome, standing_for};
+use pagecopy::engine::journal::{Outcome, Postcopy, Record, Side, outcome, postcopy, standing_for};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Timeouts};
 use pagecopy::wire::{AbortCode, Message, Standing};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -21,7 +22,7 @@ use transport::{Channel, Peer, Regions};
 use uuid::Uuid;
 
 use super::destination::{Parts, Session};
-use super::{Clock, held, journal_failure};
+use super::{Clock, held, journal_failure, resume};
 use crate::failure::{Shown, host};
 use crate::lane::control::Control;
 use crate::lane::{Lane, LaneEvent, Told};
@@ -54,13 +55,22 @@ pub(crate) struct Connection {
 }
 
 /// A peer, as far as it is served before a session takes over.
-#[derive(Debug)]
 pub(crate) struct Visit {
     service: Arc<Service>,
     control: Lane<Message>,
     events: UnboundedReceiver<Told>,
     peer: Peer,
     places: Vec<Share>,
+    data: Vec<Box<dyn Channel>>,
+    regions: Regions,
+}
+
+impl fmt::Debug for Visit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Visit")
+            .field("peer", &self.peer)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Serves a connection to its end.
@@ -89,6 +99,8 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
         events,
         peer: connection.peer,
         places: connection.places,
+        data: connection.data,
+        regions: connection.regions,
     };
     let first = timeout(FIRST_MESSAGE, visit.events.recv()).await;
     match first.map(|told| told.map(Told::take)) {
@@ -97,10 +109,9 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
             visit.answer(Asked::Withdrawn(id)).await;
         }
         Ok(Some(LaneEvent::Message(hello @ Message::Hello { .. }))) => {
-            visit
-                .receive(hello, connection.data, connection.regions)
-                .await;
+            visit.receive(hello).await;
         }
+        Ok(Some(LaneEvent::Message(Message::Serve { id }))) => visit.answer(Asked::Serve(id)).await,
         Ok(Some(LaneEvent::Message(other))) => {
             visit.refuse(
                 AbortCode::Protocol,
@@ -128,7 +139,7 @@ impl Visit {
         self.control.close();
     }
 
-    async fn receive(mut self, hello: Message, data: Vec<Box<dyn Channel>>, regions: Regions) {
+    async fn receive(mut self, hello: Message) {
         let Message::Hello {
             id, vm, host: from, ..
         } = &hello
@@ -165,11 +176,11 @@ impl Visit {
         self.places.clear();
         tracing::info!(id = %Uuid::from_bytes(id.0), vm, from = who, "a guest wants to come");
         let over = Over(Arc::clone(&migration));
-        match self.prepare(id, &receiver, &migration, &who).await {
+        match prepare(&self.service, id, &receiver, &migration, &who).await {
             Ok((qmp, settings, journal, guest)) => {
                 let setup = Setup {
                     id,
-                    postcopy: false,
+                    postcopy: true,
                     host: self.service.config.name.clone(),
                     vm,
                     blocks: guest
@@ -177,7 +188,7 @@ impl Visit {
                         .iter()
                         .map(|block| block.spec.clone())
                         .collect(),
-                    data_channels: u16::try_from(data.len()).unwrap_or(u16::MAX),
+                    data_channels: u16::try_from(self.data.len()).unwrap_or(u16::MAX),
                     timeouts: Timeouts::default(),
                 };
                 let clock = Clock::start();
@@ -191,9 +202,11 @@ impl Visit {
                     settings,
                     journal,
                     blocks: guest.blocks,
-                    control: self.control,
-                    data,
-                    regions,
+                    pid: guest.pid,
+                    control: Some(self.control),
+                    data: self.data,
+                    taken_over: None,
+                    regions: self.regions,
                 };
                 match Session::start(parts) {
                     Ok(session) => {
@@ -223,63 +236,35 @@ impl Visit {
         drop(over);
     }
 
-    async fn prepare(
-        &self,
-        id: MigrationId,
-        receiver: &Receiver,
-        migration: &Migration,
-        from: &str,
-    ) -> Result<Prepared, Failure> {
-        let qmp = Arc::new(Qmp::connect(&receiver.qmp).await?);
-        let guest = discover::destination(&qmp).await?;
-        let begun = Record::Begun {
-            id,
-            side: Side::Destination,
-            vm: receiver.vm.clone(),
-            qmp: receiver.qmp.display().to_string(),
-            peer: from.to_owned(),
-        };
-        let settings = Settings::read(&qmp, Role::Destination).await?;
-        let journals = &self.service.store.journals;
-        #[cfg(feature = "steps")]
-        crate::steps::reached(Side::Destination, &Output::Journal(begun.clone())).await;
-        let mut journal = journals
-            .create(id, Side::Destination, &begun)
-            .map_err(|error| journal_failure(&error))?;
-        let kept = journals.keep_settings(id, &settings);
-        let changed = match kept.map_err(|error| journal_failure(&error)) {
-            Ok(()) => settings.change(&qmp).await,
-            Err(failure) => Err(failure),
-        };
-        if let Err(failure) = changed {
-            settings.restore(&qmp).await;
-            journals.forget_settings(id);
-            // Without the record a restarted daemon writes it, and a source that asks hears the same.
-            let _ = journal.append(&Record::Aborted);
-            return Err(failure);
-        }
-        tracing::info!(
-            id = %migration.shown().id, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),
-            "QEMU waits for the guest"
-        );
-        Ok((qmp, settings, journal, guest))
-    }
-
     /// Answers a source's questions, for as long as it asks.
     async fn answer(mut self, first: Asked) {
         let mut asked = Some(first);
         loop {
             if let Some(asked) = asked.take() {
                 let id = asked.id();
-                end_uncommitted(&self.service, id).await;
+                if !matches!(asked, Asked::Serve(_)) {
+                    end_uncommitted(&self.service, id).await;
+                }
                 let mut standing = standing(&self.service, id);
                 tracing::info!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, ?asked, ?standing, "a source asks");
+                if let Asked::Serve(id) = asked {
+                    if let Some(fetching) = fetching(&self.service, id) {
+                        // If it is over by now, the connection ends and the source comes again.
+                        self.places.clear();
+                        fetching.request(Request::Serve(Box::new(self)));
+                        return;
+                    }
+                    if is_whole(&self.service, id) {
+                        self.control.give(Message::Whole { id });
+                        continue;
+                    }
+                }
                 if standing == Standing::Committed
                     && let Some(held) = held(&self.service, id)
                 {
                     match asked {
                         // If it is over by now, the connection ends and the source asks again.
-                        Asked::Query(_) => {
+                        Asked::Query(_) | Asked::Serve(_) => {
                             held.request(Request::Serve(Box::new(self)));
                             return;
                         }
@@ -321,10 +306,66 @@ impl Visit {
         self.control.close();
     }
 
-    /// The connection, for a session that goes on with it.
-    pub(crate) fn into_lane(self) -> (Lane<Message>, UnboundedReceiver<Told>) {
-        (self.control, self.events)
+    /// As the journal says it; the last answer of a visit.
+    pub(crate) fn answer_from_journal(self, id: MigrationId) {
+        let standing = standing(&self.service, id);
+        self.answer_and_close(id, standing);
     }
+
+    /// The connection, for a session that goes on with it: control channel, its events, data channels, regions.
+    pub(crate) fn into_parts(
+        self,
+    ) -> (
+        Lane<Message>,
+        UnboundedReceiver<Told>,
+        Vec<Box<dyn Channel>>,
+        Regions,
+    ) {
+        (self.control, self.events, self.data, self.regions)
+    }
+}
+
+/// Makes QEMU ready, and begins the journal.
+async fn prepare(
+    service: &Service,
+    id: MigrationId,
+    receiver: &Receiver,
+    migration: &Migration,
+    from: &str,
+) -> Result<Prepared, Failure> {
+    let qmp = Arc::new(Qmp::connect(&receiver.qmp).await?);
+    let guest = discover::destination(&qmp).await?;
+    let begun = Record::Begun {
+        id,
+        side: Side::Destination,
+        vm: receiver.vm.clone(),
+        qmp: receiver.qmp.display().to_string(),
+        peer: from.to_owned(),
+    };
+    let settings = Settings::read(&qmp, Role::Destination).await?;
+    let journals = &service.store.journals;
+    #[cfg(feature = "steps")]
+    crate::steps::reached(Side::Destination, &Output::Journal(begun.clone())).await;
+    let mut journal = journals
+        .create(id, Side::Destination, &begun)
+        .map_err(|error| journal_failure(&error))?;
+    let kept = journals.keep_settings(id, &settings);
+    let changed = match kept.map_err(|error| journal_failure(&error)) {
+        Ok(()) => settings.change(&qmp).await,
+        Err(failure) => Err(failure),
+    };
+    if let Err(failure) = changed {
+        settings.restore(&qmp).await;
+        journals.forget_settings(id);
+        // Without the record a restarted daemon writes it, and a source that asks hears the same.
+        let _ = journal.append(&Record::Aborted);
+        return Err(failure);
+    }
+    tracing::info!(
+        id = %migration.shown().id, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),
+        "QEMU waits for the guest"
+    );
+    Ok((qmp, settings, journal, guest))
 }
 
 /// What a source came to say about a migration.
@@ -332,6 +373,8 @@ impl Visit {
 enum Asked {
     /// What became of it?
     Query(MigrationId),
+    /// Its memory, of which the guest here lacks some, is served on this connection.
+    Serve(MigrationId),
     /// Its operator has taken the guest back.
     Withdrawn(MigrationId),
 }
@@ -339,9 +382,26 @@ enum Asked {
 impl Asked {
     fn id(self) -> MigrationId {
         match self {
-            Asked::Query(id) | Asked::Withdrawn(id) => id,
+            Asked::Query(id) | Asked::Serve(id) | Asked::Withdrawn(id) => id,
         }
     }
+}
+
+/// The session that fetches the memory of a guest in post-copy; one is begun if a daemon before this one has left it.
+fn fetching(service: &Arc<Service>, id: MigrationId) -> Option<Arc<Migration>> {
+    match live(service, id) {
+        Some(migration) => Some(migration).filter(|it| it.shown().state != State::InDoubt),
+        None => {
+            let records = service.store.journals.read(id, Side::Destination);
+            resume::take_up(service, id, &records.ok().flatten()?)
+        }
+    }
+}
+
+/// Whether a guest that went first needs nothing more of its source.
+fn is_whole(service: &Service, id: MigrationId) -> bool {
+    let records = service.store.journals.read(id, Side::Destination);
+    records.is_ok_and(|records| records.is_some_and(|records| postcopy(&records) == Postcopy::Over))
 }
 
 /// Who keeps the committed guest that no session serves; `None` while a session runs it.

@@ -206,7 +206,7 @@ impl Looked {
             vm: request.vm.clone(),
             host: service.config.name.clone(),
             blocks: self.memory.specs.to_vec(),
-            ram: Vec::new(),
+            ram: self.guest.blocks.iter().map(Block::ram_file).collect(),
             direct_io: self.guest.direct_io,
             data_channels: self.data_channels,
             fixed_downtime: service.store.downtime.get(),
@@ -288,10 +288,11 @@ fn memory(guest: &Guest) -> Result<Memory, Failure> {
             },
         );
     }
-    let ram: Arc<dyn Ram> = Arc::new(mapped);
+    let ram: Arc<dyn Ram> = Arc::new(mapped.clone());
     Ok(Memory {
         ram,
-        tracker,
+        mapped,
+        tracker: Some(tracker),
         regions,
         specs,
     })

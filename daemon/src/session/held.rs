@@ -9,18 +9,17 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pagecopy::engine::destination::{Destination, Setup};
+use pagecopy::engine::destination::Destination;
 use pagecopy::engine::doubt::{Found, Resolution, Step, at_destination, when_withdrawn};
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{Record, Side, standing_for};
-use pagecopy::engine::{Failure, MigrationId, Timeouts};
+use pagecopy::engine::{Failure, MigrationId};
 use pagecopy::wire::Standing;
 use tokio::sync::mpsc::UnboundedReceiver;
-use transport::Regions;
 use uuid::Uuid;
 
 use super::arrive::{Over, Visit};
-use super::destination::{Parts, Session};
+use super::destination::{Parts, Session, TakenOver};
 use super::{Clock, blocking, journal_failure};
 use crate::failure::{Shown, host, operator};
 use crate::migrations::{Decided, Finished, Migration, Request};
@@ -97,6 +96,14 @@ pub(crate) async fn hold(
                 let _ = reply.send(standing);
             }
             Some(Request::Serve(visit)) => held.serve(*visit, requests).await,
+            Some(
+                Request::Poison(_, reply)
+                | Request::StartPostcopy(reply)
+                | Request::Recover(_, reply),
+            ) => {
+                // Whoever asked may have left.
+                let _ = reply.send(Err(in_doubt()));
+            }
             // It is too late to cancel, and there is no connection.
             Some(Request::Cancel | Request::Disconnect) => {}
         }
@@ -248,17 +255,26 @@ impl Held {
                 return visit.answer_and_close(self.id, Standing::Committed);
             }
         };
-        let setup = Setup {
-            id: self.id,
-            postcopy: false,
-            host: self.service.config.name.clone(),
-            vm: self.migration.shown().vm,
-            blocks: Vec::new(),
-            data_channels: 0,
-            timeouts: Timeouts::default(),
+        let records = journal.records().to_owned();
+        let (looking, id) = (Arc::clone(&self.service), self.id);
+        let pid = records.iter().find_map(|record| match record {
+            Record::Armed { pid, .. } => Some(*pid),
+            _ => None,
+        });
+        let taken_over = match pid {
+            Some(_) => match blocking(move || TakenOver::new(&looking, id, &records)).await {
+                Ok(taken_over) => Some(taken_over),
+                Err(failure) => {
+                    tracing::error!(failure = %Shown(&failure), "the guest's page faults cannot be served, so it is not run");
+                    return visit.answer_and_close(self.id, Standing::Committed);
+                }
+            },
+            None => None,
         };
+        let armed = taken_over.is_some();
+        let setup = super::resume::setup(&self.service, self.id, &self.migration);
         let clock = Clock::start();
-        let (control, events) = visit.into_lane();
+        let (control, events, data, regions) = visit.into_parts();
         let parts = Parts {
             id: self.id,
             service: Arc::clone(&self.service),
@@ -273,13 +289,15 @@ impl Held {
                 .unwrap_or_default(),
             journal,
             blocks: Vec::new(),
-            control,
-            data: Vec::new(),
-            regions: Regions::new(),
+            pid: pid.unwrap_or(0),
+            control: Some(control),
+            data,
+            taken_over,
+            regions,
         };
         match Session::start(parts) {
             Ok(session) => {
-                let engine = Destination::recover(setup, false, clock.now());
+                let engine = Destination::recover(setup, armed, clock.now());
                 session.run(engine, events, requests).await;
             }
             Err(failure) => {
@@ -287,6 +305,13 @@ impl Held {
             }
         }
     }
+}
+
+fn in_doubt() -> Failure {
+    operator(
+        "refused: this migration is in doubt: whether the guest runs here is not known",
+        "wait until the source asks, or decide by `pagecopy resolve`",
+    )
 }
 
 fn done(step: Step) -> &'static str {

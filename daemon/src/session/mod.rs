@@ -9,6 +9,7 @@ mod destination;
 pub(crate) mod held;
 mod link;
 pub(crate) mod recover;
+pub(crate) mod resume;
 mod source;
 mod teller;
 pub(crate) mod telling;

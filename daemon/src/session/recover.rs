@@ -11,18 +11,20 @@ use std::sync::Arc;
 
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{
-    Outcome, Record, Side, has_to_tell, is_settled, outcome, postcopy, standing_for,
+    Outcome, Postcopy, Record, Side, has_to_tell, is_settled, outcome, postcopy, standing_for,
 };
 use pagecopy::engine::source::{Mode, Options, Setup, Source};
-use pagecopy::engine::{MigrationId, Timeouts};
-use pagecopy::host::Placer;
+use pagecopy::engine::{Failure, MigrationId, Timeouts};
+use pagecopy::host::ram::MappedRam;
+use pagecopy::host::{Placer, process};
 use pagecopy::wire::Standing;
+use transport::Regions;
 use uuid::Uuid;
 
 use super::arrive::Over;
 use super::begin::{DOWNTIME_LIMIT, MAX_ROUNDS};
-use super::source::{Parts, Session};
-use super::{Clock, blocking, held, telling};
+use super::source::{Memory, Parts, Session};
+use super::{Clock, blocking, held, resume, telling};
 use crate::dial::Target;
 use crate::failure::{Shown, host};
 use crate::migrations::{Finished, Migration};
@@ -105,7 +107,8 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         security: service.security.clone(),
     };
     let cared_for = !needs_care(service, id, records);
-    if cared_for || found == Outcome::Here {
+    let depends = postcopy(records) == Postcopy::Open;
+    if cared_for || (found == Outcome::Here && !depends) {
         end(service, id, records);
         if has_to_tell(records) {
             tokio::spawn(telling::tell(Arc::clone(service), id, target));
@@ -122,6 +125,15 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         Ok(journal) => journal,
         Err(error) => return tracing::error!(id = %uuid, %error, "the journal cannot be written"),
     };
+    // A guest that went first is lost without this memory: a person has to see to it, and the journal stays as it is.
+    let memory = match depends.then(|| served(records)).transpose() {
+        Ok(memory) => memory,
+        Err(failure) => {
+            tracing::error!(id = %uuid, failure = %Shown(&failure), "the guest's memory cannot be served");
+            let figures = Figures::default();
+            return migration.finish(Finished::new(id, State::Failed, Some(&failure), figures));
+        }
+    };
     let clock = Clock::start();
     let parts = Parts {
         id,
@@ -133,7 +145,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         settings: settings.unwrap_or_default(),
         journal,
         target,
-        memory: None,
+        memory,
         channels: Vec::new(),
     };
     let engine = Source::recover(
@@ -149,6 +161,35 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
             Err(failure) => tracing::error!(id = %uuid, failure = %Shown(&failure), "not taken up"),
         }
     });
+}
+
+/// The memory that a guest in post-copy depends on, from its files: QEMU may have ended.
+fn served(records: &[Record]) -> Result<Memory, Failure> {
+    let found = records.iter().find_map(|record| match record {
+        Record::Serving { blocks, ram } => Some((blocks, ram)),
+        _ => None,
+    });
+    let (blocks, ram) =
+        found.ok_or_else(|| host("the journal names no RAM file", "report this"))?;
+    let files = ram
+        .iter()
+        .map(|file| process::open_ram_file(file).map(Arc::new))
+        .collect::<std::io::Result<Vec<_>>>();
+    let mapped = files.and_then(|files| MappedRam::map(blocks.iter().cloned().zip(files), false));
+    let mapped = mapped.map_err(|error| {
+        host(
+            format!("a guest that was moved depends on its memory here, which cannot be opened: {error}"),
+            "bring the RAM file back, then start pagecopyd anew; if it is gone for good, run `pagecopy resolve ID --poison \
+             --peer-fenced` at the destination",
+        )
+    })?;
+    Ok(Memory {
+        ram: Arc::new(mapped.clone()),
+        mapped,
+        tracker: None,
+        regions: Regions::new(),
+        specs: blocks.clone().into(),
+    })
 }
 
 /// Of the set-up only the names and the time-outs matter now.
@@ -188,6 +229,9 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         }
         Outcome::Here if standing_for(Some(records)) == Standing::Committed => {
             held::take_up(service, id, records);
+        }
+        Outcome::Here if postcopy(records) == Postcopy::Open => {
+            resume::take_up(service, id, records);
         }
         _ => end(service, id, records),
     }

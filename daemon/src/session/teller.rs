@@ -9,6 +9,7 @@ use super::Clock;
 use crate::failure::Failure;
 use crate::lane::{Lane, Moved};
 use crate::migrations::{Finished, Migration};
+use crate::pull::FaultReport;
 use crate::units::millis;
 
 /// Tells people: the API's readers and the log.
@@ -80,11 +81,17 @@ impl Teller {
     }
 
     pub(crate) fn publish(&self, end: &EngineEnd) {
+        self.publish_with_faults(end, None);
+    }
+
+    /// The same, of a destination that fetched pages.
+    pub(crate) fn publish_with_faults(&self, end: &EngineEnd, faults: Option<FaultReport>) {
         let figures = Figures {
             total_ms: millis(self.clock.elapsed()),
             ..end.figures.clone()
         };
         let mut finished = Finished::new(self.id, end.state, end.failure.as_ref(), figures);
+        finished.faults = faults;
         finished.transport = self.transport.map(str::to_owned);
         finished.bytes_on_wire = self.moved.iter().map(|moved| moved.bytes()).sum();
         log_end(&finished);

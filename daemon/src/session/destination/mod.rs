@@ -1,36 +1,44 @@
 //! The destination's session.
 
 mod device_state;
+mod fetch;
 mod work;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use pagecopy::engine::destination::{Destination, Input, Output};
 use pagecopy::engine::event::{Figures, Finished as EngineEnd, State};
 #[cfg(feature = "steps")]
 use pagecopy::engine::journal::Side;
-use pagecopy::engine::journal::outcome;
+use pagecopy::engine::journal::{Outcome, outcome};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::{Placer, Ram};
 use pagecopy::memory::BlockSpec;
 use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
 use transport::{Channel, Regions};
 
 use self::device_state::DeviceState;
+use self::fetch::Fetch;
+pub(crate) use self::fetch::TakenOver;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::failure::operator;
 use crate::lane::destination::Command;
 use crate::lane::{Lane, LaneEvent, Told};
-use crate::migrations::{Migration, Request};
+use crate::migrations::{Decided, Migration, Request};
 use crate::qemu::Block;
 use crate::qemu::incoming::Incoming as Qemu;
 use crate::qemu::settings::Settings;
 use crate::qmp::{Qmp, QmpError};
 use crate::service::Service;
 use crate::store::JournalFile;
+
+/// In post-copy, how things stand is told so often.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// All that a session starts from, besides its engine.
 pub(crate) struct Parts {
@@ -43,8 +51,13 @@ pub(crate) struct Parts {
     pub(crate) journal: JournalFile,
     /// The waiting QEMU's RAMBlocks; none when a committed guest is taken up after a restart.
     pub(crate) blocks: Vec<Block>,
-    pub(crate) control: Lane<Message>,
+    /// QEMU's process.
+    pub(crate) pid: i32,
+    /// None when a post-copy is taken up after a restart: the source comes.
+    pub(crate) control: Option<Lane<Message>>,
     pub(crate) data: Vec<Box<dyn Channel>>,
+    /// The page faults of a post-copy that is taken up after a restart.
+    pub(crate) taken_over: Option<TakenOver>,
     pub(crate) regions: Regions,
 }
 
@@ -59,7 +72,9 @@ pub(crate) struct Session {
     settings: Settings,
     journal: Arc<Mutex<JournalFile>>,
     blocks: Vec<Block>,
-    control: Lane<Message>,
+    pid: i32,
+    control: Option<Lane<Message>>,
+    fetch: Fetch,
     /// Channels before their lanes exist, and after their lanes were parked.
     idle: Vec<Box<dyn Channel>>,
     data: Vec<Lane<Command>>,
@@ -78,6 +93,8 @@ pub(crate) struct Session {
     broken: Broken,
     /// QEMU is loading the device state.
     loading: bool,
+    /// The operator who waits to hear what becomes of his decision.
+    operator: Option<oneshot::Sender<Decided>>,
     /// QEMU was given device state, as the engine said in the end.
     qemu_used: bool,
     lanes: UnboundedReceiver<Told>,
@@ -91,6 +108,7 @@ struct Memory {
     placer: Arc<dyn Placer>,
     specs: Arc<[BlockSpec]>,
     mapped: MappedRam,
+    blocks: Vec<Block>,
 }
 
 impl Session {
@@ -99,7 +117,9 @@ impl Session {
         let (sender, inputs) = unbounded_channel();
         let (lane_events, lanes) = unbounded_channel();
         let mut teller = Teller::new(parts.id, Arc::clone(&parts.migration), parts.clock);
-        teller.add(&parts.control);
+        if let Some(control) = &parts.control {
+            teller.add(control);
+        }
         Ok(Session {
             id: parts.id,
             service: parts.service,
@@ -110,7 +130,9 @@ impl Session {
             settings: parts.settings,
             journal: Arc::new(Mutex::new(parts.journal)),
             blocks: parts.blocks,
+            pid: parts.pid,
             control: parts.control,
+            fetch: Fetch::new(parts.taken_over),
             idle: parts.data,
             data: Vec::new(),
             regions: parts.regions,
@@ -125,6 +147,7 @@ impl Session {
             inputs,
             broken: Broken::default(),
             loading: false,
+            operator: None,
             qemu_used: false,
             lanes,
             lane_events,
@@ -140,7 +163,8 @@ impl Session {
     ) {
         let mut end = self.carry_out(&mut engine).await;
         let mut qmp_there = true;
-        let mut link_there = true;
+        let mut link_there = self.control.is_some();
+        let mut every_second = tokio::time::interval(TELL_EVERY);
         while end.is_none() {
             let qmp = Arc::clone(&self.qmp);
             let broken = self.broken.overdue();
@@ -148,7 +172,21 @@ impl Session {
                 biased;
                 // First, so that no flood of the peer's keeps the operator waiting.
                 request = requests.recv() => match request {
+                    Some(Request::Shutdown) if engine.outlives_the_daemon() => return self.leave().await,
                     Some(Request::Cancel | Request::Shutdown) | None => Some(Input::Cancel),
+                    Some(Request::Poison(peer_fenced, reply)) => {
+                        self.operator = Some(reply);
+                        Some(Input::Poison { peer_fenced })
+                    }
+                    Some(Request::StartPostcopy(reply) | Request::Recover(_, reply)) => {
+                        // Whoever asked may have left.
+                        let _ = reply.send(Err(at_the_source()));
+                        None
+                    }
+                    Some(Request::Serve(visit)) => self.served(&engine, *visit).map(|events| {
+                        (control, link_there) = (events, true);
+                        Input::Served
+                    }),
                     Some(Request::Resolve(_, reply)) => {
                         // Whoever asked may have left.
                         let _ = reply.send(Err(not_in_doubt()));
@@ -156,7 +194,7 @@ impl Session {
                     }
                     Some(Request::Disconnect) => Some(Input::LinkLost(superseded())),
                     // For a guest that no session serves. Whoever asked, asks again.
-                    Some(Request::Serve(_) | Request::Withdrawn(_)) => None,
+                    Some(Request::Withdrawn(_)) => None,
                 },
                 told = control.recv(), if link_there => {
                     let event = told.map(Told::take);
@@ -173,6 +211,9 @@ impl Session {
                     qmp_there = false;
                     Some(Input::QemuFailed(QmpError::Gone.into()))
                 },
+                Some(done) = self.fetch.done.recv() => Some(self.done(done)),
+                Some(event) = self.fetch.events.recv() => self.pull_event(event),
+                _ = every_second.tick() => self.lacks(),
                 () = broken => self.broken.take().map(Input::LinkLost),
                 () = self.clock.sleep_until(engine.poll_timeout()) => Some(Input::Tick),
             };
@@ -236,7 +277,11 @@ impl Session {
                         figures: Figures::default(),
                     });
                 }
-                Output::Send(message) => self.control.give(message),
+                Output::Send(message) => {
+                    if let Some(control) = &self.control {
+                        control.give(message);
+                    }
+                }
                 Output::Journal(record) => self.journal(record),
                 Output::Prepare { order } => self.prepare(&order),
                 Output::Allocate(runs) => self.allocate(runs),
@@ -245,11 +290,16 @@ impl Session {
                 Output::PageDigests { block, chunk } => self.page_digests(block, chunk),
                 Output::LoadDeviceState => self.load(),
                 Output::RunGuest => self.run_guest(),
-                Output::Arm { .. }
-                | Output::StopPulling
-                | Output::Pull
-                | Output::Poison
-                | Output::Decided(_) => {}
+                Output::Arm { lacking } => self.arm(lacking),
+                Output::StopPulling => self.stop_pulling(),
+                Output::Pull => self.pull(),
+                Output::Poison => self.poison(),
+                Output::Decided(decided) => {
+                    if let Some(reply) = self.operator.take() {
+                        // Whoever asked may have left.
+                        let _ = reply.send(decided);
+                    }
+                }
                 Output::Report(report) => tell(&self.migration, &report),
             }
         }
@@ -257,10 +307,16 @@ impl Session {
     }
 
     /// Leaves nothing behind, then tells the end.
-    async fn finish(self, end: EngineEnd) {
+    async fn finish(mut self, end: EngineEnd) {
         self.close_memory();
-        self.control.close();
+        if let Some(control) = self.control.take() {
+            control.close();
+        }
         let (data, idle) = (self.data, self.idle);
+        let here = outcome(lock(&self.journal).records());
+        // A guest that was committed may wait for pages, and does so until somebody fetches them.
+        let forsaken_faults = self.fetch.pull.take().filter(|_| here != Outcome::Here);
+        let faults = self.fetch.faults();
         self.allocator.finish().await;
         self.journal_worker.finish().await;
         // A QEMU that goes on waiting keeps nothing of a guest that does not come.
@@ -270,6 +326,9 @@ impl Session {
         let tidy = move || {
             // Joining the lanes' threads may block for a moment.
             drop((data, idle));
+            if let Some(pull) = forsaken_faults {
+                pull.release();
+            }
             forsaken.map_or(Ok(()), |memory| memory.placer.clear())
         };
         if let Ok(Err(error)) = tokio::task::spawn_blocking(tidy).await {
@@ -282,11 +341,29 @@ impl Session {
         }
         // Last: a daemon that is started anew and finds the settings knows that this was not done.
         self.service.store.journals.forget_settings(self.id);
+        if self.fetch.armed && (here != Outcome::Here || end.state == State::Completed) {
+            self.service.store.journals.forget_received(self.id);
+        }
         self.service.prune();
-        let here = outcome(lock(&self.journal).records());
         tracing::debug!(id = %self.migration.shown().id, ?here, "the journal's outcome");
-        self.teller.publish(&end);
+        self.teller.publish_with_faults(&end, faults);
     }
+
+    /// The daemon ends while the guest lacks pages: the journal knows, and the next daemon serves on.
+    async fn leave(mut self) {
+        let pull = self.fetch.pull.take();
+        // Joining its threads may block for a moment; QEMU's memory is not let go of.
+        let _ = tokio::task::spawn_blocking(move || drop(pull)).await;
+        self.allocator.finish().await;
+        self.journal_worker.finish().await;
+    }
+}
+
+fn at_the_source() -> Failure {
+    operator(
+        "refused: this is the destination of the migration: the source begins, and dials",
+        "run the same command at the source",
+    )
 }
 
 fn not_in_doubt() -> Failure {

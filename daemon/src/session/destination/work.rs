@@ -57,7 +57,7 @@ impl Session {
             )
         })?;
         let mapped = map_ram(&blocks, true)?;
-        let specs: Arc<[BlockSpec]> = blocks.into_iter().map(|block| block.spec).collect();
+        let specs: Arc<[BlockSpec]> = blocks.iter().map(|block| block.spec.clone()).collect();
         let ram: Arc<dyn Ram> = Arc::new(mapped.clone());
         let placer: Arc<dyn Placer> = Arc::new(mapped.clone());
         Ok(Memory {
@@ -65,6 +65,7 @@ impl Session {
             placer,
             specs,
             mapped,
+            blocks,
         })
     }
 
@@ -142,7 +143,10 @@ impl Session {
 
     /// The channels stay open but are no longer read, and nothing of the peer's lands any more.
     pub(super) fn load(&mut self) {
-        self.close_memory();
+        // With post-copy this was done before, and pages that QEMU touches now are being fetched.
+        if !self.fetch.armed {
+            self.close_memory();
+        }
         self.loading = true;
         let lanes = std::mem::take(&mut self.data);
         let (qemu, state) = (

@@ -6,35 +6,37 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::{Finished as EngineEnd, State};
 #[cfg(feature = "steps")]
 use pagecopy::engine::journal::Side;
-use pagecopy::engine::journal::{Record, has_to_tell};
+use pagecopy::engine::journal::{Outcome, Record, has_to_tell, outcome};
 use pagecopy::engine::source::{Input, Output, Source};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
+use pagecopy::host::ram::MappedRam;
 use pagecopy::host::track::UffdTracker;
 use pagecopy::host::{Ram, Tracker};
-use pagecopy::memory::BlockSpec;
+use pagecopy::memory::{BlockId, BlockSpec};
 use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
-use transport::{Channel, Regions};
+use transport::{Access, Address, Channel, RegionId, Regions};
 
 use super::telling;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
-use crate::dial::{Target, dial_control};
+use crate::dial::{Target, dial, dial_control};
 use crate::failure::{Shown, operator};
 use crate::lane::control::Control;
 use crate::lane::source::{Command, SourceData};
 use crate::lane::{Lane, LaneEvent, Told};
 use crate::migrations::{Decided, Migration, Request};
+use crate::nic::{POSTCOPY_CHANNELS, default_channels};
 use crate::qemu::Guest;
 use crate::qemu::outgoing::Outgoing;
 use crate::qemu::settings::Settings;
 use crate::qmp::{Qmp, QmpError};
 use crate::service::Service;
 use crate::store::JournalFile;
+use crate::sys;
 
 /// What the session waits for.
 enum Incoming {
@@ -42,18 +44,28 @@ enum Incoming {
     /// A lane of this connection; earlier connections' lanes are not listened to any more.
     Lane(u32, Told),
     Connected(Result<Box<dyn Channel>, Failure>),
+    /// All channels, the control channel first.
+    ConnectedAll(Result<Vec<Box<dyn Channel>>, Failure>),
 }
 
 /// The guest's memory, as the session has it.
 pub(crate) struct Memory {
     /// The pages.
     pub(crate) ram: Arc<dyn Ram>,
-    /// Who watches them.
-    pub(crate) tracker: UffdTracker,
+    /// The same, as they are mapped.
+    pub(crate) mapped: MappedRam,
+    /// Who watches them; none when they do not change any more.
+    pub(crate) tracker: Option<UffdTracker>,
     /// The regions of the transfer.
     pub(crate) regions: Regions,
     /// RAMBlocks by number.
     pub(crate) specs: Arc<[BlockSpec]>,
+}
+
+/// The guest's memory, to be read by the destination.
+struct Served {
+    mapped: MappedRam,
+    specs: Arc<[BlockSpec]>,
 }
 
 /// All that a session starts from, besides its engine.
@@ -69,7 +81,7 @@ pub(crate) struct Parts {
     pub(crate) settings: Settings,
     pub(crate) journal: JournalFile,
     pub(crate) target: Target,
-    /// None when a migration is taken up after a restart.
+    /// None when a migration is taken up after a restart, unless a guest depends on it.
     pub(crate) memory: Option<Memory>,
     /// Control channel first; empty after a restart.
     pub(crate) channels: Vec<Box<dyn Channel>>,
@@ -90,6 +102,8 @@ pub(crate) struct Session {
     journal: Arc<Mutex<JournalFile>>,
     target: Target,
     ram: Option<(Arc<dyn Ram>, usize)>,
+    /// What is served in post-copy.
+    served: Option<Served>,
     regions: Regions,
     tracker: Option<Arc<Mutex<UffdTracker>>>,
     control: Option<Lane<Message>>,
@@ -126,6 +140,7 @@ impl Session {
             journal: Arc::new(Mutex::new(parts.journal)),
             target: parts.target,
             ram: None,
+            served: None,
             regions: Regions::new(),
             tracker: None,
             control: None,
@@ -146,12 +161,14 @@ impl Session {
             session.start_control(control)?;
         }
         if let Some(memory) = parts.memory {
-            for (channel, number) in channels.zip(1..) {
-                session.start_data(&memory, channel, ChannelId(number))?;
-            }
             session.ram = Some((memory.ram, memory.specs.len()));
+            session.served = Some(Served {
+                mapped: memory.mapped,
+                specs: memory.specs,
+            });
             session.regions = memory.regions;
-            session.tracker = Some(Arc::new(Mutex::new(memory.tracker)));
+            session.tracker = memory.tracker.map(|tracker| Arc::new(Mutex::new(tracker)));
+            session.start_data(channels)?;
         }
         Ok(session)
     }
@@ -172,14 +189,19 @@ impl Session {
 
     fn start_data(
         &mut self,
-        memory: &Memory,
-        channel: Box<dyn Channel>,
-        id: ChannelId,
+        channels: impl IntoIterator<Item = Box<dyn Channel>>,
     ) -> Result<(), Failure> {
-        let handler = SourceData::new(id, Arc::clone(&memory.specs), Arc::clone(&memory.ram));
-        let lane = Lane::start("data", id, channel, handler, (), self.tell())?;
-        self.teller.add(&lane);
-        self.data.push(lane);
+        let (Some(served), Some((ram, _))) = (&self.served, self.ram.clone()) else {
+            return Ok(());
+        };
+        let specs = Arc::clone(&served.specs);
+        for (channel, number) in channels.into_iter().zip(1..) {
+            let id = ChannelId(number);
+            let handler = SourceData::new(id, Arc::clone(&specs), Arc::clone(&ram));
+            let lane = Lane::start("data", id, channel, handler, (), self.tell())?;
+            self.teller.add(&lane);
+            self.data.push(lane);
+        }
         Ok(())
     }
 
@@ -206,10 +228,25 @@ impl Session {
                 // First, so that no flood of the peer's keeps the operator waiting.
                 request = requests.recv() => match request {
                     Some(Request::Cancel) | None => Some(Input::Cancel),
-                    Some(Request::Resolve(resolution, reply)) => self.resolve(resolution, reply),
+                    Some(Request::Resolve(resolution, reply)) => {
+                        tracing::warn!(id = %self.migration.shown().id, ?resolution, "the operator decides");
+                        self.asked(reply).then_some(Input::Resolve(resolution))
+                    }
+                    Some(Request::StartPostcopy(reply)) => self.asked(reply).then_some(Input::StartPostcopy),
+                    Some(Request::Recover(to, reply)) => self.asked(reply).then(|| {
+                        if let Some(to) = to {
+                            self.target.to = to;
+                        }
+                        Input::Recover
+                    }),
+                    Some(Request::Poison(_, reply)) => {
+                        // Whoever asked may have left.
+                        let _ = reply.send(Err(not_here()));
+                        None
+                    }
                     // For a destination.
                     Some(Request::Disconnect | Request::Serve(_) | Request::Withdrawn(_)) => None,
-                    Some(Request::Shutdown) if engine.state() == State::InDoubt => return self.leave().await,
+                    Some(Request::Shutdown) if engine.outlives_the_daemon() => return self.leave().await,
                     Some(Request::Shutdown) => Some(Input::Cancel),
                 },
                 incoming = self.incoming.recv() => match incoming {
@@ -249,7 +286,16 @@ impl Session {
                     Err(failure) => Some(Input::ReconnectFailed(failure.what)),
                 }
             }
-            Incoming::Connected(Err(failure)) => Some(Input::ReconnectFailed(failure.what)),
+            Incoming::ConnectedAll(Ok(channels)) => {
+                self.connection += 1;
+                match self.start_all(channels) {
+                    Ok(()) => Some(Input::Reconnected),
+                    Err(failure) => Some(Input::ReconnectFailed(failure.what)),
+                }
+            }
+            Incoming::Connected(Err(failure)) | Incoming::ConnectedAll(Err(failure)) => {
+                Some(Input::ReconnectFailed(failure.what))
+            }
             Incoming::Lane(connection, _) if connection != self.connection => None,
             Incoming::Lane(_, told) => self.lane_input(told.take()),
         }
@@ -306,7 +352,8 @@ impl Session {
                 self.scan(holes);
                 self.look_sometimes();
             }
-            Output::OpenReads | Output::ConnectAll => {}
+            Output::OpenReads => self.open_reads(),
+            Output::ConnectAll => self.connect_all(),
             Output::LookAgain => self.look_again(),
             Output::DrainIo => self.drain_io(),
             Output::StopGuest => self.stop_guest(),
@@ -326,22 +373,17 @@ impl Session {
     }
 
     /// One decision at a time: the engine looks into it and answers by `Decided`.
-    fn resolve(
-        &mut self,
-        resolution: Resolution,
-        reply: oneshot::Sender<Decided>,
-    ) -> Option<Input> {
+    fn asked(&mut self, reply: oneshot::Sender<Decided>) -> bool {
         if self.operator.is_some() {
             // Whoever asked may have left.
             let _ = reply.send(Err(operator(
                 "refused: another decision about this migration is being looked into",
                 "wait for what becomes of it",
             )));
-            return None;
+            return false;
         }
-        tracing::warn!(id = %self.migration.shown().id, ?resolution, "the operator decides");
         self.operator = Some(reply);
-        Some(Input::Resolve(resolution))
+        true
     }
 
     fn decided(&mut self, decided: Decided) {
@@ -388,6 +430,52 @@ impl Session {
         });
     }
 
+    /// From now on the destination may read all RAM.
+    fn open_reads(&self) {
+        let Some(served) = &self.served else { return };
+        let access = Access {
+            peer_writes: false,
+            peer_reads: true,
+        };
+        for number in (0..).take(served.specs.len()) {
+            if let Some(region) = sys::region(&served.mapped, BlockId(number)) {
+                self.regions
+                    .register(RegionId(number.into()), region, access);
+            }
+        }
+    }
+
+    /// Makes control and data channels anew.
+    fn connect_all(&mut self) {
+        self.connection += 1;
+        self.control = None;
+        self.broken = Broken::default();
+        let lanes = std::mem::take(&mut self.data);
+        self.open_reads();
+        let (target, sender, regions) = (
+            self.target.clone(),
+            self.sender.clone(),
+            self.regions.clone(),
+        );
+        tokio::spawn(async move {
+            // Joining the lanes' threads may block for a moment.
+            let _ = tokio::task::spawn_blocking(move || drop(lanes)).await;
+            let wanted = |address: &Address| default_channels(address).max(POSTCOPY_CHANNELS) + 1;
+            let dialled = dial(&target, wanted, &regions).await;
+            let _ = sender.send(Incoming::ConnectedAll(
+                dialled.map(|(channels, _)| channels),
+            ));
+        });
+    }
+
+    fn start_all(&mut self, channels: Vec<Box<dyn Channel>>) -> Result<(), Failure> {
+        let mut channels = channels.into_iter();
+        if let Some(control) = channels.next() {
+            self.start_control(control)?;
+        }
+        self.start_data(channels)
+    }
+
     /// Leaves nothing behind, then tells the end.
     async fn finish(mut self, end: EngineEnd) {
         self.detach();
@@ -400,7 +488,8 @@ impl Session {
             let journal = Arc::clone(&self.journal);
             self.journal_worker.run(move || {
                 let mut journal = lock(&journal);
-                if journal.records().last() != Some(&Record::RolledBack) {
+                let gone = outcome(journal.records()) == Outcome::Here;
+                if !gone && journal.records().last() != Some(&Record::RolledBack) {
                     // Without it a restarted daemon looks after the guest once more, which does no harm.
                     let _ = journal.append(&Record::RolledBack);
                 }
@@ -459,6 +548,13 @@ async fn gone(qmp: Option<&Qmp>) {
         Some(qmp) => qmp.gone().await,
         None => std::future::pending().await,
     }
+}
+
+fn not_here() -> Failure {
+    operator(
+        "refused: this is the source of the migration, which lacks nothing",
+        "run `pagecopy resolve ID --poison` at the destination",
+    )
 }
 
 fn misbehaved(what: String) -> Failure {

@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
 
 pub use self::maps::{Mapping, maps};
+pub use self::opened::open_ram_file;
 pub(crate) use self::opened::{Descriptor, descriptors, open_proc, take_file};
 pub use self::ram_file::{RamMapping, find_mapping};
 use super::TrackError;

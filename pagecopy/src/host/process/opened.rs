@@ -14,11 +14,13 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::PidfdGetfdFlags;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 use super::Process;
+use crate::engine::journal::RamFile;
 
 /// A descriptor that a process has open.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,6 +94,25 @@ pub(crate) fn take_file(
         taken = Some(file);
     }
     Ok(taken)
+}
+
+/// Opens a RAM file again by its name, to read it: that of a QEMU that may have ended. A link is not followed, and another
+/// file under that name is not taken.
+///
+/// # Errors
+/// It is not there, or another is; or it may not be opened.
+pub fn open_ram_file(wanted: &RamFile) -> io::Result<File> {
+    let path = Path::new(&wanted.path);
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let named = |what: &str| io::Error::other(format!("{}: {what}", path.display()));
+    let file = with_read_search(|| rustix::fs::open(path, flags, Mode::empty()))
+        .map_err(|error| named(&io::Error::from(error).to_string()))?;
+    let file = File::from(file);
+    let data = file.metadata()?;
+    if (data.dev(), data.ino()) != (wanted.device, wanted.inode) || !data.is_file() {
+        return Err(named("it is another file than the guest's"));
+    }
+    Ok(file)
 }
 
 /// Whether an open file can be written.

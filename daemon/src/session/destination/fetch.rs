@@ -1,0 +1,384 @@
+//! Post-copy at the destination's session: who serves the guest's page faults, over which connection.
+
+use std::sync::Arc;
+
+use pagecopy::engine::bitmap::Bitmap;
+use pagecopy::engine::destination::{Destination, Input};
+use pagecopy::engine::journal::{RamFile, Record};
+use pagecopy::engine::{Failure, Fault, MigrationId};
+use pagecopy::host::pager::share_out;
+use pagecopy::host::process;
+use pagecopy::host::ram::MappedRam;
+use pagecopy::host::received::Received;
+use pagecopy::host::track::TrackedBlock;
+use pagecopy::memory::{BlockId, BlockSpec};
+use serde_json::json;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use transport::{Access, Channel, RegionId, Regions};
+
+use super::Session;
+use crate::failure::host;
+use crate::lane::{Lane, Told};
+use crate::pull::{FaultReport, Guest, Pull, PullEvent};
+use crate::qemu::Block;
+use crate::qemu::discover::track_failure;
+use crate::qmp::Qmp;
+use crate::service::Service;
+use crate::session::arrive::Visit;
+use crate::session::{blocking, link_failure};
+use crate::sys;
+
+/// A pager serves so many vCPUs.
+const VCPUS_A_PAGER: usize = 32;
+/// Pagers of the largest guest.
+const MOST_PAGERS: usize = 8;
+
+/// What came of work in the background.
+pub(super) enum Done {
+    /// Page faults wait.
+    Armed(Result<Pull, Failure>),
+    /// QEMU's memory was let go of.
+    Released,
+    /// What lacks was poisoned.
+    Poisoned(Result<u64, (Pull, Failure)>),
+}
+
+/// The post-copy of a session.
+pub(super) struct Fetch {
+    pub(super) pull: Option<Pull>,
+    pub(super) events: UnboundedReceiver<PullEvent>,
+    sender: UnboundedSender<PullEvent>,
+    pub(super) done: UnboundedReceiver<Done>,
+    finished: UnboundedSender<Done>,
+    /// The guest's RAM, to be fetched into.
+    ram: Option<(MappedRam, Arc<[BlockSpec]>)>,
+    /// Data channels that the source has come with.
+    next: Vec<Box<dyn Channel>>,
+    /// What the faults cost, once they are over.
+    pub(super) report: Option<FaultReport>,
+    /// Page faults wait, or will.
+    pub(super) armed: bool,
+}
+
+impl Fetch {
+    pub(super) fn new(taken_over: Option<TakenOver>) -> Fetch {
+        let (finished, done) = unbounded_channel();
+        let armed = taken_over.is_some();
+        let (pull, ram, channel) = match taken_over {
+            Some(TakenOver {
+                pull,
+                ram,
+                specs,
+                events,
+                sender,
+            }) => (Some(pull), Some((ram, specs)), (sender, events)),
+            None => (None, None, unbounded_channel()),
+        };
+        Fetch {
+            pull,
+            events: channel.1,
+            sender: channel.0,
+            done,
+            finished,
+            ram,
+            next: Vec::new(),
+            report: None,
+            armed,
+        }
+    }
+
+    /// What the end of the migration says of the faults.
+    pub(super) fn faults(&self) -> Option<FaultReport> {
+        self.pull
+            .as_ref()
+            .map(Pull::report)
+            .or_else(|| self.report.clone())
+    }
+}
+
+impl Session {
+    /// Makes page faults wait, and begins to serve them and to fetch over the data channels that there are.
+    pub(super) fn arm(&mut self, lacking: Bitmap) {
+        let Some(memory) = self.memory.clone() else {
+            return;
+        };
+        self.fetch.armed = true;
+        self.close_memory();
+        let lanes = std::mem::take(&mut self.data);
+        let channels =
+            tokio::task::block_in_place(|| lanes.into_iter().filter_map(Lane::park).collect());
+        open_for_fetching(&self.regions, &memory.mapped, memory.specs.len());
+        self.fetch.ram = Some((memory.mapped.clone(), Arc::clone(&memory.specs)));
+        let (qmp, pid, id) = (Arc::clone(&self.qmp), self.pid, self.id);
+        let (service, blocks) = (Arc::clone(&self.service), memory.blocks);
+        let (events, finished) = (self.fetch.sender.clone(), self.fetch.finished.clone());
+        tokio::spawn(async move {
+            let pagers = pagers(&qmp).await;
+            let armed = blocking(move || {
+                let received = service
+                    .store
+                    .journals
+                    .create_received(id)
+                    .and_then(|file| Received::create(&file, id, &memory.specs))
+                    .map_err(|error| received_failure(&error))?;
+                let shares = share_out(&tracked(&blocks), pagers);
+                let guest = Guest {
+                    specs: memory.specs,
+                    ram: memory.mapped,
+                    received,
+                };
+                let mut pull = Pull::arm(pid, shares, guest, lacking, events)?;
+                pull.start(channels)?;
+                Ok(pull)
+            });
+            // A session that has ended drops it.
+            let _ = finished.send(Done::Armed(armed.await));
+        });
+    }
+
+    /// What came of arming, releasing and poisoning.
+    pub(super) fn done(&mut self, done: Done) -> Input {
+        match done {
+            Done::Armed(Ok(pull)) => {
+                let inside = pull.inside();
+                self.fetch.pull = Some(pull);
+                let blocks = self.memory.as_ref().map(|memory| &memory.blocks);
+                let ram = blocks.map_or_else(Vec::new, |blocks| {
+                    blocks.iter().map(Block::ram_file).collect()
+                });
+                Input::Armed {
+                    pid: self.pid,
+                    inside,
+                    ram,
+                }
+            }
+            Done::Armed(Err(failure)) => Input::HostFailed(failure),
+            Done::Released => Input::Whole,
+            Done::Poisoned(Ok(bytes)) => Input::Poisoned { bytes },
+            Done::Poisoned(Err((pull, failure))) => {
+                self.fetch.pull = Some(pull);
+                Input::HostFailed(failure)
+            }
+        }
+    }
+
+    /// What the threads that fetch have said.
+    pub(super) fn pull_event(&mut self, event: PullEvent) -> Option<Input> {
+        match event {
+            PullEvent::AllHere => {
+                let pull = self.fetch.pull.take()?;
+                self.fetch.report = Some(pull.report());
+                let finished = self.fetch.finished.clone();
+                tokio::task::spawn_blocking(move || {
+                    pull.release();
+                    // A session that has ended needs no word.
+                    let _ = finished.send(Done::Released);
+                });
+                None
+            }
+            PullEvent::Broken(transport::Error::PeerMisbehaved(what)) => {
+                Some(Input::PeerMisbehaved(what))
+            }
+            PullEvent::Broken(error @ transport::Error::NoMemory(_)) => {
+                Some(Input::PullFailed(link_failure(&error)))
+            }
+            PullEvent::Broken(error) => {
+                self.broken.set(&error);
+                None
+            }
+            PullEvent::Failed(failure) => Some(Input::PullFailed(failure)),
+        }
+    }
+
+    /// How fetching stands.
+    pub(super) fn lacks(&self) -> Option<Input> {
+        let (bytes, faults) = self.fetch.pull.as_ref()?.progress();
+        Some(Input::Lacks { bytes, faults })
+    }
+
+    /// Lets go of the connection.
+    pub(super) fn stop_pulling(&mut self) {
+        self.broken.take();
+        if let Some(control) = self.control.take() {
+            control.close();
+        }
+        self.fetch.next.clear();
+        if let Some(pull) = &mut self.fetch.pull {
+            tokio::task::block_in_place(|| pull.stop());
+        }
+    }
+
+    /// The source has come again. Returns its control channel's events if the engine can go on with it.
+    pub(super) fn served(
+        &mut self,
+        engine: &Destination,
+        visit: Visit,
+    ) -> Option<UnboundedReceiver<Told>> {
+        if !engine.takes_serve() {
+            visit.answer_from_journal(self.id);
+            return None;
+        }
+        let (control, events, data, regions) = visit.into_parts();
+        if let Some(before) = self.control.replace(control) {
+            before.close();
+        }
+        self.broken.take();
+        if let Some((mapped, specs)) = &self.fetch.ram {
+            open_for_fetching(&regions, mapped, specs.len());
+        }
+        self.regions = regions;
+        self.fetch.next = data;
+        Some(events)
+    }
+
+    /// Fetches on, over the connection that has come.
+    pub(super) fn pull(&mut self) {
+        let channels = std::mem::take(&mut self.fetch.next);
+        let Some(pull) = &mut self.fetch.pull else {
+            return;
+        };
+        if let Err(failure) = tokio::task::block_in_place(|| pull.start(channels)) {
+            // The receiver lives as long as this session.
+            let _ = self.fetch.sender.send(PullEvent::Failed(failure));
+        }
+    }
+
+    /// The guest goes on without what lacks.
+    pub(super) fn poison(&mut self) {
+        let Some(pull) = self.fetch.pull.take() else {
+            return;
+        };
+        self.fetch.report = Some(pull.report());
+        let finished = self.fetch.finished.clone();
+        tokio::task::spawn_blocking(move || {
+            // A session that has ended needs no word.
+            let _ = finished.send(Done::Poisoned(pull.poison()));
+        });
+    }
+}
+
+/// The page faults of a guest that a daemon before this one served.
+pub(crate) struct TakenOver {
+    pull: Pull,
+    ram: MappedRam,
+    specs: Arc<[BlockSpec]>,
+    events: UnboundedReceiver<PullEvent>,
+    sender: UnboundedSender<PullEvent>,
+}
+
+impl TakenOver {
+    /// Takes them over, by the journal: QEMU may not answer on its monitor.
+    ///
+    /// # Errors
+    /// They cannot be; the guest goes on to wait.
+    pub(crate) fn new(
+        service: &Service,
+        id: MigrationId,
+        records: &[Record],
+    ) -> Result<TakenOver, Failure> {
+        let armed = records.iter().find_map(|record| match record {
+            Record::Armed {
+                pid,
+                inside,
+                ram,
+                blocks,
+            } => Some((*pid, inside, ram, blocks)),
+            _ => None,
+        });
+        let (pid, inside, ram, specs) =
+            armed.ok_or_else(|| host("the journal names no userfaultfd", "report this"))?;
+        let blocks = specs
+            .iter()
+            .zip(ram)
+            .map(|(spec, file)| find(pid, spec, file))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mapped = crate::qemu::discover::map_ram(&blocks, true)?;
+        let specs: Arc<[BlockSpec]> = specs.clone().into();
+        let received = service
+            .store
+            .journals
+            .received(id)
+            .and_then(|file| Received::open(&file, id, &specs))
+            .map_err(|error| received_failure(&error))?;
+        let shares = share_out(&tracked(&blocks), inside.len());
+        let (sender, events) = unbounded_channel();
+        let guest = Guest {
+            specs: Arc::clone(&specs),
+            ram: mapped.clone(),
+            received,
+        };
+        let pull = Pull::adopt(pid, shares, inside, guest, sender.clone())?;
+        Ok(TakenOver {
+            pull,
+            ram: mapped,
+            specs,
+            events,
+            sender,
+        })
+    }
+
+    /// Bytes that the guest lacks.
+    pub(crate) fn lacks(&self) -> u64 {
+        self.pull.progress().0
+    }
+}
+
+/// Where QEMU has a RAMBlock, by the journal.
+fn find(pid: i32, spec: &BlockSpec, file: &RamFile) -> Result<Block, Failure> {
+    let mapping =
+        process::find_mapping(pid, file.path.as_ref(), spec.size).map_err(track_failure)?;
+    if (mapping.device, mapping.inode) != (file.device, file.inode) {
+        return Err(Failure::new(
+            Fault::Qemu,
+            format!("process {pid} is not the guest's QEMU any more"),
+            "the guest ended with its QEMU: start it anew",
+        ));
+    }
+    Ok(Block {
+        spec: spec.clone(),
+        mapping,
+    })
+}
+
+/// How many pagers serve a guest.
+async fn pagers(qmp: &Qmp) -> usize {
+    // A QEMU that does not say has one.
+    let vcpus = qmp.execute("query-cpus-fast", json!({})).await;
+    let vcpus = vcpus.ok().and_then(|cpus| Some(cpus.as_array()?.len()));
+    vcpus
+        .unwrap_or(1)
+        .div_ceil(VCPUS_A_PAGER)
+        .clamp(1, MOST_PAGERS)
+}
+
+fn tracked(blocks: &[Block]) -> Vec<TrackedBlock> {
+    (0..)
+        .zip(blocks)
+        .map(|(number, block)| TrackedBlock {
+            block: BlockId(number),
+            address: block.mapping.address,
+            len: block.mapping.len,
+            page_size: block.mapping.page_size,
+        })
+        .collect()
+}
+
+/// Replies to our reads may land in all RAM; nothing else of the peer's may.
+fn open_for_fetching(regions: &Regions, ram: &MappedRam, blocks: usize) {
+    let access = Access {
+        peer_writes: false,
+        peer_reads: false,
+    };
+    for number in (0..).take(blocks) {
+        if let Some(region) = sys::region(ram, BlockId(number)) {
+            regions.register(RegionId(number.into()), region, access);
+        }
+    }
+}
+
+fn received_failure(error: &std::io::Error) -> Failure {
+    host(
+        format!("what of the guest's memory has come cannot be recorded: {error}"),
+        "see to the disk under state-dir",
+    )
+}

@@ -1,0 +1,119 @@
+//! A post-copy that a daemon before this one has left: its guest runs here and lacks pages. Its page faults are taken over at
+//! once, and fetching goes on when the source comes.
+
+use std::sync::Arc;
+
+use pagecopy::engine::destination::{Destination, Setup};
+use pagecopy::engine::event::{Figures, State};
+use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for};
+use pagecopy::engine::{Failure, MigrationId, Timeouts};
+use pagecopy::wire::Standing;
+use tokio::sync::mpsc::unbounded_channel;
+use transport::Regions;
+use uuid::Uuid;
+
+use super::arrive::Over;
+use super::destination::{Parts, Session, TakenOver};
+use super::{Clock, blocking};
+use crate::failure::Shown;
+use crate::migrations::{Finished, Migration};
+use crate::qmp::Qmp;
+use crate::service::Service;
+
+/// Takes up the migration of that journal. `None`: it is none of this kind, or cannot be taken up, which was told.
+pub(crate) fn take_up(
+    service: &Arc<Service>,
+    id: MigrationId,
+    records: &[Record],
+) -> Option<Arc<Migration>> {
+    let runs = standing_for(Some(records)) == Standing::Running;
+    if !runs || postcopy(records) != Postcopy::Open {
+        return None;
+    }
+    let Some(Record::Begun { vm, qmp, peer, .. }) = records.first() else {
+        return None;
+    };
+    let uuid = Uuid::from_bytes(id.0);
+    let (migration, mut requests) =
+        Migration::new(id, vm, Side::Destination, peer, qmp.clone().into());
+    if let Err(other) = service.migrations.add(&migration) {
+        tracing::error!(id = %uuid, vm, %other, "two migrations of this guest are open: a person has to look");
+        return None;
+    }
+    tracing::warn!(id = %uuid, vm, "a guest here lacks pages: its page faults are served again");
+    let (service, taken, records) = (
+        Arc::clone(service),
+        Arc::clone(&migration),
+        records.to_owned(),
+    );
+    tokio::spawn(async move {
+        let over = Over(Arc::clone(&taken));
+        match prepare(&service, id, &taken, records).await {
+            Ok((session, engine)) => {
+                // There is no control channel: the source dials.
+                let (_, events) = unbounded_channel();
+                session.run(engine, events, &mut requests).await;
+            }
+            Err(failure) => {
+                tracing::error!(id = %uuid, failure = %Shown(&failure), "the guest's page faults cannot be served");
+                let figures = Figures::default();
+                taken.finish(Finished::new(id, State::Failed, Some(&failure), figures));
+            }
+        }
+        drop(over);
+    });
+    Some(migration)
+}
+
+async fn prepare(
+    service: &Arc<Service>,
+    id: MigrationId,
+    migration: &Arc<Migration>,
+    records: Vec<Record>,
+) -> Result<(Session, Destination), Failure> {
+    let looking = Arc::clone(service);
+    let pid = records.iter().find_map(|record| match record {
+        Record::Armed { pid, .. } => Some(*pid),
+        _ => None,
+    });
+    let taken_over = blocking(move || TakenOver::new(&looking, id, &records)).await?;
+    let journals = &service.store.journals;
+    let journal = journals
+        .reopen(id, Side::Destination)
+        .map_err(|error| super::journal_failure(&error))?;
+    let clock = Clock::start();
+    let engine = Destination::resume(
+        setup(service, id, migration),
+        taken_over.lacks(),
+        clock.now(),
+    );
+    let session = Session::start(Parts {
+        id,
+        service: Arc::clone(service),
+        migration: Arc::clone(migration),
+        clock,
+        qmp: Arc::new(Qmp::connect(&migration.shown().qmp).await?),
+        settings: journals.settings(id).unwrap_or_default(),
+        journal,
+        blocks: Vec::new(),
+        pid: pid.unwrap_or(0),
+        control: None,
+        data: Vec::new(),
+        taken_over: Some(taken_over),
+        regions: Regions::new(),
+    })?;
+    Ok((session, engine))
+}
+
+/// Of the set-up only the names and the time-outs matter now.
+pub(crate) fn setup(service: &Service, id: MigrationId, migration: &Migration) -> Setup {
+    Setup {
+        id,
+        host: service.config.name.clone(),
+        vm: migration.shown().vm,
+        blocks: Vec::new(),
+        data_channels: 0,
+        postcopy: true,
+        timeouts: Timeouts::default(),
+    }
+}
