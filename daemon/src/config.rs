@@ -27,6 +27,9 @@ pub struct Config {
     /// Whether to run without TLS. Guest memory then crosses the network in the clear and any host may connect.
     #[serde(default)]
     pub insecure_plaintext: bool,
+    /// Whether a migration of mode `auto` may let the guest go before its memory where it would fail otherwise.
+    #[serde(default)]
+    pub allow_postcopy: bool,
     /// TLS between the peers.
     pub tls: Option<Tls>,
 }

@@ -62,7 +62,7 @@ pub struct Finished {
     pub id: Uuid,
     /// `completed`, `failed`, `cancelled` or `in-doubt`.
     pub status: State,
-    /// `precopy`.
+    /// How it moved: `precopy`, `hybrid` or `postcopy`.
     pub mode: String,
     /// `tcp`, `tls`, `unix` or `rdma`; none before there was a connection.
     pub transport: Option<String>,
@@ -94,7 +94,7 @@ impl Finished {
             event: "finished".to_owned(),
             id: Uuid::from_bytes(id.0),
             status,
-            mode: "precopy".to_owned(),
+            mode: mode(&figures).to_owned(),
             transport: None,
             bytes_on_wire: 0,
             error: failure.map(|failure| failure::Shown(failure).to_string()),
@@ -103,6 +103,14 @@ impl Finished {
             faults: None,
             figures,
         }
+    }
+}
+
+fn mode(figures: &Figures) -> &'static str {
+    match figures.lacking_bytes {
+        None => "precopy",
+        Some(_) if figures.pages_sent == 0 => "postcopy",
+        Some(_) => "hybrid",
     }
 }
 
@@ -210,10 +218,12 @@ impl Migration {
         let mut inner = self.lock();
         match report {
             Report::State { state } => inner.shown.state = *state,
-            Report::Progress { .. } => inner.shown.progress = Some(value.clone()),
+            Report::Progress { .. } | Report::Postcopy { .. } => {
+                inner.shown.progress = Some(value.clone());
+            }
             _ => {}
         }
-        if !matches!(report, Report::Progress { .. }) {
+        if !matches!(report, Report::Progress { .. } | Report::Postcopy { .. }) {
             inner.keep(value.clone());
         }
         // Without a reader nobody needs it.
@@ -242,6 +252,14 @@ impl Migration {
     /// Whether the session has ended.
     pub fn is_over(&self) -> bool {
         *self.over.borrow()
+    }
+
+    /// Whether the guest runs at the destination and depends on both hosts.
+    pub(crate) fn is_postcopy(&self) -> bool {
+        let inner = self.lock();
+        let progress = inner.shown.progress.as_ref();
+        let told = progress.and_then(|progress| progress.get("event")) == Some(&json!("postcopy"));
+        !self.is_over() && (told || inner.shown.state == State::Paused)
     }
 
     fn runs(&self, vm: &str, side: Side) -> bool {

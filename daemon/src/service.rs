@@ -63,6 +63,7 @@ impl Service {
     pub async fn begin(self: &Arc<Self>, request: MigrationRequest) -> Result<Uuid, Failure> {
         begin::check(&request)?;
         self.refuse_in_doubt(&request.vm, &request.qmp)?;
+        self.refuse_if_receiving(&request.vm)?;
         let uuid = Uuid::new_v4();
         let id = MigrationId(*uuid.as_bytes());
         let (migration, requests) = Migration::new(

@@ -17,9 +17,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use uuid::Uuid;
 
 use super::ApiError;
-use super::types::{Begun, MigrationRequest, ResolveRequest, Resolved};
+use super::types::{Begun, MigrationRequest, RecoverRequest, ResolveRequest, Resolved};
+use crate::dial::check_host_port;
 use crate::failure::{Failure, operator};
-use crate::migrations::{Migration, Request, Shown};
+use crate::migrations::{Decided, Migration, Request, Shown};
 use crate::service::Service;
 
 pub(super) async fn begin(
@@ -63,6 +64,14 @@ pub(super) async fn cancel(
             "wait until the source has asked the destination, or decide with `pagecopy resolve`",
         )));
     }
+    if migration.is_postcopy() {
+        return Err(ApiError::conflict(&operator(
+            format!(
+                "the guest of migration {id} runs at the destination already, so it cannot be cancelled"
+            ),
+            "wait until it lacks nothing; see `pagecopy status`",
+        )));
+    }
     if migration.is_over() || !migration.request(Request::Cancel) {
         return Err(ApiError::conflict(&operator(
             format!("migration {id} has ended already"),
@@ -70,6 +79,42 @@ pub(super) async fn cancel(
         )));
     }
     Ok(StatusCode::ACCEPTED)
+}
+
+pub(super) async fn start_postcopy(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+) -> Result<Json<Resolved>, ApiError> {
+    let migration = find(&service, &id)?;
+    ask(&migration, Request::StartPostcopy).await
+}
+
+pub(super) async fn recover(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    request: Result<Json<RecoverRequest>, JsonRejection>,
+) -> Result<Json<Resolved>, ApiError> {
+    let Json(RecoverRequest { to }) = request.map_err(bad_json)?;
+    if let Some(to) = to.as_ref().filter(|to| !to.starts_with("unix:")) {
+        check_host_port(to)?;
+    }
+    let migration = find(&service, &id)?;
+    ask(&migration, |reply| Request::Recover(to, reply)).await
+}
+
+/// Has the session look into what the operator wants, and waits for what becomes of it.
+async fn ask(
+    migration: &Migration,
+    request: impl FnOnce(oneshot::Sender<Decided>) -> Request,
+) -> Result<Json<Resolved>, ApiError> {
+    let (reply, decided) = oneshot::channel();
+    migration.request(request(reply));
+    match decided.await {
+        Ok(Ok(done)) => Ok(Json(Resolved { done })),
+        Ok(Err(refusal)) => Err(ApiError::conflict(&refusal)),
+        // The session has ended meanwhile.
+        Err(_) => Err(ApiError::conflict(&nothing_to_decide(&migration.shown()))),
+    }
 }
 
 pub(super) async fn resolve(
@@ -82,44 +127,61 @@ pub(super) async fn resolve(
         resume_here,
         run_here,
         abandon,
+        poison,
         peer_fenced,
     } = request;
-    let resolution = match (resume_here, run_here, abandon, peer_fenced) {
-        (true, false, false, peer_fenced) => Resolution::ResumeHere { peer_fenced },
-        (false, true, false, peer_fenced) => Resolution::RunHere { peer_fenced },
-        (false, false, true, false) => Resolution::Abandon,
+    let wish = match (resume_here, run_here, abandon, poison, peer_fenced) {
+        (true, false, false, false, peer_fenced) => {
+            Wish::Decide(Resolution::ResumeHere { peer_fenced })
+        }
+        (false, true, false, false, peer_fenced) => {
+            Wish::Decide(Resolution::RunHere { peer_fenced })
+        }
+        (false, false, true, false, false) => Wish::Decide(Resolution::Abandon),
+        (false, false, false, true, peer_fenced) => Wish::Poison { peer_fenced },
         _ => {
             return Err(operator(
-                "say one of resume_here, run_here and abandon, the first two with peer_fenced if that is so",
+                "say one of resume_here, run_here, abandon and poison, with peer_fenced if that is so, but not with abandon",
                 "see `pagecopy resolve --help`",
             )
             .into());
         }
     };
-    let migration = in_doubt(&service, &id)?;
-    let (reply, decided) = oneshot::channel();
-    migration.request(Request::Resolve(resolution, reply));
-    match decided.await {
-        Ok(Ok(done)) => Ok(Json(Resolved { done })),
-        Ok(Err(refusal)) => Err(ApiError::conflict(&refusal)),
-        // The session has ended meanwhile.
-        Err(_) => Err(ApiError::conflict(&not_in_doubt(&migration.shown()))),
+    let migration = undecided(&service, &id, &wish)?;
+    match wish {
+        Wish::Decide(resolution) => {
+            ask(&migration, |reply| Request::Resolve(resolution, reply)).await
+        }
+        Wish::Poison { peer_fenced } => {
+            ask(&migration, |reply| Request::Poison(peer_fenced, reply)).await
+        }
     }
 }
 
-/// The migration of that id, at the side where it is in doubt.
-fn in_doubt(service: &Service, id: &str) -> Result<Arc<Migration>, ApiError> {
+/// What an operator wants of a migration that does not go on by itself.
+enum Wish {
+    Decide(Resolution),
+    Poison { peer_fenced: bool },
+}
+
+/// The migration of that id, at the side where the operator has something to decide.
+fn undecided(service: &Service, id: &str, wish: &Wish) -> Result<Arc<Migration>, ApiError> {
     let known = find(service, id)?;
     let uuid = known.shown().id;
-    [Side::Source, Side::Destination]
-        .into_iter()
-        .filter_map(|side| service.migrations.side(uuid, side))
-        .find(|migration| migration.shown().state == MigrationState::InDoubt)
-        .ok_or_else(|| ApiError::conflict(&not_in_doubt(&known.shown())))
+    let sides = match wish {
+        Wish::Decide(_) => &[Side::Source, Side::Destination][..],
+        Wish::Poison { .. } => &[Side::Destination][..],
+    };
+    let waits = |state| matches!(state, MigrationState::InDoubt | MigrationState::Paused);
+    sides
+        .iter()
+        .filter_map(|side| service.migrations.side(uuid, *side))
+        .find(|migration| waits(migration.shown().state))
+        .ok_or_else(|| ApiError::conflict(&nothing_to_decide(&known.shown())))
 }
 
 /// Why there is nothing to decide, and what was.
-fn not_in_doubt(shown: &Shown) -> Failure {
+fn nothing_to_decide(shown: &Shown) -> Failure {
     let end = shown.finished.as_ref().map(|finished| {
         let why = finished.error.as_ref();
         why.map_or_else(String::new, |why| format!(": {why}"))
@@ -128,7 +190,7 @@ fn not_in_doubt(shown: &Shown) -> Failure {
     match end {
         Some(why) => operator(
             format!("refused: migration {id} is not in doubt, it is {state}{why}"),
-            "only a migration whose state is in-doubt needs a decision, and takes one only",
+            "only a migration whose state is in-doubt or paused needs a decision, and takes one only",
         ),
         None => operator(
             format!("refused: migration {id} is not in doubt, it is {state}"),

@@ -45,6 +45,11 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/v1/migrations/{id}", get(migrations::show))
         .route("/v1/migrations/{id}/events", get(migrations::events))
         .route("/v1/migrations/{id}/cancel", post(migrations::cancel))
+        .route(
+            "/v1/migrations/{id}/start-postcopy",
+            post(migrations::start_postcopy),
+        )
+        .route("/v1/migrations/{id}/recover", post(migrations::recover))
         .route("/v1/migrations/{id}/resolve", post(migrations::resolve))
         .route("/v1/receivers", post(receivers::add).get(receivers::list))
         .route("/v1/receivers/{vm}", delete(receivers::remove))

@@ -2,18 +2,25 @@
 
 use std::path::PathBuf;
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::failure::Fault;
 
-/// How the pages move.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// How the guest's memory moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
-    /// The guest runs at the source until all but the last pages have moved.
+    /// As `precopy`; where that would not converge and post-copy is allowed, the guest goes first
     #[default]
+    Auto,
+    /// The guest runs at the source until all but the last pages have moved
     Precopy,
+    /// Rounds of pre-copy; then the guest goes first and fetches what it lacks
+    Hybrid,
+    /// The guest goes first, and fetches its memory
+    Postcopy,
 }
 
 /// `POST /v1/migrations`.
@@ -29,6 +36,14 @@ pub struct MigrationRequest {
     /// How.
     #[serde(default)]
     pub mode: Mode,
+    /// With `auto`: whether the guest may go first, and depend on both hosts for a while. The daemon's `allow-postcopy` allows
+    /// it, too.
+    #[serde(default)]
+    pub allow_postcopy: bool,
+    /// With `hybrid`: rounds of pre-copy. With neither this nor the next: as long as they pay.
+    pub postcopy_after_rounds: Option<u32>,
+    /// With `hybrid`: milliseconds of pre-copy.
+    pub postcopy_after_ms: Option<u64>,
     /// Data channels; chosen from the cores when absent.
     pub channels: Option<u16>,
     /// Longest downtime, in milliseconds; 300 when absent.
@@ -64,7 +79,15 @@ pub struct ReceiverRequest {
     pub qmp: PathBuf,
 }
 
-/// `POST /v1/migrations/ID/resolve`: one of the first three is true.
+/// `POST /v1/migrations/ID/recover`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RecoverRequest {
+    /// Another address of the destination's daemon: `HOST:PORT`.
+    pub to: Option<String>,
+}
+
+/// `POST /v1/migrations/ID/resolve`: one of the first four is true.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ResolveRequest {
@@ -74,6 +97,8 @@ pub struct ResolveRequest {
     pub run_here: bool,
     /// Let go of the guest here.
     pub abandon: bool,
+    /// At the destination of a paused post-copy: the guest goes on without what it lacks.
+    pub poison: bool,
     /// The word that the other host's QEMU and pagecopyd cannot run any more.
     pub peer_fenced: bool,
 }

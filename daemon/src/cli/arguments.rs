@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 
 use crate::api::types::{MigrationRequest, Mode};
 use crate::units::{millis, parse_duration, parse_rate};
@@ -15,12 +15,14 @@ const EXIT_STATUS: &str = "Exit status of migrate:\n  \
     3  cancelled; the guest runs on at the source\n  \
     4  in doubt: the destination may run the guest; see `pagecopy resolve`";
 
-const RESOLVE: &str = "At the source the destination is asked first, and its answer decides where there is one. Without an answer \
+const RESOLVE: &str = "In doubt: at the source the destination is asked first, and its answer decides where there is one. Without an answer \
     --resume-here is taken only with --peer-fenced, and the destination is told when it comes back. --abandon needs no such \
     word: QEMU is kept, stopped, with the guest's memory.\n\n\
     At the destination a guest that was committed to it runs by itself as soon as the source asks. --run-here is taken only \
     with --peer-fenced, since the source's operator may have taken the guest back; --abandon only while the guest has not run \
     here, and the source takes it back when it asks.\n\n\
+    Paused (post-copy, the other host is away): at the destination --poison lets the guest go on without what it lacks, and is \
+    taken only with --peer-fenced; at the source --abandon lets go of the memory that the guest depends on.\n\n\
     Whatever is refused says why, with exit status 1.";
 
 /// Moves running QEMU guests between hosts.
@@ -69,7 +71,20 @@ pub enum Command {
         /// The migration's id
         id: String,
     },
-    /// Decide a migration that is in doubt, when the other host cannot be asked
+    /// Let the guest of a migration go before its memory now (begun with --mode auto --allow-postcopy or hybrid)
+    StartPostcopy {
+        /// The migration's id
+        id: String,
+    },
+    /// At the source of a paused post-copy: dial the destination now
+    Recover {
+        /// The migration's id
+        id: String,
+        /// Another address of the destination's pagecopyd
+        #[arg(long, value_name = "HOST:PORT")]
+        to: Option<String>,
+    },
+    /// Decide a migration that is in doubt or paused, when the other host cannot be asked
     #[command(after_help = RESOLVE)]
     Resolve {
         /// The migration's id
@@ -78,7 +93,7 @@ pub enum Command {
         #[command(flatten)]
         decision: Decision,
         /// The word that the other host's QEMU and pagecopyd cannot run any more (powered off, disk gone). Given wrongly,
-        /// two guests run
+        /// two guests run, or memory is lost
         #[arg(long, conflicts_with = "abandon")]
         peer_fenced: bool,
     },
@@ -97,13 +112,34 @@ pub struct Decision {
     /// At the source: the guest runs at the destination, let go of it here. At the destination: it never will run here
     #[arg(long)]
     pub abandon: bool,
+    /// At the destination of a paused post-copy: the guest goes on without the memory that it lacks; what touches it gets a
+    /// memory error
+    #[arg(long)]
+    pub poison: bool,
 }
 
-/// How the pages move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ModeArgument {
-    /// The guest runs here until all but the last pages have moved
-    Precopy,
+/// When a hybrid migration lets the guest go first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PostcopyAfter {
+    /// When a round does not pay any more.
+    Auto,
+    /// After so many rounds.
+    Rounds(u32),
+    /// After so long.
+    Time(Duration),
+}
+
+fn parse_postcopy_after(text: &str) -> Result<PostcopyAfter, String> {
+    if text == "auto" {
+        return Ok(PostcopyAfter::Auto);
+    }
+    match text.parse() {
+        Ok(0) => Err("one round at least; with --mode postcopy the guest goes at once".to_owned()),
+        Ok(rounds) => Ok(PostcopyAfter::Rounds(rounds)),
+        Err(_) => parse_duration(text)
+            .map(PostcopyAfter::Time)
+            .map_err(|_| "write auto, a number of rounds, or a time such as 5s".to_owned()),
+    }
 }
 
 /// Arguments of `migrate`.
@@ -118,9 +154,15 @@ pub struct MigrateArguments {
     /// The other host's pagecopyd; HOST is a name, an IPv4 address, or an IPv6 address in brackets
     #[arg(long, value_name = "HOST:PORT")]
     pub to: String,
-    /// How the pages move
-    #[arg(long, value_enum, default_value = "precopy")]
-    pub mode: ModeArgument,
+    /// How the memory moves
+    #[arg(long, value_enum, default_value = "auto")]
+    pub mode: Mode,
+    /// With --mode auto: rather than fail, let the guest go first; it then depends on both hosts for a while
+    #[arg(long)]
+    pub allow_postcopy: bool,
+    /// With --mode hybrid: when the guest goes first [default: auto, when a round does not pay any more]
+    #[arg(long, value_name = "auto|ROUNDS|TIME", value_parser = parse_postcopy_after)]
+    pub postcopy_after: Option<PostcopyAfter>,
     /// Data channels [default: as many as the link needs, at most one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub channels: Option<u16>,
@@ -150,12 +192,22 @@ pub struct MigrateArguments {
 impl MigrateArguments {
     /// The request to the daemon. The daemon's working directory is another one: the path is made absolute.
     pub fn request(self) -> MigrationRequest {
-        let ModeArgument::Precopy = self.mode;
+        let (postcopy_after_rounds, postcopy_after_ms) = match self.postcopy_after {
+            Some(PostcopyAfter::Rounds(rounds)) => (Some(rounds), None),
+            Some(PostcopyAfter::Time(time)) => (
+                None,
+                Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+            ),
+            Some(PostcopyAfter::Auto) | None => (None, None),
+        };
         MigrationRequest {
             vm: self.vm,
             qmp: std::path::absolute(&self.qmp).unwrap_or(self.qmp),
             to: self.to,
-            mode: Mode::Precopy,
+            mode: self.mode,
+            allow_postcopy: self.allow_postcopy,
+            postcopy_after_rounds,
+            postcopy_after_ms,
             channels: self.channels,
             downtime_limit_ms: self.downtime_limit.map(millis),
             bandwidth_limit: self.bandwidth_limit,
@@ -227,6 +279,21 @@ mod tests {
             (None, None, None)
         );
         assert!(!request.verify && !request.quit_source);
+        assert_eq!((request.mode, request.allow_postcopy), (Mode::Auto, false));
+    }
+
+    #[test]
+    fn when_the_guest_goes_first() {
+        let after = |text: &str| {
+            let request = migrate(&["--mode", "hybrid", "--postcopy-after", text])?;
+            Ok::<_, String>((request.postcopy_after_rounds, request.postcopy_after_ms))
+        };
+        assert_eq!(after("auto"), Ok((None, None)));
+        assert_eq!(after("3"), Ok((Some(3), None)));
+        assert_eq!(after("5s"), Ok((None, Some(5_000))));
+        for wrong in ["0", "soon", "-1"] {
+            assert!(after(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]
@@ -254,7 +321,7 @@ mod tests {
         let parse = |words: &[&str]| {
             Arguments::try_parse_from([&["pagecopy", "resolve", "ID"], words].concat())
         };
-        for good in ["--resume-here", "--run-here"] {
+        for good in ["--resume-here", "--run-here", "--poison"] {
             assert!(parse(&[good]).is_ok());
             assert!(parse(&[good, "--peer-fenced"]).is_ok());
             assert!(parse(&[good, "--abandon"]).is_err());

@@ -124,6 +124,14 @@ fn tell(vm: &str, finished: &Finished) {
         show_bytes(finished.bytes_on_wire),
         finished.transport.as_deref().unwrap_or("nothing"),
     );
+    if let Some(lacking) = finished.figures.lacking_bytes {
+        println!(
+            "  post-copy        {} in {} ({} without a connection)",
+            show_bytes(lacking),
+            ms(finished.figures.postcopy_ms),
+            ms(finished.figures.paused_ms),
+        );
+    }
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // For people.
     let goodput = show_rate((finished.figures.goodput_mbit_s * 1e6 / 8.0) as u64);
     println!("  goodput          {goodput}");

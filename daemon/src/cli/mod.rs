@@ -13,7 +13,7 @@ use serde_json::Value;
 
 pub use arguments::{Arguments, Command, Decision, MigrateArguments};
 
-use crate::api::types::{ReceiverRequest, ResolveRequest};
+use crate::api::types::{ReceiverRequest, RecoverRequest, ResolveRequest};
 use client::{CliError, Client};
 
 /// The API's socket, unless `--api` or `PAGECOPY_API` says otherwise.
@@ -38,6 +38,10 @@ pub async fn run(arguments: Arguments) -> u8 {
                 &Value::Null,
             )
             .await
+        }
+        Command::StartPostcopy { id } => decide(&client, &id, "start-postcopy", &Value::Null).await,
+        Command::Recover { id, to } => {
+            decide(&client, &id, "recover", &RecoverRequest { to }).await
         }
         Command::Resolve {
             id,
@@ -89,11 +93,20 @@ async fn resolve(
         resume_here: decision.resume_here,
         run_here: decision.run_here,
         abandon: decision.abandon,
+        poison: decision.poison,
         peer_fenced,
     };
-    let answer = client
-        .post(&format!("/v1/migrations/{id}/resolve"), &request)
-        .await?;
+    decide(client, id, "resolve", &request).await
+}
+
+async fn decide(
+    client: &Client,
+    id: &str,
+    what: &str,
+    request: &impl serde::Serialize,
+) -> Result<(), CliError> {
+    let path = format!("/v1/migrations/{id}/{what}");
+    let answer = client.post(&path, request).await?;
     println!("{}", answer["done"].as_str().unwrap_or("decided"));
     Ok(())
 }

@@ -88,6 +88,7 @@ fn show_on_bar(bar: &ProgressBar, report: &Report) {
             bar.set_position(u64::from(*percent));
             bar.set_message(progress_words(report));
         }
+        Report::Postcopy { .. } => bar.set_message(postcopy_words(report)),
         Report::State { state } => bar.set_message(format!("{state:?}").to_lowercase()),
         other => {
             if let Some(line) = line(other) {
@@ -116,8 +117,30 @@ fn line(report: &Report) -> Option<String> {
             ms / 1e3
         )),
         Report::Notice { text } => Some(text.clone()),
-        Report::Progress { .. } | Report::Postcopy { .. } => None,
+        Report::Postcopy { .. } => Some(postcopy_words(report)),
+        Report::Progress { .. } => None,
     }
+}
+
+fn postcopy_words(report: &Report) -> String {
+    let Report::Postcopy {
+        lacking_bytes,
+        faults,
+    } = report
+    else {
+        return String::new();
+    };
+    let mut words = format!(
+        "the guest runs at the destination  {} to come",
+        show_bytes(*lacking_bytes)
+    );
+    if let Some(faults) = faults {
+        words += &format!(
+            "  {} page faults, {} wait  p99 {} us",
+            faults.count, faults.waiting, faults.p99_us
+        );
+    }
+    words
 }
 
 fn progress_words(report: &Report) -> String {

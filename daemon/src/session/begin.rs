@@ -8,7 +8,7 @@ use std::time::Duration;
 use pagecopy::engine::journal::{Record, Side};
 #[cfg(feature = "steps")]
 use pagecopy::engine::source::Output;
-use pagecopy::engine::source::{Mode, Options, Setup, Source};
+use pagecopy::engine::source::{self, After, Options, Setup, Source};
 use pagecopy::engine::{Failure, MigrationId, Timeouts};
 use pagecopy::host::Ram;
 use pagecopy::host::track::{TrackedBlock, UffdTracker};
@@ -20,11 +20,11 @@ use transport::{Access, Address, Channel, RegionId, Regions};
 use super::arrive::Over;
 use super::source::{Memory, Parts, Session};
 use super::{CANCELLED, Clock, journal_failure};
-use crate::api::types::MigrationRequest;
+use crate::api::types::{MigrationRequest, Mode};
 use crate::dial::{Target, dial};
 use crate::failure::{host, operator};
 use crate::migrations::{Migration, Request};
-use crate::nic::default_channels;
+use crate::nic::{POSTCOPY_CHANNELS, default_channels};
 use crate::qemu::discover::{self, map_ram, track_failure};
 use crate::qemu::settings::{Role, Settings};
 use crate::qemu::{Block, Guest};
@@ -68,6 +68,30 @@ pub(crate) fn check(request: &MigrationRequest) -> Result<(), Failure> {
     }
     if request.max_rounds == Some(0) {
         return refuse("no rounds are allowed", "use --max-rounds 1 or more");
+    }
+    if matches!(request.mode, Mode::Hybrid | Mode::Postcopy) {
+        if request.verify {
+            return refuse(
+                "--verify compares both memories before the guest runs, and with this mode they are not both there then",
+                "leave --verify out, or use --mode precopy",
+            );
+        }
+        if request
+            .channels
+            .is_some_and(|channels| channels < POSTCOPY_CHANNELS)
+        {
+            return refuse(
+                "this mode needs a data channel for the pages that the guest waits for, and another for the rest",
+                "use --channels 2 or more",
+            );
+        }
+    }
+    let after = (request.postcopy_after_rounds, request.postcopy_after_ms);
+    if after != (None, None) && request.mode != Mode::Hybrid {
+        return refuse(
+            "when the guest goes first was said, and not that it does",
+            "add --mode hybrid, or leave --postcopy-after out",
+        );
     }
     if request.bandwidth_limit == Some(0) || request.timeout_ms == Some(0) {
         return refuse(
@@ -174,8 +198,12 @@ async fn look(service: &Service, request: &MigrationRequest) -> Result<Looked, F
         security: service.security.clone(),
     };
     let wanted = request.channels;
+    let least = match mode(request, service.config.allow_postcopy) {
+        source::Mode::Precopy | source::Mode::Auto { postcopy: false } => 1,
+        _ => POSTCOPY_CHANNELS,
+    };
     let with_control =
-        move |address: &Address| wanted.unwrap_or_else(|| default_channels(address)) + 1;
+        move |address: &Address| wanted.unwrap_or_else(|| default_channels(address).max(least)) + 1;
     let (channels, peer) = dial(&target, with_control, &memory.regions).await?;
     let data_channels = u16::try_from(channels.len().saturating_sub(1)).unwrap_or(u16::MAX);
     tracing::info!(
@@ -210,7 +238,7 @@ impl Looked {
             direct_io: self.guest.direct_io,
             data_channels: self.data_channels,
             fixed_downtime: service.store.downtime.get(),
-            options: options(request),
+            options: options(request, service.config.allow_postcopy),
             timeouts: Timeouts::default(),
         };
         let begun = Record::Begun {
@@ -307,7 +335,24 @@ fn tracked(block: &Block, number: u16) -> TrackedBlock {
     }
 }
 
-fn options(request: &MigrationRequest) -> Options {
+fn mode(request: &MigrationRequest, allowed: bool) -> source::Mode {
+    match request.mode {
+        Mode::Precopy => source::Mode::Precopy,
+        Mode::Postcopy => source::Mode::Postcopy,
+        Mode::Auto => source::Mode::Auto {
+            postcopy: (allowed || request.allow_postcopy) && !request.verify,
+        },
+        Mode::Hybrid => source::Mode::Hybrid(
+            match (request.postcopy_after_rounds, request.postcopy_after_ms) {
+                (Some(rounds), _) => After::Rounds(rounds),
+                (None, Some(ms)) => After::Time(Duration::from_millis(ms)),
+                (None, None) => After::Auto,
+            },
+        ),
+    }
+}
+
+fn options(request: &MigrationRequest, postcopy_allowed: bool) -> Options {
     Options {
         downtime_limit: request
             .downtime_limit_ms
@@ -315,7 +360,7 @@ fn options(request: &MigrationRequest) -> Options {
         bandwidth_limit: request.bandwidth_limit,
         max_rounds: request.max_rounds.unwrap_or(MAX_ROUNDS),
         timeout: request.timeout_ms.map(Duration::from_millis),
-        mode: Mode::Precopy,
+        mode: mode(request, postcopy_allowed),
         verify: request.verify,
         quit_source: request.quit_source,
     }
