@@ -44,14 +44,24 @@ struct Flight {
 }
 
 impl Lane {
-    /// Runs until it is told to stop, or the channel breaks.
-    pub(super) fn run(mut self) {
-        if let Err(error) = self.fetch() {
-            self.shared.tell(PullEvent::Broken(error));
+    /// Runs until it is told to stop, and gives the channel back; or until the channel breaks.
+    pub(super) fn run(mut self) -> Option<Box<dyn Channel>> {
+        match self.fetch() {
+            Ok(()) => {
+                // Nobody looks at it any more: nothing of the peer's may land.
+                self.channel.pause(true);
+                Some(self.channel)
+            }
+            Err(error) => {
+                self.shared.tell(PullEvent::Broken(error));
+                None
+            }
         }
     }
 
     fn fetch(&mut self) -> Result<(), Error> {
+        // It was, while its regions were being closed to the peer's writes.
+        self.channel.pause(false);
         let begun = Instant::now();
         let now = || Time::default().after(begun.elapsed());
         let mut pace = Pace::new();

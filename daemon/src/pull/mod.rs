@@ -56,7 +56,7 @@ pub(crate) struct Pull {
     shared: Arc<Shared>,
     specs: Arc<[BlockSpec]>,
     faults: Vec<JoinHandle<()>>,
-    lanes: Vec<JoinHandle<()>>,
+    lanes: Vec<JoinHandle<Option<Box<dyn Channel>>>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -183,24 +183,26 @@ impl Pull {
         Ok(())
     }
 
-    /// Lets go of the channels. What was on its way is asked for anew on the next ones.
-    pub(crate) fn stop(&mut self) {
+    /// Stops fetching, and gives the channels back that are not broken. What was on its way is asked for anew on the next
+    /// ones.
+    pub(crate) fn stop(&mut self) -> Vec<Box<dyn Channel>> {
         self.stop.store(true, Ordering::Relaxed);
-        for lane in self.lanes.drain(..) {
-            // A panic in the thread has been told already.
-            let _ = lane.join();
-        }
+        // A panic in a thread has been told already.
+        let ended = self.lanes.drain(..).filter_map(|lane| lane.join().ok());
+        let channels = ended.flatten().collect();
         self.shared.lost();
+        channels
     }
 
-    /// Lets go of QEMU's memory: every page is here, or the guest never runs here.
-    pub(crate) fn release(mut self) {
-        self.end();
+    /// Lets go of QEMU's memory: every page is here, or the guest never runs here. Gives the channels back.
+    pub(crate) fn release(mut self) -> Vec<Box<dyn Channel>> {
+        let channels = self.end();
         let shared = Arc::clone(&self.shared);
         drop(self);
         if let Some(shared) = Arc::into_inner(shared) {
             release(shared.pagers);
         }
+        channels
     }
 
     /// Poisons what lacks, and lets go of QEMU's memory. Returns bytes.
@@ -220,13 +222,14 @@ impl Pull {
         }
     }
 
-    fn end(&mut self) {
-        self.stop();
+    fn end(&mut self) -> Vec<Box<dyn Channel>> {
+        let channels = self.stop();
         self.shared.end.store(true, Ordering::Relaxed);
         for thread in self.faults.drain(..) {
             // A panic in the thread has been told already.
             let _ = thread.join();
         }
+        channels
     }
 
     /// Bytes that lack, and what waited for them.
@@ -297,7 +300,10 @@ fn release(pagers: Vec<UffdPager>) {
     }
 }
 
-fn thread(name: String, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Failure> {
+fn thread<T: Send + 'static>(
+    name: String,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>, Failure> {
     let spawned: io::Result<_> = std::thread::Builder::new().name(name).spawn(work);
     spawned.map_err(|error| {
         host(

@@ -47,7 +47,7 @@ pub use small_fs::SmallFs;
 pub use steps::{Held, Steps};
 pub use used::{Watch, wait_level};
 pub use user::{DAEMON_ID, DAEMON_USER, MONITOR_GROUP, QEMU_ID, RunAs};
-pub use world::{World, assert_moved, assert_stayed, certified};
+pub use world::{Moved, World, assert_moved, assert_stayed, certified};
 
 use std::time::Duration;
 

@@ -37,8 +37,8 @@ const MOST_PAGERS: usize = 8;
 pub(super) enum Done {
     /// Page faults wait.
     Armed(Result<Pull, Failure>),
-    /// QEMU's memory was let go of.
-    Released,
+    /// QEMU's memory was let go of. The channels stay open until the source has heard of it.
+    Released(Vec<Box<dyn Channel>>),
     /// What lacks was poisoned.
     Poisoned(Result<u64, (Pull, Failure)>),
 }
@@ -153,7 +153,10 @@ impl Session {
                 }
             }
             Done::Armed(Err(failure)) => Input::HostFailed(failure),
-            Done::Released => Input::Whole,
+            Done::Released(channels) => {
+                self.idle = channels;
+                Input::Whole
+            }
             Done::Poisoned(Ok(bytes)) => Input::Poisoned { bytes },
             Done::Poisoned(Err((pull, failure))) => {
                 self.fetch.pull = Some(pull);
@@ -170,9 +173,8 @@ impl Session {
                 self.fetch.report = Some(pull.report());
                 let finished = self.fetch.finished.clone();
                 tokio::task::spawn_blocking(move || {
-                    pull.release();
                     // A session that has ended needs no word.
-                    let _ = finished.send(Done::Released);
+                    let _ = finished.send(Done::Released(pull.release()));
                 });
                 None
             }
