@@ -12,8 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use pagecopy::engine::event::State;
 use tests::sim::{
-    Broken, CHANNEL_LIMIT, Happened, Mistake, OUTPUTS, Outcome, Plan, Side, Survey, Theme, Wish,
-    broken, run, run_traced, shrink,
+    Broken, CHANNEL_LIMIT, Happened, Mistake, OUTPUTS, Outcome, POSTCOPY_OUTPUTS, Plan, Side,
+    Survey, Theme, Wish, broken, run, run_traced, shrink,
 };
 
 mod kept;
@@ -167,7 +167,7 @@ fn crashes(survey: &Survey) -> BTreeMap<(Side, String), [u64; 3]> {
 /// No theme is empty: at least so many in a thousand of its migrations ended so.
 fn assert_ends(survey: &Survey) {
     use State::{Cancelled, Completed, Failed};
-    use Theme::{Chaos, Crashes, DirectIo, Faults, Quiet, Verify};
+    use Theme::{Chaos, Crashes, DirectIo, Faults, PostCopy, Quiet, Torn, Verify};
     let (source, destination) = (Some(Side::Source), Some(Side::Destination));
     if survey.total() < 1_000 {
         return;
@@ -184,6 +184,9 @@ fn assert_ends(survey: &Survey) {
         (Chaos, Failed, source, 150),
         (DirectIo, Completed, destination, 400),
         (Verify, Completed, destination, 400),
+        (PostCopy, Completed, destination, 800),
+        (Torn, Completed, destination, 300),
+        (Torn, Failed, source, 50),
     ] {
         let share = survey.share(theme, state, guest);
         assert!(
@@ -255,6 +258,7 @@ fn assert_crashes(survey: &Survey) {
     let table = crashes(survey);
     let missing: Vec<String> = OUTPUTS
         .iter()
+        .chain(&POSTCOPY_OUTPUTS)
         .filter(|(side, output)| {
             let counts = table.get(&(*side, (*output).to_owned()));
             counts.is_none_or(|counts| counts.contains(&0))
@@ -401,4 +405,11 @@ mistakes! {
     finds_a_guest_said_to_run_before_it_does: EarlyRunning,
     finds_too_many_bytes_in_flight: EarlyPushed,
     finds_a_run_that_never_ends: LostTimer,
+    finds_a_page_marked_after_it_was_mapped: MarkAfterMap,
+    finds_a_page_fetched_again_after_a_crash: ForgotReceived,
+    finds_a_guest_loaded_before_its_page_faults_wait: LateArm,
+    finds_page_faults_that_do_not_wait_for_a_dead_daemon: ReleaseOnDrop,
+    finds_reads_answered_from_an_old_copy: ServeOldCopy,
+    finds_a_page_that_was_not_said_to_lack: ForgotLacking,
+    finds_memory_let_go_of_too_early: DetachWhenMoved,
 }

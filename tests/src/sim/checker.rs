@@ -114,6 +114,15 @@ impl Checker {
         }
     }
 
+    /// The guest starts at the destination and lacks pages: what it touches is looked at as it does.
+    pub(super) fn started_lacking(&mut self) {
+        self.running[Side::Destination as usize] = true;
+        if self.running == [true, true] {
+            self.violate("two guests run".into());
+        }
+        self.arrived = true;
+    }
+
     /// Somebody is told that the migration is completed. `lost`: the destination's QEMU was made to end.
     pub(super) fn told_completed(&mut self, who: &str, lost: bool) {
         if !self.arrived || !(self.runs(Side::Destination) || lost) {

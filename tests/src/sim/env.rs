@@ -4,9 +4,11 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::time::Duration;
 
+use pagecopy::engine::bitmap::Bitmap;
 use pagecopy::engine::journal::Record;
 use pagecopy::engine::{ChannelId, Failure, Fault as Blame, Time, destination, source};
 use pagecopy::memory::Run;
+use transport::Regions;
 use transport::mem::MemChannel;
 
 use super::agenda::Agenda;
@@ -88,8 +90,10 @@ pub(super) enum SourceEvent {
         /// When it began.
         began: Time,
     },
-    /// A connection is tried.
-    Connect,
+    /// A connection is tried, with that number; with all channels or only one.
+    Connect(u32, bool),
+    /// It cannot be made, and why.
+    ConnectFails(u32, &'static str),
     /// What was still to be sent has had its time.
     Close,
 }
@@ -109,6 +113,16 @@ pub(super) enum DestinationEvent {
     Prepare,
     /// A zero run is placed, later than it should be.
     LateZero(Vec<Run>),
+    /// Page faults are made to wait.
+    Arm(Bitmap),
+    /// Somebody touched a page that is not mapped.
+    PageFault(usize),
+    /// Pages are marked as received, later than they should be.
+    Mark(Vec<usize>),
+    /// It is looked at what can be asked for.
+    PullOn,
+    /// It is said what lacks.
+    Say,
     /// What was still to be sent has had its time.
     Close {
         /// Of which session.
@@ -173,13 +187,17 @@ pub(super) struct Env {
     /// The destination's daemon is there to be connected to.
     pub(super) destination_listens: bool,
     /// Connections that the destination has not accepted yet.
-    pub(super) incoming: VecDeque<MemChannel>,
+    pub(super) incoming: VecDeque<Vec<MemChannel>>,
+    /// What the destination lets its peer write and read.
+    pub(super) destination_regions: Regions,
     /// Barriers that overtake what was sent before them; only a planted mistake makes them.
     pub(super) early_barriers: Vec<(ChannelId, u32)>,
     /// A QEMU with the guest in it was made to fail: the guest may be lost by no fault of ours.
     pub(super) qemu_lost: [bool; 2],
     /// The source's operator has said that the guest runs at the destination, be that true or not.
     pub(super) let_go_by_word: bool,
+    /// The guest, at the destination, lacks pages.
+    pub(super) guest_lacks: bool,
     clocks: [Clock; 2],
     /// The daemon does nothing before then.
     held: [Time; 2],
@@ -243,9 +261,11 @@ impl Env {
             mistake,
             destination_listens: true,
             incoming: VecDeque::new(),
+            destination_regions: Regions::new(),
             early_barriers: Vec::new(),
             qemu_lost: [false; 2],
             let_go_by_word: false,
+            guest_lacks: false,
             held: [Time(0); 2],
             asleep: [Time(0); 2],
             outputs: [0; 2],

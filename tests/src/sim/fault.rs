@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::names::OUTPUTS;
+use super::names::{OUTPUTS, POSTCOPY_OUTPUTS};
 use super::plan::{Side, Theme};
 use super::rng::Rng;
 
@@ -72,6 +72,15 @@ pub(super) enum Fault {
     Ask(Side, Wish),
     /// The operator ends the other side's QEMU and daemon, for good, and then asks for it at that side.
     FenceAndAsk(Side, Wish),
+    /// The source's operator wants the guest to go before its memory, now.
+    StartPostcopy,
+    /// The source's operator wants the destination dialled now.
+    Recover,
+    /// The destination's operator wants the guest to go on without what it lacks; `fenced`: having ended the source for good.
+    GiveUpPages {
+        /// Whether the source was.
+        fenced: bool,
+    },
 }
 
 /// How a moment lies to an output.
@@ -121,15 +130,22 @@ const LATE_MOMENTS: [(Side, &str); 18] = [
 /// The faults of a run.
 pub(super) fn faults(rng: &mut Rng, theme: Theme) -> Vec<(When, Fault)> {
     let count = match theme {
-        Theme::Quiet => 0,
+        Theme::Quiet | Theme::PostCopy => 0,
         Theme::DirectIo | Theme::Verify => u64::from(rng.chance(100)),
         Theme::Faults => rng.pick(&[0, 1, 1, 1, 2, 3]),
         Theme::Crashes => rng.pick(&[1, 1, 2, 2, 3]),
         Theme::Chaos => rng.pick(&[1, 2, 2, 3, 3, 4, 6]),
+        Theme::Torn => rng.pick(&[1, 1, 2, 2, 3, 5]),
     };
     let late = if theme == Theme::Quiet { 0 } else { 500 };
     (0..count)
-        .map(|_| (when(rng, late), fault(rng, theme)))
+        .map(|_| {
+            if theme == Theme::Torn && rng.chance(800) {
+                (when_fetching(rng), fault_when_fetching(rng))
+            } else {
+                (when(rng, late), fault(rng, theme))
+            }
+        })
         .collect()
 }
 
@@ -156,6 +172,88 @@ pub(super) fn death_at_any_output(rng: &mut Rng) -> (&'static str, Vec<(When, Fa
         (_, "Journal(TakenBack)") => faults.push((after("Send(Commit)"), Fault::Silence(None))),
         (_, "ResumeGuest") => faults.push((after("StopGuest"), Fault::Cancel(side))),
         (_, "Send(Query)" | "Connect") => faults.push((after("Send(Commit)"), Fault::Cut)),
+        _ => {}
+    }
+    (output, faults)
+}
+
+/// Somewhere between the switchover and the end of post-copy.
+fn when_fetching(rng: &mut Rng) -> When {
+    let (side, name) = rng.pick(&POSTCOPY_OUTPUTS);
+    let name = if rng.chance(400) {
+        rng.pick(&[
+            (Side::Destination, "Mark"),
+            (Side::Destination, "Read"),
+            (Side::Destination, "Map"),
+            (Side::Source, "Journal(GuestMoved)"),
+            (Side::Destination, "RunGuest"),
+        ])
+    } else {
+        (side, name)
+    };
+    When::Named(
+        name.0,
+        name.1.to_owned(),
+        rng.pick(&[1, 1, 2, 3, 7, 20]),
+        moment(rng),
+    )
+}
+
+fn fault_when_fetching(rng: &mut Rng) -> Fault {
+    let side = rng.pick(&[Side::Source, Side::Destination]);
+    match rng.below(20) {
+        0..7 => Fault::DaemonDies(side, or_never(rng, 500, 20_000_000)),
+        7..12 => network(rng, side),
+        12 => Fault::QemuDies(side),
+        13 => Fault::HostDies(side, or_never(rng, 1_000_000, 100_000_000)),
+        14 => time(rng, side),
+        15 => host(rng, side),
+        16 => Fault::Recover,
+        17 => Fault::GiveUpPages {
+            fenced: rng.chance(300),
+        },
+        18 => Fault::Ask(Side::Source, Wish::LetGo),
+        _ => Fault::Cancel(side),
+    }
+}
+
+/// The operator does not wait for the rounds to end.
+pub(super) fn by_hand(rng: &mut Rng) -> [(When, Fault); 1] {
+    let when = match rng.below(3) {
+        0 => When::Time(rng.spread(100, 200_000)),
+        _ => {
+            let name = rng.pick(&["Push", "Push", "Scan", "SendOn(Barrier)", "Attach"]);
+            When::Named(
+                Side::Source,
+                name.to_owned(),
+                rng.spread(1, 20),
+                moment(rng),
+            )
+        }
+    };
+    [(when, Fault::StartPostcopy)]
+}
+
+/// A daemon that dies at a certain step of post-copy, and what brings that step about.
+pub(super) fn death_in_postcopy(rng: &mut Rng) -> (&'static str, Vec<(When, Fault)>) {
+    let (side, output) = rng.pick(&POSTCOPY_OUTPUTS);
+    let death = Fault::DaemonDies(side, or_never(rng, 500, 20_000_000));
+    let when = When::Named(side, output.to_owned(), 1, moment(rng));
+    let mut faults = vec![(when, death)];
+    let fetching = |nth, moment| When::Named(Side::Destination, "Mark".to_owned(), nth, moment);
+    match output {
+        "Send(Lacks)" => faults.push((
+            fetching(1, Moment::Before),
+            Fault::Stall(rng.spread(2_000_000, 5_000_000)),
+        )),
+        "ConnectAll" | "Send(Serve)" | "StopPulling" | "Pull" | "Send(Resumed)" => {
+            faults.push((fetching(rng.between(1, 3), Moment::Before), Fault::Cut));
+        }
+        "Poison" => {
+            faults.push((fetching(1, Moment::Before), Fault::Silence(None)));
+            let later = Moment::Later(rng.spread(11_000_000, 60_000_000));
+            faults.push((fetching(1, later), Fault::GiveUpPages { fenced: true }));
+        }
         _ => {}
     }
     (output, faults)

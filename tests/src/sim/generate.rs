@@ -6,7 +6,7 @@ use super::clock::Rate;
 use super::disk::Temper;
 use super::fault;
 use super::guest::{Habits, Pattern};
-use super::plan::{Host, Path, Plan, Theme, Wanted};
+use super::plan::{Host, How, Path, Plan, Theme, Wanted};
 use super::rng::Rng;
 
 impl Plan {
@@ -22,9 +22,10 @@ impl Plan {
         let bytes: u64 = blocks.iter().map(|block| block.size).sum();
         let mut order: Vec<usize> = (0..blocks.len()).collect();
         rng.shuffle(&mut order);
-        let direct_io = theme == Theme::DirectIo || (theme != Theme::Quiet && rng.chance(200));
+        let direct_io = theme == Theme::DirectIo
+            || (!matches!(theme, Theme::Quiet | Theme::PostCopy) && rng.chance(200));
         let rough = match theme {
-            Theme::Faults | Theme::Chaos => rng.chance(300),
+            Theme::Faults | Theme::Chaos | Theme::Torn => rng.chance(300),
             _ => false,
         };
         let mut plan = Plan {
@@ -45,6 +46,9 @@ impl Plan {
             faults: fault::faults(&mut rng, theme),
             blocks,
         };
+        if theme.is_postcopy() {
+            plan.let_the_guest_go_first(&mut rng, theme);
+        }
         if theme == Theme::Crashes && rng.chance(500) {
             plan.let_a_daemon_die(&mut rng);
         }
@@ -53,6 +57,39 @@ impl Plan {
             plan.faults.extend(fault::decisions_in_doubt(&mut rng));
         }
         plan
+    }
+
+    /// The guest goes before its memory, at once, after some rounds, or when it will not do otherwise.
+    fn let_the_guest_go_first(&mut self, rng: &mut Rng, theme: Theme) {
+        self.data_channels = self.data_channels.max(2);
+        self.wanted.verify = false;
+        self.wanted.how = match rng.below(10) {
+            0..4 => How::Postcopy,
+            4..6 => How::HybridRounds(u32::try_from(rng.between(1, 3)).unwrap_or(1)),
+            6 => How::HybridTime(rng.spread(100, 50_000)),
+            7 => How::Hybrid,
+            _ => How::Auto,
+        };
+        if self.wanted.how == How::Auto || rng.chance(100) {
+            // By hand, in the middle of a round.
+            self.faults.extend(fault::by_hand(rng));
+        }
+        if rng.chance(850) {
+            // All of the RAM in 20 ms to two seconds: there is a time in which it lacks pages.
+            let bytes: u64 = self.blocks.iter().map(|block| block.size).sum();
+            self.network.bytes_per_second = Some((bytes / 2).max(1) * rng.spread(1, 100));
+        }
+        self.habits.processors = rng.between(1, 4);
+        self.habits.touches = rng.pick(&[0, 100, 3_000, 30_000, 300_000]);
+        if theme == Theme::Torn && rng.chance(400) {
+            let (output, faults) = fault::death_in_postcopy(rng);
+            self.faults.truncate(1);
+            self.faults.splice(0..0, faults);
+            self.wanted.quit_source |= output == "QuitGuest";
+            if !matches!(self.wanted.how, How::HybridRounds(_)) {
+                self.wanted.how = How::Postcopy;
+            }
+        }
     }
 
     /// A daemon dies at one output of all that there are, and the run is made so that the output is given.
@@ -88,7 +125,7 @@ fn blocks(rng: &mut Rng) -> Vec<BlockSpec> {
 }
 
 fn wanted(rng: &mut Rng, theme: Theme) -> Wanted {
-    let quiet = theme == Theme::Quiet;
+    let quiet = matches!(theme, Theme::Quiet | Theme::PostCopy);
     Wanted {
         downtime_limit_us: rng.spread(if quiet { 50_000 } else { 10_000 }, 300_000),
         bandwidth_limit: rng.chance(150).then(|| rng.spread(4 << 20, 1 << 30)),
@@ -96,6 +133,7 @@ fn wanted(rng: &mut Rng, theme: Theme) -> Wanted {
         timeout_us: rng.chance(200).then(|| rng.spread(100_000, 60_000_000)),
         verify: theme == Theme::Verify || rng.chance(100),
         quit_source: rng.chance(200),
+        how: How::Precopy,
     }
 }
 
@@ -113,6 +151,8 @@ fn habits(rng: &mut Rng, blocks: &[BlockSpec], direct_io: bool) -> Habits {
         reads: if direct_io { rng.spread(50, 20_000) } else { 0 },
         longest_read_us: rng.spread(200, 50_000),
         touched_percent: rng.between(0, 100),
+        processors: 1,
+        touches: 1_000,
     }
 }
 

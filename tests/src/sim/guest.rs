@@ -43,6 +43,10 @@ pub(super) struct Habits {
     pub(super) longest_read_us: u64,
     /// Of a hundred pages, how many the guest has touched before the migration.
     pub(super) touched_percent: u64,
+    /// Virtual processors that touch pages at the destination while it lacks some.
+    pub(super) processors: u64,
+    /// Pages touched there, each to be read or written.
+    pub(super) touches: u64,
 }
 
 impl Default for Habits {
@@ -55,6 +59,8 @@ impl Default for Habits {
             reads: 0,
             longest_read_us: 1_000,
             touched_percent: 100,
+            processors: 1,
+            touches: 1_000,
         }
     }
 }

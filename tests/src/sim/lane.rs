@@ -16,6 +16,8 @@ pub(super) enum Report {
     Message(Bytes),
     /// The last operation of that batch was handed over.
     BatchSent(u64),
+    /// All that was asked for under that number has come.
+    Fetched(u64),
 }
 
 /// A channel, and operations that it has no room for yet.
@@ -55,7 +57,13 @@ impl Lane {
         while let Some(event) = self.channel.poll(Some(Duration::ZERO))? {
             match event {
                 Event::Message(bytes) => return Ok(Some(Report::Message(bytes))),
-                Event::Fetched(_) => return Err(Error::Misuse("nobody reads in pre-copy".into())),
+                Event::Fetched(token) => {
+                    let request = self.under_way.remove(&token).flatten();
+                    self.submit().map_err(Error::Misuse)?;
+                    if let Some(request) = request.filter(|request| self.op_left(*request)) {
+                        return Ok(Some(Report::Fetched(request)));
+                    }
+                }
                 Event::Sent(token) => {
                     let batch = self.under_way.remove(&token).flatten();
                     self.submit().map_err(Error::Misuse)?;

@@ -39,11 +39,25 @@ pub enum Mistake {
     EarlyPushed,
     /// The engines' timers are lost.
     LostTimer,
+    /// A fetched page is mapped, and marked as received after that.
+    MarkAfterMap,
+    /// The destination's daemon, started again, does not look at what was received.
+    ForgotReceived,
+    /// QEMU loads, and page faults are made to wait after that.
+    LateArm,
+    /// Page faults do not wait any more when the destination's daemon dies.
+    ReleaseOnDrop,
+    /// The source answers reads from a copy that it has made before the guest was stopped.
+    ServeOldCopy,
+    /// The source does not say of one page that it lacks.
+    ForgotLacking,
+    /// The source lets go of the guest's memory as soon as the guest runs at the destination.
+    DetachWhenMoved,
 }
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Mistake; 18] = [
+    pub const ALL: [Mistake; 25] = [
         Mistake::ClearAfterRead,
         Mistake::EarlyBarrier,
         Mistake::LateZero,
@@ -62,5 +76,12 @@ impl Mistake {
         Mistake::EarlyRunning,
         Mistake::EarlyPushed,
         Mistake::LostTimer,
+        Mistake::MarkAfterMap,
+        Mistake::ForgotReceived,
+        Mistake::LateArm,
+        Mistake::ReleaseOnDrop,
+        Mistake::ServeOldCopy,
+        Mistake::ForgotLacking,
+        Mistake::DetachWhenMoved,
     ];
 }

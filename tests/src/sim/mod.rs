@@ -7,6 +7,7 @@
 //! checker finds them.
 
 mod agenda;
+mod arrived;
 mod checker;
 mod clock;
 mod destination;
@@ -35,7 +36,7 @@ mod world;
 pub use checker::{CHANNEL_LIMIT, Violation};
 pub use fault::Wish;
 pub use mistake::Mistake;
-pub use names::{Name, OUTPUTS};
+pub use names::{Name, OUTPUTS, POSTCOPY_OUTPUTS};
 pub use plan::{Plan, Side, Theme};
 pub(crate) use rng::Rng;
 pub use shrink::shrink;

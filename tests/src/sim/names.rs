@@ -98,6 +98,38 @@ pub const OUTPUTS: [(Side, &str); 46] = {
     ]
 };
 
+/// Outputs that only post-copy has, and the steps of fetching a page, which are no engine's.
+pub const POSTCOPY_OUTPUTS: [(Side, &str); 20] = {
+    use Side::{Destination, Source};
+    [
+        (Source, "OpenReads"),
+        (Source, "Send(Lacking)"),
+        (Source, "Send(LackingEnd)"),
+        (Source, "Journal(Serving)"),
+        (Source, "ConnectAll"),
+        (Source, "Send(Serve)"),
+        (Source, "Journal(Released)"),
+        (Destination, "Arm"),
+        (Destination, "Journal(Armed)"),
+        (Destination, "StopPulling"),
+        (Destination, "Pull"),
+        (Destination, "Send(Resumed)"),
+        (Destination, "Send(Lacks)"),
+        (Destination, "Journal(Whole)"),
+        (Destination, "Send(Whole)"),
+        (Destination, "Poison"),
+        (Destination, "Read"),
+        (Destination, "Mark"),
+        (Destination, "Map"),
+        (Destination, "Release"),
+    ]
+};
+
+/// A step of fetching a page.
+pub(super) fn of_step(step: &'static str) -> Name {
+    Name::plain(step)
+}
+
 /// The name of a source's output.
 pub(super) fn of_source(output: &source::Output) -> Name {
     use source::Output;

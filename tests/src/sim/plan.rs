@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use pagecopy::engine::source::{Mode, Options};
+use pagecopy::engine::source::{After, Mode, Options};
 use pagecopy::memory::BlockSpec;
 use serde::{Deserialize, Serialize};
 
@@ -31,26 +31,37 @@ pub enum Theme {
     Verify,
     /// All of it together, with operators who ask for the wrong thing.
     Chaos,
+    /// The guest goes before its memory, and nothing fails.
+    PostCopy,
+    /// The same, and whatever can go wrong does.
+    Torn,
 }
 
 impl Theme {
     /// All themes.
-    pub const ALL: [Theme; 6] = [
+    pub const ALL: [Theme; 8] = [
         Theme::Quiet,
         Theme::Faults,
         Theme::Crashes,
         Theme::DirectIo,
         Theme::Verify,
         Theme::Chaos,
+        Theme::PostCopy,
+        Theme::Torn,
     ];
+
+    /// Whether the guest goes before its memory.
+    pub fn is_postcopy(self) -> bool {
+        matches!(self, Theme::PostCopy | Theme::Torn)
+    }
 
     /// The theme of a seed. Those in which the commit is at stake have more of them.
     pub fn of(seed: u64) -> Theme {
-        use Theme::{Chaos, Crashes, DirectIo, Faults, Quiet, Verify};
+        use Theme::{Chaos, Crashes, DirectIo, Faults, PostCopy, Quiet, Torn, Verify};
         let turns = [
-            Quiet, Faults, Crashes, Chaos, DirectIo, Crashes, Chaos, Verify,
+            Quiet, Faults, Crashes, Chaos, DirectIo, Crashes, Chaos, Verify, PostCopy, Torn,
         ];
-        turns[usize::try_from(seed % 8).unwrap_or(0)]
+        turns[usize::try_from(seed % 10).unwrap_or(0)]
     }
 }
 
@@ -130,6 +141,24 @@ impl Default for Path {
     }
 }
 
+/// How the operator wants the memory moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum How {
+    /// Before the guest.
+    #[default]
+    Precopy,
+    /// The same, or the guest first rather than not at all.
+    Auto,
+    /// Rounds, until one does not pay.
+    Hybrid,
+    /// So many rounds.
+    HybridRounds(u32),
+    /// Rounds for so long.
+    HybridTime(Micros),
+    /// The guest first.
+    Postcopy,
+}
+
 /// What the operator asked for when the migration began.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -140,6 +169,7 @@ pub(super) struct Wanted {
     pub(super) timeout_us: Option<Micros>,
     pub(super) verify: bool,
     pub(super) quit_source: bool,
+    pub(super) how: How,
 }
 
 impl Default for Wanted {
@@ -151,6 +181,7 @@ impl Default for Wanted {
             timeout_us: None,
             verify: false,
             quit_source: false,
+            how: How::Precopy,
         }
     }
 }
@@ -246,7 +277,14 @@ impl Plan {
             max_rounds: self.wanted.max_rounds,
             timeout: self.wanted.timeout_us.map(micros),
             verify: self.wanted.verify,
-            mode: Mode::Precopy,
+            mode: match self.wanted.how {
+                How::Precopy => Mode::Precopy,
+                How::Auto => Mode::Auto { postcopy: true },
+                How::Hybrid => Mode::Hybrid(After::Auto),
+                How::HybridRounds(rounds) => Mode::Hybrid(After::Rounds(rounds)),
+                How::HybridTime(time) => Mode::Hybrid(After::Time(micros(time))),
+                How::Postcopy => Mode::Postcopy,
+            },
             quit_source: self.wanted.quit_source,
         }
     }

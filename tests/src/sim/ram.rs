@@ -273,6 +273,52 @@ impl SimRam {
         self.blocks[usize::from(block.0)].first + usize::try_from(index).unwrap_or(usize::MAX)
     }
 
+    /// A page's block and its number in it.
+    pub(super) fn place_of(&self, page: usize) -> (usize, u64) {
+        self.places[page]
+    }
+
+    /// Bytes of a page.
+    pub(super) fn page_size(&self, page: usize) -> u64 {
+        self.place(page).0.spec.page_size
+    }
+
+    /// The words of a page that carry its version.
+    pub(super) fn words_of(&self, block: usize, index: u64) -> [u64; SLOTS as usize] {
+        let block = &self.blocks[block];
+        std::array::from_fn(|slot| {
+            block
+                .heap
+                .word(slot_offset(&block.spec, index, slot as u64))
+        })
+    }
+
+    /// Writes them.
+    pub(super) fn set_words_of(&self, block: usize, index: u64, words: &[u64]) {
+        let block = &self.blocks[block];
+        for (slot, word) in (0..).zip(words) {
+            block
+                .heap
+                .set_word(slot_offset(&block.spec, index, slot), *word);
+        }
+    }
+
+    /// Whether a page's bytes are those of the same page of a block of `other`.
+    pub(super) fn same_page(
+        &self,
+        block: usize,
+        other: &SimRam,
+        theirs: usize,
+        index: u64,
+    ) -> bool {
+        let (block, theirs) = (&self.blocks[block], &other.blocks[theirs]);
+        let (start, len) = (index * block.spec.page_size, block.spec.page_size);
+        block
+            .heap
+            .words(start, len)
+            .eq(theirs.heap.words(start, len))
+    }
+
     /// Calls `wanted` for every page and appends the runs for which it was true.
     fn runs(
         &self,

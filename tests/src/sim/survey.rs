@@ -58,7 +58,7 @@ pub fn broken(theme: Theme, outcome: &Outcome) -> Option<String> {
     }
     let failure = outcome.failure.as_ref()?;
     match theme {
-        Theme::Quiet if failure.fault != Fault::Guest => {
+        Theme::Quiet | Theme::PostCopy if failure.fault != Fault::Guest => {
             Some(format!("nothing went wrong, and yet: {failure:?}"))
         }
         _ if failure.what.contains("differ") => Some(format!("the RAMs differ: {failure:?}")),

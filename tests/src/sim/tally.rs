@@ -69,6 +69,36 @@ pub enum Happened {
     AskedFenced(Side, Wish),
     /// More than three quarters of the bytes that may be in flight on a channel were.
     NearlyFullChannel,
+    /// The guest went before its memory.
+    WentFirst,
+    /// Its operator had it go in the middle of a round.
+    WentByHand,
+    /// It touched a page that was not on its way.
+    Waited,
+    /// It touched a page that was on its way.
+    WaitedOnItsWay,
+    /// Its devices touched a page that it lacked, while QEMU loaded them.
+    DevicesWaited,
+    /// The connection was lost, or let go of, while pages were fetched.
+    Interrupted,
+    /// Pages were fetched on over a new connection.
+    FetchedOn,
+    /// The destination's daemon was started again and took up a guest that lacked pages.
+    TakenUp,
+    /// The source's daemon was started again and served on.
+    ServedOn,
+    /// The source's QEMU was gone, and its memory was served all the same.
+    ServedWithoutQemu,
+    /// The guest lacked nothing any more.
+    BecameWhole,
+    /// `Serve` was answered by `Whole`, from the journal.
+    WasWholeBefore,
+    /// The guest went on without what it lacked.
+    Poisoned,
+    /// The run ended with a guest that lacks pages, because nothing could end that.
+    PausedForGood,
+    /// The source let go of memory that the guest lacked, on its operator's word.
+    LetGoOf,
 }
 
 /// Where a daemon died: at which output, and how it lay to it.

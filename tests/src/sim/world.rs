@@ -63,6 +63,8 @@ pub(super) struct World {
     source: SourceSide,
     destination: DestinationSide,
     steps: u64,
+    /// An operator has been told of a pause, and will look.
+    operator_called: bool,
 }
 
 impl World {
@@ -89,12 +91,19 @@ impl World {
             START,
         );
         let source = SourceSide::new(&env, &seed, source_ram);
-        let destination = DestinationSide::new(&env, &seed, destination_ram, source.id());
+        let destination = DestinationSide::new(
+            &env,
+            &seed,
+            destination_ram,
+            source.ram.clone(),
+            source.id(),
+        );
         World {
             env,
             source,
             destination,
             steps: 0,
+            operator_called: false,
         }
     }
 
@@ -126,7 +135,69 @@ impl World {
 
     /// Nothing more is to be expected.
     fn ended(&self) -> bool {
-        (self.destination.settled() && self.source.settled()) || self.in_doubt_for_good()
+        (self.destination.settled() && self.source.settled())
+            || self.in_doubt_for_good()
+            || self.paused_for_good()
+    }
+
+    /// One side waits for the other, which will never come, and no operator looks after it.
+    fn paused_for_good(&self) -> bool {
+        let there = self.destination.state() == Some(State::Paused) && self.never_serves();
+        let here = self.source.state() == Some(State::Paused)
+            && (self.never_comes() || self.source.files_gone());
+        !self.env.plan.operator
+            && (there || here)
+            && (there || self.destination.settled())
+            && (here || self.source.settled())
+    }
+
+    /// Nobody will ever read the guest's memory at the source again.
+    fn never_serves(&self) -> bool {
+        self.source.cannot_serve() || !self.env.wires.reachable()
+    }
+
+    /// The destination's daemon will never say that it needs nothing more.
+    fn never_comes(&self) -> bool {
+        self.destination.host.gone
+            || self.destination.knows_nothing_of_its_guest()
+            || !self.env.wires.reachable()
+    }
+
+    /// A pause is noticed, some time later.
+    fn call_the_operator(&mut self) {
+        let paused = Some(State::Paused);
+        let noticed = self.source.state() == paused || self.destination.state() == paused;
+        if noticed && self.env.plan.operator && !self.operator_called {
+            self.operator_called = true;
+            let delay = self.env.rng.micros(1_000_000, 300_000_000);
+            self.env.agenda.after(delay, Event::Operator);
+        }
+    }
+
+    /// The operators of a pause: they wait, unless nothing will end it.
+    fn operators_of_a_pause(&mut self) {
+        self.operator_called = false;
+        if self.destination.state() == Some(State::Paused) && self.never_serves() {
+            self.give_pages_up(true);
+        } else if self.source.state() == Some(State::Paused)
+            && (self.never_comes() || self.source.files_gone())
+        {
+            self.source.resolve(&mut self.env, Resolution::Abandon);
+        }
+    }
+
+    /// The destination's operator wants the guest to go on without what it lacks.
+    fn give_pages_up(&mut self, fenced: bool) {
+        if self.destination.state() != Some(State::Paused) {
+            return;
+        }
+        if fenced {
+            self.source.fence(&mut self.env);
+        }
+        let word = ToDestination::Poison {
+            peer_fenced: fenced,
+        };
+        self.destination.input(&mut self.env, word);
     }
 
     /// In doubt, nobody who could end it will ever come back, and no operator looks after it, or can.
@@ -178,6 +249,7 @@ impl World {
         self.env.agenda.pass_to(now);
         let lives = self.source.qemu.running() && !self.env.stands_still(Side::Source);
         self.source.guest.live_until(now, lives);
+        self.destination.live(&mut self.env);
         self.env.wires.advance_to(now);
         if let Some(event) = event {
             self.happens(event);
@@ -187,10 +259,11 @@ impl World {
         }
         if !self.env.holds(Side::Destination) {
             self.destination.poll(&mut self.env);
-            while let Some(channel) = self.env.incoming.pop_front() {
-                self.destination.accept(channel);
+            while let Some(channels) = self.env.incoming.pop_front() {
+                self.destination.accept(channels);
             }
         }
+        self.call_the_operator();
         self.env.checker.tick(now);
     }
 
@@ -299,6 +372,9 @@ impl World {
                 let why = failure(Blame::ThisHost, "the host was made to fail");
                 match side {
                     Side::Source => self.source.input(env, ToSource::HostFailed(why)),
+                    Side::Destination if self.destination.depends() => {
+                        self.destination.input(env, ToDestination::PullFailed(why))
+                    }
                     Side::Destination => {
                         self.destination.input(env, ToDestination::HostFailed(why))
                     }
@@ -312,6 +388,14 @@ impl World {
             Fault::HostDies(side, restart) => self.dies(side, restart, true),
             Fault::Ask(side, wish) => self.operator_asks(side, wish, false),
             Fault::FenceAndAsk(side, wish) => self.operator_asks(side, wish, true),
+            Fault::StartPostcopy => {
+                if self.source.state() == Some(State::Migrating) {
+                    note(Happened::WentByHand);
+                }
+                self.source.input(env, ToSource::StartPostcopy);
+            }
+            Fault::Recover => self.source.input(env, ToSource::Recover),
+            Fault::GiveUpPages { fenced } => self.give_pages_up(fenced),
         }
     }
 
@@ -339,8 +423,8 @@ impl World {
     /// An operator finds the migration in doubt. As long as the other host can help, time will; otherwise the operator
     /// makes sure of the other host's state and decides.
     fn operator_looks(&mut self) {
-        if self.source.ended != Some(State::InDoubt) {
-            return;
+        if self.source.state() != Some(State::InDoubt) {
+            return self.operators_of_a_pause();
         }
         // What the operator wants may be refused, and time may be all that it takes: another look, later.
         self.env
@@ -359,7 +443,10 @@ impl World {
     /// The operator of a side asks for something; `fenced`: having ended the other side's QEMU and daemon for good.
     fn operator_asks(&mut self, side: Side, wish: Wish, fenced: bool) {
         let open = match side {
-            Side::Source => self.source.ended == Some(State::InDoubt),
+            Side::Source => {
+                self.source.ended == Some(State::InDoubt)
+                    && self.source.state() == Some(State::InDoubt)
+            }
             Side::Destination => self.destination.holds(),
         };
         let env = &mut self.env;
@@ -403,8 +490,15 @@ impl World {
         let here = self.env.checker.runs(Side::Source);
         let there = self.env.checker.runs(Side::Destination);
         let [lost_here, lost_there] = self.env.qemu_lost;
+        // What came before its memory may be lost there, or be let go of by the operator's word.
+        let went = self.destination.went_first() && self.env.checker.arrived();
+        let excused = went && (lost_there || self.env.let_go_by_word);
         let broken = match ended {
             _ if self.source.host.gone => None,
+            _ if self.paused_for_good() => {
+                self.env.tally.note(Happened::PausedForGood);
+                None
+            }
             None => Some("the source never ended".to_owned()),
             Some(State::Completed) if here => {
                 Some("completed, and the guest runs at the source".to_owned())
@@ -412,11 +506,11 @@ impl World {
             Some(State::Completed) if !there && !lost_there && !self.env.let_go_by_word => {
                 Some("completed, and no guest runs".to_owned())
             }
-            Some(State::Failed | State::Cancelled) if there => {
+            Some(State::Failed | State::Cancelled) if there && !excused => {
                 Some("failed, and the guest runs at the destination".to_owned())
             }
             Some(State::Failed | State::Cancelled)
-                if !here && !lost_here && !self.source.resume_failed =>
+                if !here && !lost_here && !self.source.resume_failed && !excused =>
             {
                 Some("failed, and no guest runs".to_owned())
             }
@@ -429,7 +523,9 @@ impl World {
             _ if !self.destination.settled() => Some("the destination never ended".to_owned()),
             _ => self.source.left_behind().map(str::to_owned),
         };
-        let broken = broken.or_else(|| self.destination.denies_its_guest(there));
+        let broken = broken
+            .or_else(|| self.destination.denies_its_guest(there))
+            .or_else(|| self.destination.wrong_page());
         if let Some(what) = broken {
             self.env.checker.violate(what);
         }

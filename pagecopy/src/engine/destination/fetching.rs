@@ -191,8 +191,12 @@ pub(super) struct Ending {
     /// Why the guest does not run here.
     failure: Option<Failure>,
     recorded: bool,
+    /// The source may be told: it is recorded, or the disk refuses and nothing is needed of the source all the same.
+    told: bool,
     closing: bool,
     deadline: Time,
+    /// When the disk is tried again.
+    again: Option<Time>,
 }
 
 impl Ending {
@@ -201,23 +205,30 @@ impl Ending {
         Phase::Ending(Ending {
             failure,
             recorded: false,
+            told: false,
             closing: false,
             deadline: core.now,
+            again: None,
         })
     }
 
     pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
         match input {
-            Input::Journaled(Record::Whole) => self.recorded(core),
+            Input::Journaled(Record::Whole) => {
+                self.recorded = true;
+                self.tell(core);
+            }
+            // The journal would send a source that comes again away for good, so this stays until the disk takes it or the
+            // source has let go. A daemon that is started anew finds that everything is here, and records it then.
             Input::JournalFailed(Record::Whole, failure) => {
-                // A daemon that is started anew finds that everything is here, and records it then.
                 core.out.notice(format!(
-                    "that the guest is whole could not be recorded: {}",
+                    "that nothing more is needed of the source could not be recorded, trying again: {}",
                     failure.what
                 ));
-                self.recorded(core);
+                self.again = Some(core.now.after(core.setup.timeouts.reconnect_most));
+                self.tell(core);
             }
-            Input::Message(Message::Closed) if self.recorded && !self.closing => {
+            Input::Message(Message::Closed) if self.told && !self.closing => {
                 self.closing = true;
                 core.journal(Record::Closed);
             }
@@ -227,7 +238,7 @@ impl Ending {
             Input::Message(Message::Ping { nonce }) => core.send(Message::Pong { nonce }),
             Input::Served => {
                 core.link.restored(core.now);
-                if self.recorded {
+                if self.told {
                     self.tell(core);
                 }
             }
@@ -239,6 +250,10 @@ impl Ending {
             Input::Cancel => core.out.notice("too late to cancel: the guest runs here"),
             _ => {}
         }
+        if self.again.is_some_and(|again| core.now >= again) && !self.closing {
+            self.again = None;
+            core.journal(Record::Whole);
+        }
         // Without `Closed` the journal stays for a source that comes again.
         let over = !core.link.is_up() || core.now >= self.deadline;
         if self.recorded && !self.closing && over {
@@ -247,12 +262,8 @@ impl Ending {
         Ok(Phase::Ending(self))
     }
 
-    fn recorded(&mut self, core: &mut Core) {
-        self.recorded = true;
-        self.tell(core);
-    }
-
     fn tell(&mut self, core: &mut Core) {
+        self.told = true;
         self.deadline = core.now.after(core.setup.timeouts.silence);
         match &self.failure {
             None => core.send(Message::Whole { id: core.setup.id }),
@@ -276,6 +287,9 @@ impl Ending {
     }
 
     pub(super) fn next(&self) -> Option<Time> {
-        (self.recorded && !self.closing).then_some(self.deadline)
+        if self.closing {
+            return None;
+        }
+        self.again.or(self.recorded.then_some(self.deadline))
     }
 }

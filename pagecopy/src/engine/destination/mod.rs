@@ -127,6 +127,8 @@ impl Destination {
 
     /// Whether a source that comes with `Serve` can be given over by [`Input::Served`] now. Otherwise the journal says what
     /// it is answered.
+    ///
+    /// The guest runs here then (or did), so a `Query` is answered with `Running`, also when the disk has refused the record.
     pub fn takes_serve(&self) -> bool {
         matches!(self.phase, Phase::Fetching(_) | Phase::Ending(_))
     }

@@ -233,11 +233,11 @@ pub enum Output {
     /// QMP `quit`. No answer.
     QuitGuest,
     /// Make a control channel to the peer anew and say `Hello` is not needed: the engine asks by `Query`. Answer:
-    /// `Reconnected` or `ReconnectFailed`.
+    /// `Reconnected` or `ReconnectFailed`. An attempt that is given up for another, or by `Detach`, is not answered any more.
     Connect,
-    /// Post-copy: let go of the connection that there was, and make control and data channels anew, with RAM open to the
-    /// peer's reads. Answer: `Reconnected` or `ReconnectFailed`; the latter, too, when a daemon that was started anew
-    /// cannot open the RAM files: people may see to that, or let go.
+    /// Post-copy: let go of the connection that there was and of an attempt under way, and make control and data channels
+    /// anew, with RAM open to the peer's reads. Answer: `Reconnected` or `ReconnectFailed`; the latter, too, when a daemon
+    /// that was started anew cannot open the RAM files: people may see to that, or let go.
     ConnectAll,
     /// Answer to [`Input::Resolve`], `StartPostcopy`, `Recover`: what is done, or why it is refused.
     Decided(Result<String, Failure>),

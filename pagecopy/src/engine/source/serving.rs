@@ -56,6 +56,12 @@ impl Serving {
             away: None,
             paused: Duration::ZERO,
         };
+        // Then there is nobody to dial.
+        if let Some(message) = early
+            && let Some(ended) = serving.message(core, message)
+        {
+            return serving.release(core, ended);
+        }
         if core.link.is_up() && core.has_data {
             // The journal's disk may have been slow.
             core.link.heard(core.now);
@@ -64,10 +70,7 @@ impl Serving {
             serving.away(core);
             serving.dial(core);
         }
-        match early {
-            Some(message) => serving.handle(core, Input::Message(message)),
-            None => Phase::Serving(serving),
-        }
+        Phase::Serving(serving)
     }
 
     pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Phase {

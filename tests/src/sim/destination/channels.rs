@@ -12,13 +12,15 @@ use super::super::env::{DestinationEvent, Env, failure};
 use super::super::lane::{Lane, Report, next_report};
 use super::super::mistake::Mistake;
 use super::super::tally::Happened;
-use super::DestinationSide;
+use super::{DestinationSide, Question};
 
 impl DestinationSide {
-    /// Somebody connects who has no guest to send: a source in doubt.
-    pub(in crate::sim) fn accept(&mut self, channel: MemChannel) {
-        if let Some(daemon) = &mut self.daemon {
-            daemon.questions.push(Lane::new(channel));
+    /// Somebody connects who has no guest to send: a source in doubt, or one that serves.
+    pub(in crate::sim) fn accept(&mut self, channels: Vec<MemChannel>) {
+        let mut lanes = channels.into_iter().map(Lane::new);
+        if let (Some(daemon), Some(control)) = (&mut self.daemon, lanes.next()) {
+            let data = lanes.collect();
+            daemon.questions.push(Question { control, data });
         }
     }
 
@@ -28,6 +30,7 @@ impl DestinationSide {
             match report {
                 Err(error) => self.channel_lost(env, channel, &error),
                 Ok(Report::BatchSent(_)) => {}
+                Ok(Report::Fetched(request)) => self.fetched(env, request),
                 Ok(Report::Message(bytes)) => match Message::decode(&bytes) {
                     Ok(message) if channel == 0 => self.input(env, Input::Message(message)),
                     Ok(message) => self.data_message(env, channel, message),

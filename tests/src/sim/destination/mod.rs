@@ -5,6 +5,7 @@
 
 mod channels;
 mod outputs;
+mod pull;
 mod questions;
 
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use pagecopy::wire::Message;
 use transport::Regions;
 use transport::mem::MemChannel;
 
+use super::arrived::{Arrived, Pager};
 use super::disk::{Disk, Hand};
 use super::driver::{Driver, Host};
 use super::env::{DestinationEvent, DestinationStep, Env, Event, failure};
@@ -40,6 +42,22 @@ struct DataLane {
     zero_bytes: u64,
 }
 
+impl DataLane {
+    fn of(lane: Lane) -> DataLane {
+        DataLane {
+            lane,
+            zero_bytes: 0,
+        }
+    }
+}
+
+/// A connection whose first message is still to come, or that asks.
+#[derive(Debug)]
+struct Question {
+    control: Lane,
+    data: Vec<Lane>,
+}
+
 /// The daemon, while it lives.
 #[derive(Default)]
 struct Daemon {
@@ -50,7 +68,11 @@ struct Daemon {
     /// The regions were closed: channels that the source closes now are no loss.
     closed: bool,
     /// Connections on which somebody asks about a migration.
-    questions: Vec<Lane>,
+    questions: Vec<Question>,
+    /// What is fetched, if the guest goes before its memory.
+    pull: Option<pull::Pull>,
+    /// Data channels of the connection that the source has come with.
+    served: Vec<Lane>,
     device_state: Vec<u8>,
     last_barrier: Option<(u32, ChannelId)>,
 }
@@ -63,6 +85,16 @@ pub(super) struct DestinationSide {
     /// The state that the engine finished with.
     pub(super) ended: Option<State>,
     pub(super) host: Host,
+    /// The guest, while it lacks pages.
+    pub(super) arrived: Arrived,
+    /// What the kernel and QEMU hold of post-copy.
+    pager: Option<Pager>,
+    /// The file that says which pages were received, by their number at the source.
+    received: Option<Vec<bool>>,
+    /// QEMU's command that loads the device state, and the pages that its devices wait for.
+    loads_when: Option<(u32, Vec<usize>)>,
+    /// Its devices have touched what they touch.
+    devices_touched: bool,
     setup: Setup,
     id: MigrationId,
     daemon: Option<Daemon>,
@@ -72,11 +104,28 @@ pub(super) struct DestinationSide {
 
 impl DestinationSide {
     /// A host whose QEMU waits for the guest.
-    pub(super) fn new(env: &Env, seed: &Rng, ram: Arc<SimRam>, id: MigrationId) -> DestinationSide {
+    pub(super) fn new(
+        env: &Env,
+        seed: &Rng,
+        ram: Arc<SimRam>,
+        source: Arc<SimRam>,
+        id: MigrationId,
+    ) -> DestinationSide {
         ram.leave_garbage(&mut seed.stream("garbage"));
         DestinationSide {
             qemu: machine::Destination::new(),
-            regions: Regions::new(),
+            regions: env.destination_regions.clone(),
+            arrived: Arrived::new(
+                source,
+                ram.clone(),
+                env.plan.order.clone(),
+                seed.stream("arrived"),
+                env.plan.habits,
+            ),
+            pager: None,
+            received: None,
+            loads_when: None,
+            devices_touched: false,
             ended: None,
             host: Host::new(Disk::new(
                 env.plan.destination.disk,
@@ -84,7 +133,7 @@ impl DestinationSide {
             )),
             setup: Setup {
                 id,
-                postcopy: false,
+                postcopy: true,
                 host: "destination".into(),
                 vm: "guest".into(),
                 blocks: ram.specs(),
@@ -115,12 +164,7 @@ impl DestinationSide {
                 env.clock(Side::Destination),
             )),
             control: lanes.next(),
-            data: lanes
-                .map(|lane| DataLane {
-                    lane,
-                    zero_bytes: 0,
-                })
-                .collect(),
+            data: lanes.map(DataLane::of).collect(),
             ..Daemon::default()
         });
         self.carry_out_all(env);
@@ -135,7 +179,12 @@ impl DestinationSide {
     pub(super) fn settled(&self) -> bool {
         match &self.daemon {
             None => self.host.gone,
-            Some(daemon) => self.ended.is_some() || daemon.engine.is_none(),
+            // A disk that never takes the last record is tried for ever.
+            Some(daemon) => {
+                let whole = self.pager.as_ref().is_some_and(|pager| !pager.armed());
+                let tries = whole && self.host.disk.full_for_good();
+                self.ended.is_some() || daemon.engine.is_none() || tries
+            }
         }
     }
 
@@ -177,10 +226,19 @@ impl DestinationSide {
             DestinationEvent::Daemon(event) => self.daemon_happens(env, event),
             DestinationEvent::Prepare => self.prepare(env),
             DestinationEvent::LateZero(runs) => self.place_zeroes(env, &runs),
+            DestinationEvent::Arm(lacking) => self.arm(env, lacking),
+            DestinationEvent::PageFault(page) => self.page_fault(env, page),
+            DestinationEvent::Mark(pages) => self.mark(&pages),
+            DestinationEvent::PullOn => self.pull_on(env),
+            DestinationEvent::Say => self.say(env),
             DestinationEvent::Close { session } => {
                 if let Some(daemon) = self.daemon.as_mut().filter(|_| session == self.session) {
                     daemon.control = None;
                     daemon.data.clear();
+                    // A guest that is committed and may still run here has its page faults answered.
+                    if !self.pager.as_ref().is_some_and(Pager::armed) {
+                        daemon.pull = None;
+                    }
                 }
                 self.regions.revoke_all();
             }
@@ -224,6 +282,84 @@ impl DestinationSide {
         );
     }
 
+    /// Whether the guest runs here, or is to, and lacks pages.
+    pub(super) fn depends(&self) -> bool {
+        let there = matches!(
+            self.qemu.state,
+            DestinationState::Running | DestinationState::Paused
+        );
+        there && self.pager.as_ref().is_some_and(Pager::armed) && self.lacks() > 0
+    }
+
+    /// What this side's engine says of itself.
+    pub(super) fn state(&self) -> Option<State> {
+        let engine = self.daemon.as_ref()?.engine.as_ref()?;
+        Some(engine.state()).filter(|_| self.ended.is_none())
+    }
+
+    /// Whether the guest went before its memory, and all of it is here now.
+    pub(super) fn wrong_page(&self) -> Option<String> {
+        let pager = self.pager.as_ref().filter(|pager| !pager.armed())?;
+        let whole = self.qemu.state == DestinationState::Running && self.lacks() == 0;
+        self.arrived.wrong_page(pager, |_| whole)
+    }
+
+    /// Whether the guest went before its memory.
+    pub(super) fn went_first(&self) -> bool {
+        self.pager.is_some()
+    }
+
+    /// The guest lives until now, and waits for what it lacks.
+    pub(super) fn live(&mut self, env: &mut Env) {
+        let Some(pager) = self.pager.as_ref().filter(|pager| pager.armed()) else {
+            return;
+        };
+        let runs =
+            self.qemu.state == DestinationState::Running && !env.stands_still(Side::Destination);
+        match self.arrived.live_until(env.agenda.now(), runs, pager) {
+            Ok(faults) => self.faults(env, &faults),
+            Err(wrong) => env.checker.violate(format!("the guest reads: {wrong}")),
+        }
+    }
+
+    /// QEMU's devices touch some pages while they are loaded. True: they wait.
+    fn devices_wait(&mut self, env: &mut Env, command: u32) -> bool {
+        if std::mem::replace(&mut self.devices_touched, true) {
+            return false;
+        }
+        let Some(pager) = self.pager.as_ref().filter(|pager| pager.armed()) else {
+            return false;
+        };
+        let touched: Vec<usize> = (0..env.rng.below(4))
+            .map(|_| env.rng.index(self.ram.pages()))
+            .filter(|page| !pager.open(*page))
+            .collect();
+        if touched.is_empty() {
+            return false;
+        }
+        env.tally.note(Happened::DevicesWaited);
+        self.loads_when = Some((command, touched.clone()));
+        self.faults(env, &touched);
+        true
+    }
+
+    /// The guest begins to run.
+    fn guest_runs(&mut self, env: &mut Env) {
+        self.qemu.enter(DestinationState::Running);
+        let Some(pager) = &self.pager else {
+            return env.checker.started(Side::Destination);
+        };
+        if !env.checker.arrived() {
+            let received = self.received.as_deref().unwrap_or_default();
+            let here = |page: usize| received.get(page).copied().unwrap_or(false);
+            if let Some(wrong) = self.arrived.wrong_page(pager, here) {
+                env.checker
+                    .violate(format!("the guest starts, and {wrong}"));
+            }
+        }
+        env.checker.started_lacking();
+    }
+
     /// A step of QEMU's, if its command still counts.
     pub(super) fn qemu_steps(&mut self, env: &mut Env, command: u32, step: DestinationStep) {
         if command != self.qemu.command {
@@ -232,6 +368,9 @@ impl DestinationSide {
         env.note("destination", format_args!("QEMU: {step:?}"));
         match step {
             DestinationStep::Loaded => {
+                if self.devices_wait(env, command) {
+                    return;
+                }
                 env.checker.load_ended();
                 self.qemu.enter(DestinationState::Paused);
                 if env.errs(Mistake::RunBeforeCommit) {
@@ -240,8 +379,7 @@ impl DestinationSide {
                 self.input(env, Input::DeviceStateLoaded);
             }
             DestinationStep::Runs => {
-                self.qemu.enter(DestinationState::Running);
-                env.checker.started(Side::Destination);
+                self.guest_runs(env);
                 if self.holds() {
                     // The operator had it run, and whatever its session said before is over.
                     self.ended = Some(State::Completed);
@@ -307,6 +445,9 @@ impl Driver for DestinationSide {
         self.daemon = None;
         self.regions.revoke_all();
         env.destination_listens = false;
+        if env.errs(Mistake::ReleaseOnDrop) {
+            self.release(env);
+        }
         if host {
             self.qemu_dies(env);
         } else if self.qemu.state == DestinationState::Loading && env.rng.chance(500) {

@@ -1,5 +1,7 @@
 //! Carrying out what the destination's engine asks for.
 
+use std::time::Duration;
+
 use pagecopy::engine::Fault as Blame;
 use pagecopy::engine::destination::{Input, Output};
 use pagecopy::engine::event::State;
@@ -47,11 +49,19 @@ impl DestinationSide {
             Output::LoadDeviceState => self.load_device_state(env),
             Output::RunGuest => self.run_guest(env),
             Output::Report(_) => {}
-            Output::Arm { .. }
-            | Output::StopPulling
-            | Output::Pull
-            | Output::Poison
-            | Output::Decided(_) => unreachable!("post-copy is not offered"),
+            Output::Arm { lacking } => {
+                let delay = env.operation(Side::Destination);
+                if env.errs(Mistake::LateArm) {
+                    self.answer_after(env, delay, Input::Armed { inside: vec![7] });
+                    let late = DestinationEvent::Arm(lacking);
+                    return self.event_after(env, delay + Duration::from_millis(30), late);
+                }
+                self.event_after(env, delay, DestinationEvent::Arm(lacking));
+            }
+            Output::StopPulling => self.stop_pulling(env),
+            Output::Pull => self.pull_again(env),
+            Output::Poison => self.poison(env),
+            Output::Decided(result) => env.note("operator", format_args!("is told: {result:?}")),
             Output::Finished { state, .. } => self.finished(env, state),
         }
     }
@@ -144,7 +154,10 @@ impl DestinationSide {
     }
 
     fn load_device_state(&mut self, env: &mut Env) {
-        self.regions.revoke_all();
+        let first = self.pager.is_some();
+        if !first {
+            self.regions.revoke_all();
+        }
         let delay = env.qemu_delay(Side::Destination);
         if env.errs(Mistake::LateWrite) {
             let late = DestinationEvent::LateZero(vec![Run {
@@ -157,12 +170,13 @@ impl DestinationSide {
         let Some(daemon) = &mut self.daemon else {
             return;
         };
-        daemon.closed = true;
+        daemon.closed = !first;
         if self.qemu.state != DestinationState::InMigrate {
             let failed = failure(Blame::Qemu, "QEMU does not wait for a guest");
             return self.answer_after(env, delay, Input::QemuFailed(failed));
         }
         match ram_of(&daemon.device_state) {
+            Ok(_) if first => {}
             Ok(ram) => env.checker.load_begins(ram),
             Err(error) => env.checker.violate(format!(
                 "QEMU is given something else than device state: {error}"
@@ -213,6 +227,10 @@ impl DestinationSide {
             env.checker.told_completed("the destination", lost);
         }
         self.ended = Some(state);
+        if self.never_runs_here() {
+            // Zeroes hurt nobody.
+            self.release(env);
+        }
         let close = DestinationEvent::Close {
             session: self.session,
         };

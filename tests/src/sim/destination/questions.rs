@@ -1,31 +1,35 @@
 //! What the daemon does without an engine: answers sources in doubt, and takes up its journal after a restart.
 
+use std::time::Duration;
+
 use pagecopy::engine::destination::{Destination, Input};
 use pagecopy::engine::doubt::{Found, Resolution, Step, at_destination};
-use pagecopy::engine::journal::{self, Record};
+use pagecopy::engine::event::State;
+use pagecopy::engine::journal::{self, Postcopy, Record};
 use pagecopy::engine::{Fault as Blame, MigrationId};
 use pagecopy::wire::{Message, Standing};
 use transport::Op;
 
 use super::super::disk::Hand;
 use super::super::driver::Driver;
-use super::super::env::{Env, failure};
+use super::super::env::{DestinationEvent, Env, failure};
 use super::super::lane::Report;
 use super::super::plan::Side;
 use super::super::qemu::DestinationState;
-use super::DestinationSide;
+use super::super::tally::Happened;
+use super::{DestinationSide, Question};
 
 impl DestinationSide {
     pub(super) fn poll_questions(&mut self, env: &mut Env) {
         let mut index = 0;
-        while let Some(lane) = self
+        while let Some(question) = self
             .daemon
             .as_mut()
             .and_then(|daemon| daemon.questions.get_mut(index))
         {
-            match lane.poll() {
+            match question.control.poll() {
                 Ok(None) => index += 1,
-                Ok(Some(Report::BatchSent(_))) => {}
+                Ok(Some(Report::BatchSent(_) | Report::Fetched(_))) => {}
                 Ok(Some(Report::Message(bytes))) => match Message::decode(&bytes) {
                     Ok(message) => self.question(env, index, &message),
                     Err(error) => env
@@ -48,6 +52,11 @@ impl DestinationSide {
                 self.end_session(env);
                 self.give_up_unserved(env);
                 match self.standing(*id) {
+                    // It runs here, whatever the disk says.
+                    _ if self.takes_serve() => {
+                        let (id, standing) = (*id, Standing::Running);
+                        self.answer_question(env, lane, Message::Answer { id, standing });
+                    }
                     Standing::Committed if self.holds() && self.has_guest() => {
                         self.run_committed(env, lane)
                     }
@@ -56,6 +65,7 @@ impl DestinationSide {
                     }
                 }
             }
+            Message::Serve { id } => self.serve(env, lane, *id),
             Message::Ping { nonce } => {
                 self.answer_question(env, lane, Message::Pong { nonce: *nonce })
             }
@@ -76,6 +86,20 @@ impl DestinationSide {
     /// Whether the guest is committed to this host, and no session serves it.
     pub(in crate::sim) fn holds(&self) -> bool {
         self.daemon.is_some() && self.unserved() && self.standing(self.id) == Standing::Committed
+    }
+
+    /// Whether this host's QEMU is gone with a guest that the journal does not say to have run.
+    pub(in crate::sim) fn knows_nothing_of_its_guest(&self) -> bool {
+        self.qemu.state == DestinationState::Gone
+            && self.unserved()
+            && journal::postcopy(&self.records()) != Postcopy::Over
+    }
+
+    /// Whether the session has ended, and the guest neither runs here nor ever will.
+    pub(super) fn never_runs_here(&self) -> bool {
+        matches!(self.ended, Some(State::Failed | State::Cancelled))
+            && self.qemu.state != DestinationState::Running
+            && self.standing(self.id) != Standing::Committed
     }
 
     fn has_guest(&self) -> bool {
@@ -139,35 +163,80 @@ impl DestinationSide {
 
     fn answer_question(&mut self, env: &mut Env, lane: usize, answer: Message) {
         env.note("destination", format_args!("answers: {answer:?}"));
-        let Some(lane) = self
+        let Some(question) = self
             .daemon
             .as_mut()
             .and_then(|daemon| daemon.questions.get_mut(lane))
         else {
             return;
         };
-        if let Err(why) = lane.enqueue(Op::Send(answer.encode()), None) {
+        if let Err(why) = question.control.enqueue(Op::Send(answer.encode()), None) {
             env.checker.violate(format!("an answer is refused: {why}"));
         }
     }
 
-    fn standing(&self, id: MigrationId) -> Standing {
-        let records = journal::decode(self.host.disk.bytes())
+    /// The source has come to serve what the guest lacks.
+    fn serve(&mut self, env: &mut Env, lane: usize, id: MigrationId) {
+        if self.takes_serve() {
+            // It has lost the connection that there was, though this side may not know it yet.
+            self.end_session(env);
+        }
+        if self.takes_serve() {
+            let Some(daemon) = &mut self.daemon else {
+                return;
+            };
+            let Question { control, data } = daemon.questions.remove(lane);
+            daemon.control = Some(control);
+            daemon.served = data;
+            self.close_to_writes(env);
+            return self.input(env, Input::Served);
+        }
+        if journal::postcopy(&self.records()) == Postcopy::Over {
+            env.tally.note(Happened::WasWholeBefore);
+            return self.answer_question(env, lane, Message::Whole { id });
+        }
+        match self.standing(id) {
+            Standing::Committed if self.holds() && self.has_guest() => {
+                self.run_committed(env, lane)
+            }
+            standing => self.answer_question(env, lane, Message::Answer { id, standing }),
+        }
+    }
+
+    fn takes_serve(&self) -> bool {
+        let engine = self
+            .daemon
+            .as_ref()
+            .and_then(|daemon| daemon.engine.as_ref());
+        self.ended.is_none() && engine.is_some_and(Destination::takes_serve)
+    }
+
+    fn records(&self) -> Vec<Record> {
+        journal::decode(self.host.disk.bytes())
             .map(|decoded| decoded.records)
-            .unwrap_or_default();
+            .unwrap_or_default()
+    }
+
+    fn standing(&self, id: MigrationId) -> Standing {
+        let records = self.records();
         journal::standing_for((id == self.id).then_some(&records[..]))
     }
 
     /// The guest is committed to this host and nobody has said yet that it runs. A source that asks has not taken it
     /// back: it is run now, and the source is told on the connection on which it asked.
     fn run_committed(&mut self, env: &mut Env, lane: usize) {
-        let engine = Destination::recover(self.setup.clone(), false, env.clock(Side::Destination));
+        let armed = journal::postcopy(&self.records()) == Postcopy::Open;
+        let engine = Destination::recover(self.setup.clone(), armed, env.clock(Side::Destination));
         if let Some(daemon) = &mut self.daemon {
-            daemon.control = Some(daemon.questions.remove(lane));
+            daemon.control = Some(daemon.questions.remove(lane).control);
             daemon.engine = Some(engine);
+            if let Some(pull) = &mut daemon.pull {
+                pull.tell_again();
+            }
             self.session += 1;
             self.ended = None;
             self.carry_out_all(env);
+            self.event_after(env, Duration::ZERO, DestinationEvent::PullOn);
         }
     }
 
@@ -185,9 +254,40 @@ impl DestinationSide {
         env.note("destination", format_args!("takes up {records:?}"));
         let running = self.qemu.state == DestinationState::Running;
         match journal::standing_for(Some(&records)) {
-            Standing::Unknown => self.append(env, Record::Aborted, Hand::Daemon),
+            Standing::Unknown | Standing::Aborted => {
+                if journal::standing_for(Some(&records)) == Standing::Unknown {
+                    self.append(env, Record::Aborted, Hand::Daemon);
+                }
+                // The guest never runs here: zeroes hurt nobody.
+                self.release(env);
+                return;
+            }
             Standing::Committed if running => self.append(env, Record::Running, Hand::Daemon),
             _ => {}
+        }
+        if journal::postcopy(&records) == Postcopy::Open {
+            let runs = running || records.contains(&Record::Running);
+            self.take_up(env, runs);
+        }
+    }
+
+    /// A guest that lacks pages, or will when it runs: its page faults are answered again.
+    fn take_up(&mut self, env: &mut Env, runs: bool) {
+        env.tally.note(Happened::TakenUp);
+        self.serve_faults(env);
+        if !runs {
+            return;
+        }
+        let (lacks, now) = (self.lacks(), env.clock(Side::Destination));
+        let engine = Destination::resume(self.setup.clone(), lacks, now);
+        if let Some(daemon) = &mut self.daemon {
+            daemon.engine = Some(engine);
+        }
+        self.session += 1;
+        self.carry_out_all(env);
+        if self.qemu.state == DestinationState::Gone {
+            let gone = failure(Blame::Qemu, "QEMU is gone");
+            self.input(env, Input::QemuFailed(gone));
         }
     }
 }

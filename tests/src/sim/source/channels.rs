@@ -18,6 +18,7 @@ impl SourceSide {
             match report {
                 Err(error) => self.link_lost(env, &error),
                 Ok(Report::BatchSent(batch)) => self.batch_sent(env, batch),
+                Ok(Report::Fetched(_)) => env.checker.violate("the source has read".into()),
                 Ok(Report::Message(bytes)) if channel == 0 => match Message::decode(&bytes) {
                     Ok(message) => self.input(env, Input::Message(message)),
                     Err(error) => env

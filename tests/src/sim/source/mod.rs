@@ -53,6 +53,15 @@ struct DataLane {
     lane: Lane,
 }
 
+impl DataLane {
+    fn of(lane: Lane) -> DataLane {
+        DataLane {
+            work: VecDeque::new(),
+            lane,
+        }
+    }
+}
+
 /// The daemon, while it lives.
 struct Daemon {
     engine: Source,
@@ -86,6 +95,17 @@ pub(super) struct SourceSide {
     daemon: Option<Daemon>,
     device_state: Vec<u8>,
     commit_sent: bool,
+    /// The guest's memory can be read by the peer.
+    reads_open: bool,
+    /// A copy of the memory from before the guest stood still, and whether a page was left out: for planted mistakes.
+    old: Option<Arc<SimRam>>,
+    /// The connection that is being made; others are not wanted any more.
+    attempt: u32,
+    forgot: bool,
+    /// Some daemon before this one has died.
+    restarted: bool,
+    /// The files of the guest's memory went with the host.
+    files_gone: bool,
     first_holes: Option<Vec<Run>>,
     /// Per data channel, if channels copy what they are given.
     buffers: Vec<Arc<SimRam>>,
@@ -127,6 +147,12 @@ impl SourceSide {
             daemon: None,
             device_state: Vec::new(),
             commit_sent: false,
+            reads_open: false,
+            old: None,
+            attempt: 0,
+            forgot: false,
+            restarted: false,
+            files_gone: false,
             first_holes: None,
             buffers,
         }
@@ -144,12 +170,7 @@ impl SourceSide {
         self.host.disk.begin(&journal::encode(&begun));
         let mut lanes = channels.into_iter().map(Lane::new);
         let control = lanes.next();
-        let data = lanes
-            .map(|lane| DataLane {
-                work: VecDeque::new(),
-                lane,
-            })
-            .collect();
+        let data = lanes.map(DataLane::of).collect();
         let now = env.clock(Side::Source);
         self.install(Source::new(self.setup.clone(), now), control, data);
         self.carry_out_all(env);
@@ -192,6 +213,9 @@ impl SourceSide {
             .daemon
             .as_ref()
             .is_some_and(|daemon| !daemon.data.is_empty());
+        if self.reads_open {
+            return Some("the memory can still be read");
+        }
         open.then_some("data channels are still open")
     }
 
@@ -212,7 +236,14 @@ impl SourceSide {
                 holes,
                 began,
             } => self.scan_ends(env, dirty, holes, began),
-            SourceEvent::Connect => self.connect(env),
+            SourceEvent::Connect(attempt, all) if attempt == self.attempt => {
+                self.connect(env, attempt, all);
+            }
+            SourceEvent::ConnectFails(attempt, why) if attempt == self.attempt => {
+                self.input(env, Input::ReconnectFailed(why.into()));
+            }
+            // It was given up for another.
+            SourceEvent::Connect(..) | SourceEvent::ConnectFails(..) => {}
             SourceEvent::Close => {
                 if let Some(daemon) = &mut self.daemon {
                     daemon.control = None;
@@ -222,12 +253,29 @@ impl SourceSide {
         }
     }
 
+    /// What this side's engine says of itself.
+    pub(super) fn state(&self) -> Option<State> {
+        self.daemon.as_ref().map(|daemon| daemon.engine.state())
+    }
+
+    /// Whether the files of the guest's memory went with the host.
+    pub(super) fn files_gone(&self) -> bool {
+        self.files_gone
+    }
+
+    /// Whether nobody will ever read the guest's memory here again.
+    pub(super) fn cannot_serve(&self) -> bool {
+        self.host.gone || self.files_gone || self.ended == Some(State::Failed)
+    }
+
     /// The operator makes sure that this host never runs the guest: ends its daemon and its QEMU.
     pub(super) fn fence(&mut self, env: &mut Env) {
         self.daemon = None;
         self.host.generation += 1;
         self.host.gone = true;
         self.tracker.disarm();
+        self.close_reads();
+        self.files_gone = true;
         self.qemu.enter(SourceState::Gone);
         env.qemu_lost[Side::Source as usize] = true;
         env.checker.pushes_lost();
@@ -267,6 +315,7 @@ impl SourceSide {
             "source",
             format_args!("the daemon starts again: {records:?}"),
         );
+        self.restarted = true;
         match journal::outcome(&records) {
             journal::Outcome::NotHere if self.qemu.state == SourceState::Gone => {}
             journal::Outcome::NotHere => env.checker.failure_noticed(env.agenda.now()),
@@ -322,7 +371,9 @@ impl Driver for SourceSide {
             self.commit_sent = false;
         }
         let in_doubt = self.ended == Some(State::InDoubt);
-        env.let_go_by_word |= in_doubt && matches!(input, Input::Resolve(Resolution::Abandon));
+        if matches!(input, Input::Resolve(Resolution::Abandon)) {
+            env.let_go_by_word |= in_doubt || self.state() == Some(State::Paused);
+        }
         if matches!(input, Input::LinkLost(_))
             && self.commit_sent
             && env.errs(Mistake::ResumeAfterCommit)
@@ -339,9 +390,11 @@ impl Driver for SourceSide {
         self.end_daemon(env, host);
         self.daemon = None;
         self.tracker.disarm();
+        self.close_reads();
         env.checker.pushes_lost();
         env.checker.rollback_excused();
         if host {
+            self.files_gone = true;
             self.qemu_dies(env);
         }
         self.stream_breaks(env);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use pagecopy::engine::event::{Finished, State};
+use pagecopy::engine::journal::Record;
 use pagecopy::engine::source::{Batch, Input, Output, Pushed};
 use pagecopy::engine::split::split;
 use pagecopy::engine::{ChannelId, Time};
@@ -11,15 +12,17 @@ use pagecopy::limits::MAX_RUNS;
 use pagecopy::memory::{BlockId, BlockSpec, Run};
 use pagecopy::wire::Message;
 use transport::limits::{MAX_EXTENTS, MAX_PAYLOAD};
-use transport::{Extent, Op, RegionId};
+use transport::{Access, Extent, Op, RegionId, Regions};
 
 use super::super::driver::Driver;
 use super::super::env::{DaemonEvent, Env, Event, SourceEvent};
 use super::super::lane::Lane;
 use super::super::mistake::Mistake;
 use super::super::plan::Side;
+use super::super::qemu::SourceState;
+use super::super::ram::SimRam;
 use super::super::tally::Happened;
-use super::{LINGER, SourceSide, Work, host_failure};
+use super::{DataLane, LINGER, SourceSide, Work, host_failure};
 
 impl SourceSide {
     pub(super) fn carry_out_one(&mut self, env: &mut Env, output: Output) {
@@ -35,7 +38,14 @@ impl SourceSide {
                 let delay = env.operation(Side::Source) / 2;
                 self.event_after(env, delay, SourceEvent::Scan { holes });
             }
-            Output::OpenReads | Output::ConnectAll => unreachable!("post-copy is not offered"),
+            Output::OpenReads => self.open_reads(env),
+            Output::ConnectAll => {
+                if let Some(daemon) = &mut self.daemon {
+                    daemon.control = None;
+                    daemon.data.clear();
+                }
+                self.will_connect(env, true);
+            }
             Output::DrainIo => self.drain_io(env),
             Output::LookAgain => {
                 let delay = env.operation(Side::Source);
@@ -62,14 +72,16 @@ impl SourceSide {
                     },
                 );
             }
-            Output::Journal(record) => self.journal(env, record),
+            Output::Journal(record) => {
+                if record == Record::GuestMoved && env.errs(Mistake::DetachWhenMoved) {
+                    self.close_reads();
+                }
+                self.journal(env, record);
+            }
             Output::ResumeGuest => self.resume_guest(env),
             Output::Detach => self.detach(env),
             Output::QuitGuest => self.quit_guest(env),
-            Output::Connect => {
-                let delay = env.delay(2_000);
-                self.event_after(env, delay, SourceEvent::Connect);
-            }
+            Output::Connect => self.will_connect(env, false),
             Output::Decided(result) => env.note("operator", format_args!("is told: {result:?}")),
             Output::Report(_) => {}
             Output::Finished(finished) => self.finished(env, finished),
@@ -83,6 +95,13 @@ impl SourceSide {
         // A `Detach` that overtook the attaching finds it later: then there is nothing left to arm.
         if self.daemon.as_ref().is_none_or(|daemon| daemon.detached) {
             return;
+        }
+        if env.errs(Mistake::ServeOldCopy) {
+            let old = SimRam::new(&env.plan.blocks);
+            for (block, spec) in (0..).zip(&env.plan.blocks) {
+                old.copy_from(&self.ram, BlockId(block), 0, spec.size);
+            }
+            self.old = Some(old);
         }
         // The kernel's arming cannot fail here.
         let _ = self.tracker.arm();
@@ -167,8 +186,43 @@ impl SourceSide {
         self.answer_after(env, delay, Input::Digests(digests));
     }
 
+    /// The peer may read all of the guest's memory, which stands still.
+    fn open_reads(&mut self, env: &mut Env) {
+        if env.errs(Mistake::DetachWhenMoved) && self.commit_sent {
+            return;
+        }
+        let access = Access {
+            peer_writes: false,
+            peer_reads: true,
+        };
+        let order: Vec<usize> = (0..env.plan.blocks.len()).collect();
+        let old = self
+            .old
+            .as_ref()
+            .filter(|_| env.errs(Mistake::ServeOldCopy));
+        for regions in &self.regions[1..] {
+            old.unwrap_or(&self.ram).register(regions, &order, access);
+        }
+        self.reads_open = true;
+    }
+
+    pub(super) fn close_reads(&mut self) {
+        if std::mem::take(&mut self.reads_open) {
+            self.regions[1..].iter().for_each(Regions::revoke_all);
+        }
+    }
+
     fn detach(&mut self, env: &mut Env) {
+        if env.guest_lacks && env.checker.runs(Side::Destination) {
+            env.tally.note(Happened::LetGoOf);
+            if !env.let_go_by_word {
+                env.checker
+                    .violate("memory that the guest lacks is let go of".into());
+            }
+        }
         self.tracker.disarm();
+        self.close_reads();
+        self.attempt += 1;
         env.checker.pushes_lost();
         if let Some(daemon) = &mut self.daemon {
             daemon.detached = true;
@@ -205,6 +259,8 @@ impl SourceSide {
     }
 
     fn send(&mut self, env: &mut Env, message: &Message) {
+        let spoiled = self.forget_one(env, message);
+        let message = spoiled.as_ref().unwrap_or(message);
         if *message == Message::Commit {
             self.commit_sent = true;
             env.checker.rollback_excused();
@@ -219,6 +275,34 @@ impl SourceSide {
         if let Err(why) = control.enqueue(Op::Send(message.encode()), None) {
             env.checker
                 .violate(format!("the source's control message is refused: {why}"));
+        }
+    }
+
+    /// A planted mistake: of the first page that lacks nothing is said.
+    fn forget_one(&mut self, env: &Env, message: &Message) -> Option<Message> {
+        if !env.errs(Mistake::ForgotLacking) {
+            return None;
+        }
+        match message {
+            Message::Lacking {
+                block,
+                first,
+                words,
+            } if !self.forgot => {
+                self.forgot = true;
+                let mut words = words.clone();
+                words[0] &= words[0].wrapping_sub(1);
+                let (block, first) = (*block, *first);
+                Some(Message::Lacking {
+                    block,
+                    first,
+                    words,
+                })
+            }
+            Message::LackingEnd { pages } => Some(Message::LackingEnd {
+                pages: pages - u64::from(self.forgot),
+            }),
+            _ => None,
         }
     }
 
@@ -347,8 +431,19 @@ impl SourceSide {
         );
     }
 
-    /// A new control connection is tried.
-    pub(super) fn connect(&mut self, env: &mut Env) {
+    /// A connection will be tried.
+    fn will_connect(&mut self, env: &mut Env, all: bool) {
+        self.attempt += 1;
+        let delay = env.delay(2_000);
+        self.event_after(env, delay, SourceEvent::Connect(self.attempt, all));
+    }
+
+    /// A new connection is tried. Before it is one with all channels, a daemon that was started again opens the RAM files.
+    pub(super) fn connect(&mut self, env: &mut Env, attempt: u32, all: bool) {
+        if all && self.files_gone {
+            let fails = SourceEvent::ConnectFails(attempt, "the RAM files went with the host");
+            return self.event_after(env, Duration::ZERO, fails);
+        }
         if !env.wires.passable() || !env.destination_listens {
             env.tally.note(Happened::ReconnectFailed);
             // A refusal comes at once; a path that swallows everything is given up after some seconds.
@@ -357,18 +452,26 @@ impl SourceSide {
             } else {
                 env.delay(3_000_000)
             };
-            return self.answer_after(
-                env,
-                delay,
-                Input::ReconnectFailed("the simulation refuses".into()),
-            );
+            let fails = SourceEvent::ConnectFails(attempt, "the simulation refuses");
+            return self.event_after(env, delay, fails);
         }
-        let (ours, theirs) = env
-            .wires
-            .connect(&self.regions[..1], &transport::Regions::new());
-        env.incoming.extend(theirs);
+        let (ours, theirs) = if all {
+            self.open_reads(env);
+            if self.restarted {
+                env.tally.note(Happened::ServedOn);
+            }
+            if self.qemu.state == SourceState::Gone {
+                env.tally.note(Happened::ServedWithoutQemu);
+            }
+            env.wires.connect(&self.regions, &env.destination_regions)
+        } else {
+            env.wires.connect(&self.regions[..1], &Regions::new())
+        };
+        env.incoming.push_back(theirs);
+        let mut lanes = ours.into_iter().map(Lane::new);
         if let Some(daemon) = &mut self.daemon {
-            daemon.control = ours.into_iter().next().map(Lane::new);
+            daemon.control = lanes.next();
+            daemon.data = lanes.map(DataLane::of).collect();
         }
         self.input(env, Input::Reconnected);
     }

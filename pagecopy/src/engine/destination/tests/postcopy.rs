@@ -314,3 +314,33 @@ fn before_commit_everything_may_end_and_after_it_a_lost_link_is_a_pause() {
     after.handle(NOW, Input::GuestRunning);
     assert_eq!(after.state(), State::Paused);
 }
+
+/// Its journal would send a source that comes again away for good.
+#[test]
+fn a_disk_that_refuses_the_end_is_tried_again_until_the_source_has_let_go() {
+    let refused = || {
+        let full = Failure::new(Fault::ThisHost, "the disk is full", "");
+        Input::JournalFailed(Record::Whole, full)
+    };
+    let lost = || Input::LinkLost(Failure::new(Fault::Network, "cut", ""));
+    let mut destination = fetching();
+    destination.handle(NOW, Input::Whole);
+    outputs(&mut destination);
+    destination.handle(NOW, refused());
+    assert_eq!(sent(&outputs(&mut destination)), ["Whole"]);
+    destination.handle(NOW, lost());
+    assert_eq!(outputs(&mut destination), []);
+    let mut comes_again = destination;
+    let next = comes_again.poll_timeout().unwrap();
+    comes_again.handle(next, Input::Tick);
+    assert_eq!(outputs(&mut comes_again), [Output::Journal(Record::Whole)]);
+    comes_again.handle(next, refused());
+    outputs(&mut comes_again);
+    assert!(comes_again.takes_serve());
+    comes_again.handle(next, Input::Served);
+    assert_eq!(sent(&outputs(&mut comes_again)), ["Whole"]);
+    comes_again.handle(next, Input::Message(Message::Closed));
+    let full = Failure::new(Fault::ThisHost, "the disk is full", "");
+    comes_again.handle(next, Input::JournalFailed(Record::Closed, full));
+    assert_eq!(comes_again.state(), State::Completed);
+}
