@@ -78,6 +78,11 @@ impl Serial {
         Touches::read(&self.wait_line("TOUCHED", from, PATIENCE))
     }
 
+    /// Has the guest check every page now, and does not wait for it.
+    pub fn touch_all(&self) {
+        self.command("V");
+    }
+
     /// Sets the rate at which the guest dirties memory, in MB/s.
     pub fn set_rate(&self, mb_s: u32) {
         self.command(&format!("R{mb_s}\n"));

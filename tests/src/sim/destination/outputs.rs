@@ -15,6 +15,7 @@ use super::super::env::{DestinationEvent, DestinationStep, Env, Event, failure};
 use super::super::mistake::Mistake;
 use super::super::plan::Side;
 use super::super::qemu::{DestinationState, ram_of};
+use super::pull::armed;
 use super::{DestinationSide, LINGER};
 
 impl DestinationSide {
@@ -52,7 +53,7 @@ impl DestinationSide {
             Output::Arm { lacking } => {
                 let delay = env.operation(Side::Destination);
                 if env.errs(Mistake::LateArm) {
-                    self.answer_after(env, delay, Input::Armed { inside: vec![7] });
+                    self.answer_after(env, delay, armed());
                     let late = DestinationEvent::Arm(lacking);
                     return self.event_after(env, delay + Duration::from_millis(30), late);
                 }

@@ -94,7 +94,7 @@ impl DestinationSide {
         }
         env.guest_lacks = true;
         env.tally.note(Happened::WentFirst);
-        self.input(env, Input::Armed { inside: vec![7] });
+        self.input(env, armed());
         self.pull_on(env);
     }
 
@@ -464,5 +464,14 @@ impl DestinationSide {
             }
             None => false,
         }
+    }
+}
+
+/// The answer to `Arm`.
+pub(super) fn armed() -> Input {
+    Input::Armed {
+        pid: 1,
+        inside: vec![7],
+        ram: Vec::new(),
     }
 }

@@ -1,0 +1,233 @@
+//! What post-copy survives: the guest runs at the destination and lacks pages, and then the link, a daemon, both, or the
+//! source's QEMU goes. The guest checks each page that it reads, throughout; no operator is needed when the peer comes back.
+//!
+//! Each trouble comes at a few moments that a seed decides, at twenty with `PAGECOPY_ALL=1`; `PAGECOPY_POSTCOPY_SEED=n`
+//! repeats them.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tests::real::{
+    Machine, Migration, PATIENCE, Qemu, Side, Version, World, assert_moved, eventually, let_it_last,
+};
+
+/// What the link carries: 64 MiB take about two seconds.
+const LINK_MBIT: u32 = 250;
+
+/// A guest that has gone first and lacks most of its memory.
+struct Gone {
+    world: World,
+    source: Qemu,
+    destination: Qemu,
+    migration: Option<Migration>,
+    id: String,
+}
+
+impl Gone {
+    fn begin() -> Gone {
+        Gone::with("rate=20 set=16")
+    }
+
+    fn with(guest: &str) -> Gone {
+        let world = World::tls();
+        world.net.limit(LINK_MBIT);
+        let machine = Machine::new(Version::V10_0, 64, guest);
+        let source = world.guest("source", &machine);
+        let destination = world.waiting("destination", &machine);
+        let migration = world.begin(
+            Side::A,
+            "vm",
+            &source,
+            &destination,
+            &["--mode", "postcopy"],
+        );
+        destination.serial.wait_beats(1);
+        let id = world.cli(Side::A).id_of("vm");
+        Gone {
+            world,
+            source,
+            destination,
+            migration: Some(migration),
+            id,
+        }
+    }
+
+    fn shown(&self, side: Side) -> Option<Value> {
+        self.world.cli(side).find(&self.id)
+    }
+
+    fn wait_state(&self, side: Side, state: &str) {
+        eventually(PATIENCE, || {
+            let shown = self.shown(side).unwrap_or_default();
+            if shown["state"] == state {
+                Ok(())
+            } else {
+                Err(shown.to_string())
+            }
+        })
+        .unwrap_or_else(|shown| panic!("not {state}: {shown}"));
+    }
+
+    /// Everything has come, by itself, and nothing is wrong.
+    fn assert_whole(mut self) {
+        self.wait_state(Side::B, "completed");
+        self.wait_state(Side::A, "completed");
+        if let Some(migration) = self.migration.take() {
+            // The one that began it may have lost its daemon.
+            drop(migration);
+        }
+        assert_moved(&mut self.source, &mut self.destination);
+        let state = self.world.daemon(Side::B).state();
+        let kept = state.join("journal").join(format!("{}.received", self.id));
+        assert!(!kept.exists(), "{} is left", kept.display());
+    }
+}
+
+/// Moments after the guest has begun to run at the destination.
+fn moments() -> Vec<Duration> {
+    let seed = std::env::var("PAGECOPY_POSTCOPY_SEED").ok();
+    let mut seed: u64 = seed.map_or(20_261_125, |seed| seed.parse().unwrap());
+    println!("the same again: PAGECOPY_POSTCOPY_SEED={seed}");
+    let count = if std::env::var_os("PAGECOPY_ALL").is_some() {
+        20
+    } else {
+        3
+    };
+    (0..count)
+        .map(|_| {
+            // Knuth's numbers for a linear congruential generator.
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            Duration::from_millis((seed >> 33) % 1_500)
+        })
+        .collect()
+}
+
+fn at_each_moment(trouble: impl Fn(&mut Gone)) {
+    for moment in moments() {
+        let mut gone = Gone::begin();
+        let_it_last(moment);
+        println!(
+            "after {moment:?}: {:?}",
+            gone.shown(Side::B).map(|shown| shown["progress"].clone())
+        );
+        trouble(&mut gone);
+        gone.assert_whole();
+    }
+}
+
+#[test]
+fn the_link_is_cut_for_a_while() {
+    at_each_moment(|gone| {
+        gone.world.net.cut();
+        let_it_last(Duration::from_secs(2));
+        gone.world.net.mend();
+    });
+}
+
+#[test]
+fn the_destination_daemon_is_killed() {
+    at_each_moment(|gone| {
+        gone.world.daemon_mut(Side::B).kill();
+        let_it_last(Duration::from_millis(500));
+        gone.world.restart(Side::B);
+    });
+}
+
+#[test]
+fn the_source_daemon_is_killed() {
+    at_each_moment(|gone| {
+        gone.world.daemon_mut(Side::A).kill();
+        let_it_last(Duration::from_millis(500));
+        gone.world.restart(Side::A);
+    });
+}
+
+#[test]
+fn both_daemons_are_killed_at_once() {
+    at_each_moment(|gone| {
+        for side in [Side::A, Side::B] {
+            gone.world.daemon_mut(side).kill();
+        }
+        let_it_last(Duration::from_millis(500));
+        for side in [Side::B, Side::A] {
+            gone.world.restart(side);
+        }
+    });
+}
+
+/// Its RAM is in files.
+#[test]
+fn the_source_qemu_and_then_its_daemon_are_killed() {
+    for moment in moments() {
+        let mut gone = Gone::begin();
+        let_it_last(moment);
+        gone.source.kill();
+        gone.world.daemon_mut(Side::A).kill();
+        gone.world.restart(Side::A);
+        gone.wait_state(Side::B, "completed");
+        gone.destination.serial.wait_beats(300);
+        gone.destination.serial.verify();
+    }
+}
+
+/// A source that does not come back: the guest waits for what it lacks until the operator gives it up.
+#[test]
+fn a_source_that_is_gone_for_good() {
+    // It touches nothing that it does not have to.
+    let mut gone = Gone::with("rate=0 set=16 sweep=0");
+    gone.world.daemon_mut(Side::A).kill();
+    gone.wait_state(Side::B, "paused");
+    let cli = gone.world.cli(Side::B);
+    let refused = cli.run(&["resolve", &gone.id, "--poison"]);
+    assert!(!refused.status.success(), "{refused:?}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--peer-fenced"));
+    let late = cli.run(&["cancel", &gone.id]);
+    assert!(!late.status.success(), "{late:?}");
+    let done = cli.run(&["resolve", &gone.id, "--poison", "--peer-fenced"]);
+    assert!(done.status.success(), "{done:?}");
+    gone.wait_state(Side::B, "completed");
+    gone.destination.serial.wait_beats(300);
+    // What it lacks is a memory error, which ends a QEMU without KVM, and never zeroes.
+    gone.destination.serial.touch_all();
+    gone.destination.wait_end();
+    gone.destination.serial.assert_whole();
+}
+
+/// The destination has moved to another address meanwhile.
+#[test]
+fn at_another_address() {
+    let mut gone = Gone::begin();
+    gone.world.daemon_mut(Side::B).kill();
+    gone.wait_state(Side::A, "paused");
+    gone.world.net.add_address(Side::B, "10.77.0.99");
+    let config = gone.world.folder(Side::B).join("pagecopyd.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let moved = text.replace(&format!("{}:", Side::B.address()), "10.77.0.99:");
+    std::fs::write(&config, moved).unwrap();
+    gone.world.restart(Side::B);
+    let to = "10.77.0.99:7700";
+    let told = gone
+        .world
+        .cli(Side::A)
+        .run(&["recover", &gone.id, "--to", to]);
+    assert!(told.status.success(), "{told:?}");
+    gone.assert_whole();
+}
+
+/// Nobody is asked for anything for as long as nothing comes back; then it goes on by itself.
+#[test]
+fn a_long_pause_keeps_the_guest() {
+    let gone = Gone::begin();
+    gone.world.net.cut();
+    gone.wait_state(Side::B, "paused");
+    gone.wait_state(Side::A, "paused");
+    let begun = Instant::now();
+    let_it_last(Duration::from_secs(15));
+    gone.world.net.mend();
+    gone.assert_whole();
+    assert!(begun.elapsed() > Duration::from_secs(15));
+}
