@@ -205,21 +205,12 @@ impl Pull {
         channels
     }
 
-    /// Poisons what lacks, and lets go of QEMU's memory. Returns bytes.
+    /// Poisons what lacks. Returns bytes.
     ///
     /// # Errors
     /// It cannot be poisoned; page faults go on to wait.
-    pub(crate) fn poison(self) -> Result<u64, (Pull, Failure)> {
-        match self.shared.poison() {
-            Ok(bytes) => {
-                self.release();
-                Ok(bytes)
-            }
-            Err(error) => {
-                let failure = pager_failure(&error);
-                Err((self, failure))
-            }
-        }
+    pub(crate) fn poison(&self) -> Result<u64, Failure> {
+        self.shared.poison().map_err(|error| pager_failure(&error))
     }
 
     fn end(&mut self) -> Vec<Box<dyn Channel>> {

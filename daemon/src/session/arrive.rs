@@ -65,6 +65,14 @@ pub(crate) struct Visit {
     regions: Regions,
 }
 
+/// A connection that a session goes on with.
+pub(crate) struct VisitParts {
+    pub(crate) control: Lane<Message>,
+    pub(crate) events: UnboundedReceiver<Told>,
+    pub(crate) data: Vec<Box<dyn Channel>>,
+    pub(crate) regions: Regions,
+}
+
 impl fmt::Debug for Visit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Visit")
@@ -312,16 +320,14 @@ impl Visit {
         self.answer_and_close(id, standing);
     }
 
-    /// The connection, for a session that goes on with it: control channel, its events, data channels, regions.
-    pub(crate) fn into_parts(
-        self,
-    ) -> (
-        Lane<Message>,
-        UnboundedReceiver<Told>,
-        Vec<Box<dyn Channel>>,
-        Regions,
-    ) {
-        (self.control, self.events, self.data, self.regions)
+    /// The connection, for a session that goes on with it.
+    pub(crate) fn into_parts(self) -> VisitParts {
+        VisitParts {
+            control: self.control,
+            events: self.events,
+            data: self.data,
+            regions: self.regions,
+        }
     }
 }
 

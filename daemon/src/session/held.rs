@@ -18,7 +18,7 @@ use pagecopy::wire::Standing;
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
 
-use super::arrive::{Over, Visit};
+use super::arrive::{Over, Visit, VisitParts};
 use super::destination::{Parts, Session, TakenOver};
 use super::{Clock, blocking, journal_failure};
 use crate::failure::{Shown, host, operator};
@@ -274,7 +274,12 @@ impl Held {
         let armed = taken_over.is_some();
         let setup = super::resume::setup(&self.service, self.id, &self.migration);
         let clock = Clock::start();
-        let (control, events, data, regions) = visit.into_parts();
+        let VisitParts {
+            control,
+            events,
+            data,
+            regions,
+        } = visit.into_parts();
         let parts = Parts {
             id: self.id,
             service: Arc::clone(&self.service),

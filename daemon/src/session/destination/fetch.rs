@@ -24,7 +24,7 @@ use crate::qemu::Block;
 use crate::qemu::discover::track_failure;
 use crate::qmp::Qmp;
 use crate::service::Service;
-use crate::session::arrive::Visit;
+use crate::session::arrive::{Visit, VisitParts};
 use crate::session::{blocking, link_failure};
 use crate::sys;
 
@@ -39,8 +39,10 @@ pub(super) enum Done {
     Armed(Result<Pull, Failure>),
     /// QEMU's memory was let go of. The channels stay open until the source has heard of it.
     Released(Vec<Box<dyn Channel>>),
-    /// What lacks was poisoned.
-    Poisoned(Result<u64, (Pull, Failure)>),
+    /// So many bytes that lacked were poisoned, and QEMU's memory was let go of.
+    Poisoned(u64),
+    /// They could not be.
+    NotPoisoned(Box<Pull>, Failure),
 }
 
 /// The post-copy of a session.
@@ -157,9 +159,9 @@ impl Session {
                 self.idle = channels;
                 Input::Whole
             }
-            Done::Poisoned(Ok(bytes)) => Input::Poisoned { bytes },
-            Done::Poisoned(Err((pull, failure))) => {
-                self.fetch.pull = Some(pull);
+            Done::Poisoned(bytes) => Input::Poisoned { bytes },
+            Done::NotPoisoned(pull, failure) => {
+                self.fetch.pull = Some(*pull);
                 Input::HostFailed(failure)
             }
         }
@@ -220,7 +222,12 @@ impl Session {
             visit.answer_from_journal(self.id);
             return None;
         }
-        let (control, events, data, regions) = visit.into_parts();
+        let VisitParts {
+            control,
+            events,
+            data,
+            regions,
+        } = visit.into_parts();
         if let Some(before) = self.control.replace(control) {
             before.close();
         }
@@ -253,8 +260,15 @@ impl Session {
         self.fetch.report = Some(pull.report());
         let finished = self.fetch.finished.clone();
         tokio::task::spawn_blocking(move || {
+            let done = match pull.poison() {
+                Ok(bytes) => {
+                    pull.release();
+                    Done::Poisoned(bytes)
+                }
+                Err(failure) => Done::NotPoisoned(Box::new(pull), failure),
+            };
             // A session that has ended needs no word.
-            let _ = finished.send(Done::Poisoned(pull.poison()));
+            let _ = finished.send(done);
         });
     }
 }

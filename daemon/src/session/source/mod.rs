@@ -1,5 +1,6 @@
 //! The source's session.
 
+mod serve;
 mod work;
 
 use std::path::PathBuf;
@@ -15,28 +16,27 @@ use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::track::UffdTracker;
 use pagecopy::host::{Ram, Tracker};
-use pagecopy::memory::{BlockId, BlockSpec};
+use pagecopy::memory::BlockSpec;
 use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
-use transport::{Access, Address, Channel, RegionId, Regions};
+use transport::{Channel, Regions};
 
+use self::serve::Served;
 use super::telling;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
-use crate::dial::{Target, dial, dial_control};
+use crate::dial::{Target, dial_control};
 use crate::failure::{Shown, operator};
 use crate::lane::control::Control;
 use crate::lane::source::{Command, SourceData};
 use crate::lane::{Lane, LaneEvent, Told};
 use crate::migrations::{Decided, Migration, Request};
-use crate::nic::{POSTCOPY_CHANNELS, default_channels};
 use crate::qemu::Guest;
 use crate::qemu::outgoing::Outgoing;
 use crate::qemu::settings::Settings;
 use crate::qmp::{Qmp, QmpError};
 use crate::service::Service;
 use crate::store::JournalFile;
-use crate::sys;
 
 /// What the session waits for.
 enum Incoming {
@@ -60,12 +60,6 @@ pub(crate) struct Memory {
     pub(crate) regions: Regions,
     /// RAMBlocks by number.
     pub(crate) specs: Arc<[BlockSpec]>,
-}
-
-/// The guest's memory, to be read by the destination.
-struct Served {
-    mapped: MappedRam,
-    specs: Arc<[BlockSpec]>,
 }
 
 /// All that a session starts from, besides its engine.
@@ -428,52 +422,6 @@ impl Session {
         tokio::spawn(async move {
             let _ = sender.send(Incoming::Connected(dial_control(&target).await));
         });
-    }
-
-    /// From now on the destination may read all RAM.
-    fn open_reads(&self) {
-        let Some(served) = &self.served else { return };
-        let access = Access {
-            peer_writes: false,
-            peer_reads: true,
-        };
-        for number in (0..).take(served.specs.len()) {
-            if let Some(region) = sys::region(&served.mapped, BlockId(number)) {
-                self.regions
-                    .register(RegionId(number.into()), region, access);
-            }
-        }
-    }
-
-    /// Makes control and data channels anew.
-    fn connect_all(&mut self) {
-        self.connection += 1;
-        self.control = None;
-        self.broken = Broken::default();
-        let lanes = std::mem::take(&mut self.data);
-        self.open_reads();
-        let (target, sender, regions) = (
-            self.target.clone(),
-            self.sender.clone(),
-            self.regions.clone(),
-        );
-        tokio::spawn(async move {
-            // Joining the lanes' threads may block for a moment.
-            let _ = tokio::task::spawn_blocking(move || drop(lanes)).await;
-            let wanted = |address: &Address| default_channels(address).max(POSTCOPY_CHANNELS) + 1;
-            let dialled = dial(&target, wanted, &regions).await;
-            let _ = sender.send(Incoming::ConnectedAll(
-                dialled.map(|(channels, _)| channels),
-            ));
-        });
-    }
-
-    fn start_all(&mut self, channels: Vec<Box<dyn Channel>>) -> Result<(), Failure> {
-        let mut channels = channels.into_iter();
-        if let Some(control) = channels.next() {
-            self.start_control(control)?;
-        }
-        self.start_data(channels)
     }
 
     /// Leaves nothing behind, then tells the end.
