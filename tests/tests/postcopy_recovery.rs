@@ -81,7 +81,11 @@ impl Gone {
         assert_moved(&mut self.source, &mut self.destination);
         let state = self.world.daemon(Side::B).state();
         let kept = state.join("journal").join(format!("{}.received", self.id));
-        assert!(!kept.exists(), "{} is left", kept.display());
+        eventually(PATIENCE, || match kept.exists() {
+            true => Err(format!("{} is left", kept.display())),
+            false => Ok(()),
+        })
+        .unwrap_or_else(|left| panic!("{left}"));
     }
 }
 

@@ -108,12 +108,15 @@ impl Pull {
         guest.received.missing(&mut missing);
         let puller = Puller::new(&guest.specs, &missing)
             .map_err(|outside| host(outside.to_string(), "report this"))?;
-        let pagers: Result<Vec<_>, _> = shares
-            .into_iter()
-            .zip(inside)
-            .map(|(stretches, inside)| UffdPager::adopt(pid, stretches, *inside))
-            .collect();
-        let pagers = pagers.map_err(|error| pager_failure(&error))?;
+        let mut pagers = Vec::new();
+        for (stretches, inside) in shares.into_iter().zip(inside) {
+            match UffdPager::adopt(pid, stretches, *inside) {
+                Ok(pager) => pagers.push(pager),
+                // The daemon before had let go of it, since everything was here.
+                Err(PagerError::NotThere { .. }) if missing.is_empty() => {}
+                Err(error) => return Err(pager_failure(&error)),
+            }
+        }
         Pull::serve(pagers, guest, |_| puller, events)
     }
 

@@ -225,6 +225,7 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         Outcome::Open => {
             tracing::warn!(id = %uuid, vm, "a migration to here was cut off before its commit: aborted");
             append(service, id, Side::Destination, &Record::Aborted);
+            service.store.journals.forget_received(id);
             end(service, id, &[records, &[Record::Aborted]].concat());
         }
         Outcome::Here if standing_for(Some(records)) == Standing::Committed => {
@@ -233,7 +234,11 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         Outcome::Here if postcopy(records) == Postcopy::Open => {
             resume::take_up(service, id, records);
         }
-        _ => end(service, id, records),
+        _ => {
+            // A daemon that was killed at the very end may have left it.
+            service.store.journals.forget_received(id);
+            end(service, id, records);
+        }
     }
 }
 
