@@ -239,13 +239,10 @@ impl DestinationSide {
         if let Some(daemon) = &mut self.daemon {
             daemon.control = Some(daemon.questions.remove(lane).control);
             daemon.engine = Some(engine);
-            if let Some(pull) = &mut daemon.pull {
-                pull.tell_again();
-            }
             self.session += 1;
             self.ended = None;
             self.carry_out_all(env);
-            self.event_after(env, Duration::ZERO, DestinationEvent::PullOn);
+            self.tell_again(env, armed);
         }
     }
 
@@ -294,13 +291,10 @@ impl DestinationSide {
         let engine = Destination::resume(self.setup.clone(), lacks, now);
         if let Some(daemon) = &mut self.daemon {
             daemon.engine = Some(engine);
-            if let Some(pull) = &mut daemon.pull {
-                pull.tell_again();
-            }
         }
         self.session += 1;
         self.carry_out_all(env);
-        self.event_after(env, Duration::ZERO, DestinationEvent::PullOn);
+        self.tell_again(env, true);
         if self.qemu.state == DestinationState::Gone {
             let gone = failure(Blame::Qemu, "QEMU is gone");
             self.input(env, Input::QemuFailed(gone));
