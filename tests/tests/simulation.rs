@@ -1,9 +1,9 @@
 //! Many thousands of simulated migrations, each decided by its seed, with the checker of `tests::sim` always on.
 //!
-//! The same 100,000 seeds each time: whether a change may land does not depend on chance. `PAGECOPY_SEEDS=n` runs `n`
-//! seeds and looks for others: the first few thousand are always the same, the rest follow a base that is taken from the
-//! clock and printed (`PAGECOPY_ALL=1` does so, too); `PAGECOPY_BASE_SEED=n` repeats them. A seed that breaks an invariant is printed with the reason, the smallest plan that still breaks it, the end of its
-//! trace, and the commands that replay both.
+//! They are the same in every run, unless more is asked for: with `PAGECOPY_SEEDS=n` there are `n` of them, and with it or
+//! with `PAGECOPY_ALL` all but the first few thousand follow a base that is taken from the clock and printed, so that each
+//! run sees others; `PAGECOPY_BASE_SEED=n` repeats them. A seed that breaks an invariant is printed with the reason, the
+//! smallest plan that still breaks it, the end of its trace, and the commands that replay both.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -22,8 +22,12 @@ mod kept;
 const SEEDS: u64 = 100_000;
 /// So many of them are the same in every run.
 const FIXED: u64 = 5_000;
+/// Where the others begin, unless each run is to see others.
+const BASE: u64 = 1 << 40;
 /// With fewer seeds than this, chance alone could leave something out.
 const ENOUGH: u64 = 50_000;
+/// So many of the rarest things are shown with how rare they are.
+const NEAREST: usize = 8;
 /// Lines of the trace that are printed for a seed that fails.
 const LAST_LINES: usize = 60;
 /// How long a failing plan is made smaller.
@@ -95,9 +99,10 @@ fn replay() {
 fn a_hundred_thousand_seeds() {
     let asked = number("PAGECOPY_SEEDS");
     let seeds = asked.unwrap_or(SEEDS);
+    let others = asked.is_some() || std::env::var_os("PAGECOPY_ALL").is_some();
     let base = number("PAGECOPY_BASE_SEED").unwrap_or_else(|| {
-        if asked.is_none() && std::env::var_os("PAGECOPY_ALL").is_none() {
-            return FIXED;
+        if !others {
+            return BASE;
         }
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         now.unwrap().as_secs() << 24
@@ -224,6 +229,21 @@ fn assert_happened(survey: &Survey) {
         (AskedUnfenced(Side::Destination, Wish::RunHere), 2),
         (AskedUnfenced(Side::Destination, Wish::LetGo), 2),
         (AskedFenced(Side::Destination, Wish::RunHere), 1),
+        (WentFirst, 10_000),
+        (WentByHand, 500),
+        (BecameWhole, 5_000),
+        (Waited, 1_000),
+        (WaitedOnItsWay, 1_000),
+        (DevicesWaited, 1_000),
+        (Interrupted, 400),
+        (FetchedOn, 400),
+        (TakenUp, 300),
+        (ServedOn, 200),
+        (ServedWithoutQemu, 10),
+        (WasWholeBefore, 150),
+        (Poisoned, 30),
+        (PausedForGood, 10),
+        (LetGoOf, 25),
     ];
     let sides = [
         both(CutSeenOnlyBy, 100),
@@ -244,11 +264,25 @@ fn assert_happened(survey: &Survey) {
         both(SleptClockWent, 80),
         both(ClockJumped, 150),
     ];
-    let rare: Vec<String> = single
+    let mut margins: Vec<(f64, String)> = single
         .into_iter()
         .chain(sides.into_iter().flatten())
-        .filter(|(what, least)| survey.count(*what) * 100_000 < least * survey.total())
-        .map(|(what, least)| format!("{what:?}: {}, and {least} expected", survey.count(what)))
+        .map(|(what, least)| {
+            let count = survey.count(what);
+            let wanted = least as f64 * survey.total() as f64 / 100_000.0;
+            let text = format!("{what:?}: {count}, and {wanted:.0} expected at least");
+            (count as f64 / wanted, text)
+        })
+        .collect();
+    margins.sort_by(|one, other| one.0.total_cmp(&other.0));
+    println!("nearest to too seldom:");
+    for (margin, text) in margins.iter().take(NEAREST) {
+        println!("{margin:>8.1} times: {text}");
+    }
+    let rare: Vec<&String> = margins
+        .iter()
+        .take_while(|(margin, _)| *margin < 1.0)
+        .map(|(_, text)| text)
         .collect();
     assert!(rare.is_empty(), "too seldom: {rare:#?}");
 }
@@ -256,6 +290,15 @@ fn assert_happened(survey: &Survey) {
 /// Daemons die at every output there is: before it is carried out, right after, and later.
 fn assert_crashes(survey: &Survey) {
     let table = crashes(survey);
+    let rarest = OUTPUTS
+        .iter()
+        .chain(&POSTCOPY_OUTPUTS)
+        .filter_map(|(side, output)| {
+            let counts = table.get(&(*side, (*output).to_owned()))?;
+            Some((*counts.iter().min()?, side, output))
+        })
+        .min();
+    println!("the rarest death: {rarest:?}");
     let missing: Vec<String> = OUTPUTS
         .iter()
         .chain(&POSTCOPY_OUTPUTS)

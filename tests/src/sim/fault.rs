@@ -177,26 +177,28 @@ pub(super) fn death_at_any_output(rng: &mut Rng) -> (&'static str, Vec<(When, Fa
     (output, faults)
 }
 
-/// Somewhere between the switchover and the end of post-copy.
+/// Somewhere between the switchover and the end of post-copy, mostly while pages are fetched and the guest runs.
 fn when_fetching(rng: &mut Rng) -> When {
-    let (side, name) = rng.pick(&POSTCOPY_OUTPUTS);
-    let name = if rng.chance(400) {
-        rng.pick(&[
-            (Side::Destination, "Mark"),
-            (Side::Destination, "Read"),
-            (Side::Destination, "Map"),
-            (Side::Source, "Journal(GuestMoved)"),
-            (Side::Destination, "RunGuest"),
-        ])
-    } else {
-        (side, name)
-    };
-    When::Named(
-        name.0,
-        name.1.to_owned(),
-        rng.pick(&[1, 1, 2, 3, 7, 20]),
-        moment(rng),
-    )
+    let named =
+        |(side, name): (Side, &str), nth, moment| When::Named(side, name.to_owned(), nth, moment);
+    match rng.below(10) {
+        0..5 => {
+            let begun = rng.pick(&[
+                (Side::Source, "Journal(GuestMoved)"),
+                (Side::Destination, "Journal(Running)"),
+            ]);
+            named(begun, 1, Moment::Later(rng.spread(1, 1_000_000)))
+        }
+        5..8 => {
+            let step = rng.pick(&["Read", "Mark", "Map"]);
+            let nth = rng.pick(&[1, 2, 5, 12, 25, 50]);
+            named((Side::Destination, step), nth, moment(rng))
+        }
+        _ => {
+            let output = rng.pick(&POSTCOPY_OUTPUTS);
+            named(output, rng.pick(&[1, 1, 2, 3]), moment(rng))
+        }
+    }
 }
 
 fn fault_when_fetching(rng: &mut Rng) -> Fault {
@@ -204,7 +206,7 @@ fn fault_when_fetching(rng: &mut Rng) -> Fault {
     match rng.below(20) {
         0..7 => Fault::DaemonDies(side, or_never(rng, 500, 20_000_000)),
         7..12 => network(rng, side),
-        12 => Fault::QemuDies(side),
+        12 => Fault::QemuDies(rng.pick(&[Side::Source, Side::Source, Side::Destination])),
         13 => Fault::HostDies(side, or_never(rng, 1_000_000, 100_000_000)),
         14 => time(rng, side),
         15 => host(rng, side),
@@ -235,28 +237,28 @@ pub(super) fn by_hand(rng: &mut Rng) -> [(When, Fault); 1] {
 }
 
 /// A daemon that dies at a certain step of post-copy, and what brings that step about.
-pub(super) fn death_in_postcopy(rng: &mut Rng) -> (&'static str, Vec<(When, Fault)>) {
+pub(super) fn death_in_postcopy(rng: &mut Rng) -> Vec<(When, Fault)> {
     let (side, output) = rng.pick(&POSTCOPY_OUTPUTS);
     let death = Fault::DaemonDies(side, or_never(rng, 500, 20_000_000));
     let when = When::Named(side, output.to_owned(), 1, moment(rng));
     let mut faults = vec![(when, death)];
-    let fetching = |nth, moment| When::Named(Side::Destination, "Mark".to_owned(), nth, moment);
+    let runs = |moment| When::Named(Side::Destination, "Journal(Running)".to_owned(), 1, moment);
+    let soon = Moment::Later(rng.spread(1, 30_000));
     match output {
-        "Send(Lacks)" => faults.push((
-            fetching(1, Moment::Before),
-            Fault::Stall(rng.spread(2_000_000, 5_000_000)),
-        )),
+        "Send(Lacks)" => {
+            faults.push((runs(soon), Fault::Stall(rng.spread(2_000_000, 5_000_000))));
+        }
         "ConnectAll" | "Send(Serve)" | "StopPulling" | "Pull" | "Send(Resumed)" => {
-            faults.push((fetching(rng.between(1, 3), Moment::Before), Fault::Cut));
+            faults.push((runs(soon), Fault::Cut));
         }
         "Poison" => {
-            faults.push((fetching(1, Moment::Before), Fault::Silence(None)));
+            faults.push((runs(soon), Fault::Silence(None)));
             let later = Moment::Later(rng.spread(11_000_000, 60_000_000));
-            faults.push((fetching(1, later), Fault::GiveUpPages { fenced: true }));
+            faults.push((runs(later), Fault::GiveUpPages { fenced: true }));
         }
         _ => {}
     }
-    (output, faults)
+    faults
 }
 
 /// The answer to `Commit` is lost, the destination may be down, and operators decide while nobody knows anything.

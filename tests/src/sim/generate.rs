@@ -81,14 +81,14 @@ impl Plan {
         }
         self.habits.processors = rng.between(1, 4);
         self.habits.touches = rng.pick(&[0, 100, 3_000, 30_000, 300_000]);
-        if theme == Theme::Torn && rng.chance(400) {
-            let (output, faults) = fault::death_in_postcopy(rng);
-            self.faults.truncate(1);
-            self.faults.splice(0..0, faults);
-            self.wanted.quit_source |= output == "QuitGuest";
-            if !matches!(self.wanted.how, How::HybridRounds(_)) {
-                self.wanted.how = How::Postcopy;
-            }
+        if theme == Theme::Torn && rng.chance(500) {
+            self.faults.truncate(rng.index(2));
+            self.faults.splice(0..0, fault::death_in_postcopy(rng));
+            // So that there is much to be fetched, and time for it.
+            self.wanted.how = How::Postcopy;
+            self.habits.touched_percent = self.habits.touched_percent.max(60);
+            let bytes: u64 = self.blocks.iter().map(|block| block.size).sum();
+            self.network.bytes_per_second = Some((bytes / 2).max(1) * rng.spread(1, 10));
         }
     }
 

@@ -75,7 +75,8 @@ impl Destination {
     /// To be called when the source's `Query` has come, with that connection, and not before: a source that asks has not
     /// taken the guest back. A source whose operator has taken it back never asks.
     ///
-    /// `armed`: it is a post-copy, and page faults wait for the driver again, which fetches nothing yet.
+    /// `armed`: it is a post-copy, and page faults wait for the driver again, which fetches nothing yet. If nothing lacks, the
+    /// driver says [`Input::Whole`], also when an engine before this one has heard it.
     pub fn recover(setup: Setup, armed: bool, now: Time) -> Destination {
         let mut core = Core::known(setup, now);
         core.armed = armed;
@@ -85,7 +86,8 @@ impl Destination {
     }
 
     /// Takes a post-copy up again after a crash of the daemon: its guest runs here and lacks so many bytes. Page faults wait
-    /// for the driver again. There is no connection: the source dials. Of the set-up, `id`, `host` and `timeouts` matter.
+    /// for the driver again. There is no connection: the source dials. If nothing lacks, the driver says [`Input::Whole`]. Of
+    /// the set-up, `id`, `host` and `timeouts` matter.
     pub fn resume(setup: Setup, lacks: u64, now: Time) -> Destination {
         let mut core = Core::known(setup, now);
         core.armed = true;

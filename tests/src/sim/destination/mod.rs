@@ -381,9 +381,9 @@ impl DestinationSide {
             DestinationStep::Runs => {
                 self.guest_runs(env);
                 if self.holds() {
-                    // The operator had it run, and whatever its session said before is over.
+                    // The operator had it run, or a daemon before this one, and whatever its session said is over.
                     self.ended = Some(State::Completed);
-                    self.append(env, Record::Running, Hand::Daemon);
+                    self.runs_after_all(env);
                 }
                 self.input(env, Input::GuestRunning);
             }

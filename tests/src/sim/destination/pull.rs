@@ -53,11 +53,6 @@ impl Pull {
         })
     }
 
-    /// Another engine wants to hear of it, too, when nothing lacks.
-    pub(super) fn tell_again(&mut self) {
-        self.said_whole = false;
-    }
-
     fn on_lane(&self, lane: usize) -> usize {
         self.reads.values().filter(|read| read.2 == lane).count()
     }
@@ -117,6 +112,17 @@ impl DestinationSide {
         self.event_after(env, SAY_EVERY, DestinationEvent::Say);
         self.fault_anew(env);
         self.event_after(env, Duration::from_micros(1), DestinationEvent::PullOn);
+    }
+
+    /// Another engine, of a guest that was `armed`, wants to hear of it, too, when nothing lacks.
+    pub(super) fn tell_again(&mut self, env: &mut Env, armed: bool) {
+        if armed && self.pull().is_none() {
+            self.serve_faults(env);
+        }
+        if let Some(pull) = self.pull() {
+            pull.said_whole = false;
+        }
+        self.event_after(env, Duration::ZERO, DestinationEvent::PullOn);
     }
 
     /// What the record of received pages says is missing, in the source's numbers.

@@ -129,10 +129,19 @@ impl DestinationSide {
         );
         match step {
             Ok(Step::Run) => self.run_guest(env),
-            Ok(Step::RecordRunning) => self.append(env, Record::Running, Hand::Daemon),
+            Ok(Step::RecordRunning) => self.runs_after_all(env),
             Ok(Step::RecordAborted) => self.append(env, Record::Aborted, Hand::Daemon),
-            Err(_) if found == Found::Runs => self.append(env, Record::Running, Hand::Daemon),
+            Err(_) if found == Found::Runs => self.runs_after_all(env),
             Err(_) => {}
+        }
+    }
+
+    /// A guest of which no session knew turns out to run.
+    pub(super) fn runs_after_all(&mut self, env: &mut Env) {
+        self.append(env, Record::Running, Hand::Daemon);
+        if journal::postcopy(&self.records()) == Postcopy::Open {
+            self.ended = None;
+            self.take_session_up(env);
         }
     }
 
@@ -230,13 +239,10 @@ impl DestinationSide {
         if let Some(daemon) = &mut self.daemon {
             daemon.control = Some(daemon.questions.remove(lane).control);
             daemon.engine = Some(engine);
-            if let Some(pull) = &mut daemon.pull {
-                pull.tell_again();
-            }
             self.session += 1;
             self.ended = None;
             self.carry_out_all(env);
-            self.event_after(env, Duration::ZERO, DestinationEvent::PullOn);
+            self.tell_again(env, armed);
         }
     }
 
@@ -275,9 +281,12 @@ impl DestinationSide {
     fn take_up(&mut self, env: &mut Env, runs: bool) {
         env.tally.note(Happened::TakenUp);
         self.serve_faults(env);
-        if !runs {
-            return;
+        if runs {
+            self.take_session_up(env);
         }
+    }
+
+    fn take_session_up(&mut self, env: &mut Env) {
         let (lacks, now) = (self.lacks(), env.clock(Side::Destination));
         let engine = Destination::resume(self.setup.clone(), lacks, now);
         if let Some(daemon) = &mut self.daemon {
@@ -285,6 +294,7 @@ impl DestinationSide {
         }
         self.session += 1;
         self.carry_out_all(env);
+        self.tell_again(env, true);
         if self.qemu.state == DestinationState::Gone {
             let gone = failure(Blame::Qemu, "QEMU is gone");
             self.input(env, Input::QemuFailed(gone));
