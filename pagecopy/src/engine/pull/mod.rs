@@ -123,7 +123,11 @@ impl Puller {
                 return Answer::Map;
             }
             self.waited_for.insert((block, page));
-            return Answer::Wait;
+            return if self.promote(block, page) {
+                Answer::Fetch
+            } else {
+                Answer::Wait
+            };
         }
         self.waited_for.insert((block, page));
         let wanted = Run {
@@ -138,6 +142,35 @@ impl Puller {
             self.claim_neighbours(around);
         }
         Answer::Fetch
+    }
+
+    /// Somebody waits now for a page that was to be fetched with its neighbours. False: it was requested already.
+    fn promote(&mut self, block: BlockId, page: u64) -> bool {
+        let has = |run: &Run| run.block == block && (run.first..run.end()).contains(&page);
+        let Some(at) = self.neighbours.iter().position(has) else {
+            return false;
+        };
+        let Some(run) = self.neighbours.remove(at) else {
+            return false;
+        };
+        for (first, end) in [(page + 1, run.end()), (run.first, page)] {
+            if first < end {
+                self.neighbours.insert(
+                    at,
+                    Run {
+                        block,
+                        first,
+                        pages: end - first,
+                    },
+                );
+            }
+        }
+        self.demand.push_back(Run {
+            block,
+            first: page,
+            pages: 1,
+        });
+        true
     }
 
     /// The next request of class `class` or a more urgent one; `None` when there is none now.
@@ -167,7 +200,16 @@ impl Puller {
     /// The next request of those that nobody waits for, of about `bytes` bytes at most; `None` when there is none now. For
     /// channels behind whose queues nobody is to wait.
     pub fn next_ahead(&mut self, bytes: u64) -> Option<Request> {
-        if let Some(run) = self.neighbours.pop_front() {
+        if let Some(mut run) = self.neighbours.pop_front() {
+            let most = (bytes / self.page_size(run.block).max(1)).max(1);
+            if run.pages > most {
+                self.neighbours.push_front(Run {
+                    first: run.first + most,
+                    pages: run.pages - most,
+                    ..run
+                });
+                run.pages = most;
+            }
             return self.request(Class::Neighbour, vec![run]);
         }
         let mut runs = Vec::new();

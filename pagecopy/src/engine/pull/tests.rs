@@ -324,3 +324,39 @@ fn the_rest_comes_in_requests_as_small_as_asked_for() {
     let large = puller.next_within(Class::Rest, u64::MAX).unwrap();
     assert_eq!(bytes(large), MAX_BATCH_BYTES);
 }
+
+#[test]
+fn a_neighbour_that_somebody_waits_for_goes_first() {
+    let mut puller = Puller::new(&specs(4096), &everything()).unwrap();
+    assert_eq!(puller.fault(BlockId(0), 100), Answer::Fetch);
+    assert_eq!(puller.next(Class::Demand).unwrap().runs, [run(0, 100, 1)]);
+    // Its neighbours were claimed, and not requested yet.
+    assert_eq!(puller.fault(BlockId(0), 103), Answer::Fetch);
+    assert_eq!(puller.next(Class::Demand).unwrap().runs, [run(0, 103, 1)]);
+    // Now it is on its way.
+    assert_eq!(puller.fault(BlockId(0), 103), Answer::Wait);
+    let mut rest = Vec::new();
+    while let Some(request) = puller.next(Class::Neighbour) {
+        rest.extend(pages_of(&request.runs));
+    }
+    assert!(rest.contains(&(0, 102)) && rest.contains(&(0, 104)) && !rest.contains(&(0, 103)));
+}
+
+#[test]
+fn neighbours_are_fetched_in_small_requests_ahead_of_the_rest() {
+    let mut puller = Puller::new(&specs(4096), &everything()).unwrap();
+    puller.fault(BlockId(0), 1000);
+    puller.next(Class::Demand).unwrap();
+    let mut ahead = Vec::new();
+    loop {
+        let request = puller.next_ahead(3 * 4096).unwrap();
+        let pages = pages_of(&request.runs);
+        assert!(pages.len() <= 3, "{request:?}");
+        if request.class == Class::Rest {
+            assert_eq!(pages[0], (0, 0));
+            break;
+        }
+        ahead.extend(pages);
+    }
+    assert_eq!(ahead.len(), 16, "32 KiB on each side");
+}
