@@ -11,14 +11,11 @@ use pagecopy::engine::Time;
 use pagecopy::memory::{BlockId, BlockSpec};
 
 use super::guest::{Habits, Pattern};
-use super::ram::{SLOTS, SimRam};
+use super::ram::{SimRam, Words};
 use super::rng::Rng;
 
 /// The most touches that are made up for at once.
 const MOST_AT_ONCE: u64 = 64;
-
-/// The words of a page that carry versions.
-type Words = [u64; SLOTS as usize];
 
 /// Which pages can be touched without waiting.
 #[derive(Debug)]
@@ -250,7 +247,7 @@ impl Arrived {
             "the source's"
         };
         let words = self.ram.words_of(ours, index);
-        let zero = if words == [0; SLOTS as usize] {
+        let zero = if words == Words::default() {
             ", but zeroes"
         } else {
             ""

@@ -17,6 +17,8 @@ use super::sys::Heap;
 
 /// Words of a page that carry its version.
 pub(super) const SLOTS: u64 = 8;
+/// All of these words of a page.
+pub(super) type Words = [u64; 8];
 /// Bits of a word below the version: the page's number and the slot.
 const NAME_BITS: u32 = 20;
 
@@ -284,7 +286,7 @@ impl SimRam {
     }
 
     /// The words of a page that carry its version.
-    pub(super) fn words_of(&self, block: usize, index: u64) -> [u64; SLOTS as usize] {
+    pub(super) fn words_of(&self, block: usize, index: u64) -> Words {
         let block = &self.blocks[block];
         std::array::from_fn(|slot| {
             block

@@ -20,7 +20,7 @@ use transport::Regions;
 use transport::mem::MemChannel;
 
 use super::arrived::{Arrived, Pager};
-use super::disk::{Disk, Hand};
+use super::disk::Disk;
 use super::driver::{Driver, Host};
 use super::env::{DestinationEvent, DestinationStep, Env, Event, failure};
 use super::fault::Micros;

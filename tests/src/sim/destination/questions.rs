@@ -1,7 +1,5 @@
 //! What the daemon does without an engine: answers sources in doubt, and takes up its journal after a restart.
 
-use std::time::Duration;
-
 use pagecopy::engine::destination::{Destination, Input};
 use pagecopy::engine::doubt::{Found, Resolution, Step, at_destination};
 use pagecopy::engine::event::State;
@@ -12,7 +10,7 @@ use transport::Op;
 
 use super::super::disk::Hand;
 use super::super::driver::Driver;
-use super::super::env::{DestinationEvent, Env, failure};
+use super::super::env::{Env, failure};
 use super::super::lane::Report;
 use super::super::plan::Side;
 use super::super::qemu::DestinationState;

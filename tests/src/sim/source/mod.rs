@@ -7,6 +7,7 @@
 mod channels;
 mod outputs;
 mod qemu;
+mod serving;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;

@@ -12,17 +12,15 @@ use pagecopy::limits::MAX_RUNS;
 use pagecopy::memory::{BlockId, BlockSpec, Run};
 use pagecopy::wire::Message;
 use transport::limits::{MAX_EXTENTS, MAX_PAYLOAD};
-use transport::{Access, Extent, Op, RegionId, Regions};
+use transport::{Extent, Op, RegionId};
 
 use super::super::driver::Driver;
 use super::super::env::{DaemonEvent, Env, Event, SourceEvent};
-use super::super::lane::Lane;
 use super::super::mistake::Mistake;
 use super::super::plan::Side;
-use super::super::qemu::SourceState;
 use super::super::ram::SimRam;
 use super::super::tally::Happened;
-use super::{DataLane, LINGER, SourceSide, Work, host_failure};
+use super::{LINGER, SourceSide, Work, host_failure};
 
 impl SourceSide {
     pub(super) fn carry_out_one(&mut self, env: &mut Env, output: Output) {
@@ -186,32 +184,6 @@ impl SourceSide {
         self.answer_after(env, delay, Input::Digests(digests));
     }
 
-    /// The peer may read all of the guest's memory, which stands still.
-    fn open_reads(&mut self, env: &mut Env) {
-        if env.errs(Mistake::DetachWhenMoved) && self.commit_sent {
-            return;
-        }
-        let access = Access {
-            peer_writes: false,
-            peer_reads: true,
-        };
-        let order: Vec<usize> = (0..env.plan.blocks.len()).collect();
-        let old = self
-            .old
-            .as_ref()
-            .filter(|_| env.errs(Mistake::ServeOldCopy));
-        for regions in &self.regions[1..] {
-            old.unwrap_or(&self.ram).register(regions, &order, access);
-        }
-        self.reads_open = true;
-    }
-
-    pub(super) fn close_reads(&mut self) {
-        if std::mem::take(&mut self.reads_open) {
-            self.regions[1..].iter().for_each(Regions::revoke_all);
-        }
-    }
-
     fn detach(&mut self, env: &mut Env) {
         if env.guest_lacks && env.checker.runs(Side::Destination) {
             env.tally.note(Happened::LetGoOf);
@@ -275,34 +247,6 @@ impl SourceSide {
         if let Err(why) = control.enqueue(Op::Send(message.encode()), None) {
             env.checker
                 .violate(format!("the source's control message is refused: {why}"));
-        }
-    }
-
-    /// A planted mistake: of the first page that lacks nothing is said.
-    fn forget_one(&mut self, env: &Env, message: &Message) -> Option<Message> {
-        if !env.errs(Mistake::ForgotLacking) {
-            return None;
-        }
-        match message {
-            Message::Lacking {
-                block,
-                first,
-                words,
-            } if !self.forgot => {
-                self.forgot = true;
-                let mut words = words.clone();
-                words[0] &= words[0].wrapping_sub(1);
-                let (block, first) = (*block, *first);
-                Some(Message::Lacking {
-                    block,
-                    first,
-                    words,
-                })
-            }
-            Message::LackingEnd { pages } => Some(Message::LackingEnd {
-                pages: pages - u64::from(self.forgot),
-            }),
-            _ => None,
         }
     }
 
@@ -429,51 +373,6 @@ impl SourceSide {
                 pushed,
             },
         );
-    }
-
-    /// A connection will be tried.
-    fn will_connect(&mut self, env: &mut Env, all: bool) {
-        self.attempt += 1;
-        let delay = env.delay(2_000);
-        self.event_after(env, delay, SourceEvent::Connect(self.attempt, all));
-    }
-
-    /// A new connection is tried. Before it is one with all channels, a daemon that was started again opens the RAM files.
-    pub(super) fn connect(&mut self, env: &mut Env, attempt: u32, all: bool) {
-        if all && self.files_gone {
-            let fails = SourceEvent::ConnectFails(attempt, "the RAM files went with the host");
-            return self.event_after(env, Duration::ZERO, fails);
-        }
-        if !env.wires.passable() || !env.destination_listens {
-            env.tally.note(Happened::ReconnectFailed);
-            // A refusal comes at once; a path that swallows everything is given up after some seconds.
-            let delay = if env.wires.passable() {
-                env.delay(1_000)
-            } else {
-                env.delay(3_000_000)
-            };
-            let fails = SourceEvent::ConnectFails(attempt, "the simulation refuses");
-            return self.event_after(env, delay, fails);
-        }
-        let (ours, theirs) = if all {
-            self.open_reads(env);
-            if self.restarted {
-                env.tally.note(Happened::ServedOn);
-            }
-            if self.qemu.state == SourceState::Gone {
-                env.tally.note(Happened::ServedWithoutQemu);
-            }
-            env.wires.connect(&self.regions, &env.destination_regions)
-        } else {
-            env.wires.connect(&self.regions[..1], &Regions::new())
-        };
-        env.incoming.push_back(theirs);
-        let mut lanes = ours.into_iter().map(Lane::new);
-        if let Some(daemon) = &mut self.daemon {
-            daemon.control = lanes.next();
-            daemon.data = lanes.map(DataLane::of).collect();
-        }
-        self.input(env, Input::Reconnected);
     }
 }
 
