@@ -204,7 +204,12 @@ fn run(contender: Contender, options: &Options) -> Sample {
     let touches = contender
         .is_postcopy()
         .then(|| destination.serial.touches());
-    assert_moved(&mut source, &mut destination);
+    if contender.is_ours() {
+        assert_moved(&mut source, &mut destination);
+    } else {
+        // What QEMU leaves open in itself is its own business.
+        destination.serial.verify();
+    }
     #[allow(clippy::cast_precision_loss)] // far below 2^53
     let megabytes = bytes_sent as f64 / 1e6;
     let mut sample = vec![
