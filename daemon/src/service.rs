@@ -63,7 +63,7 @@ impl Service {
     pub async fn begin(self: &Arc<Self>, request: MigrationRequest) -> Result<Uuid, Failure> {
         begin::check(&request)?;
         self.refuse_in_doubt(&request.vm, &request.qmp)?;
-        self.refuse_if_receiving(&request.vm)?;
+        self.refuse_if_fetching(&request.vm)?;
         let uuid = Uuid::new_v4();
         let id = MigrationId(*uuid.as_bytes());
         let (migration, requests) = Migration::new(
@@ -155,6 +155,21 @@ impl Service {
             format!("refused: migration {id} is in doubt here: its guest {of:?} {what}"),
             format!("decide that one first: `pagecopy status {id}` says how"),
         ))
+    }
+
+    /// A guest that lacks pages cannot be sent on.
+    fn refuse_if_fetching(&self, vm: &str) -> Result<(), Failure> {
+        let running = self.migrations.running(vm, Side::Destination);
+        let fetching = running
+            .and_then(|id| self.migrations.side(id, Side::Destination))
+            .is_some_and(|migration| migration.is_postcopy());
+        if fetching {
+            return Err(operator(
+                format!("{vm:?} runs here and still lacks some of its memory (post-copy)"),
+                "wait until its migration to this host has completed: `pagecopy status`",
+            ));
+        }
+        Ok(())
     }
 
     fn refuse_if_receiving(&self, vm: &str) -> Result<(), Failure> {
