@@ -2,11 +2,15 @@
 //!
 //! The rules that this target holds it to, whatever comes: the guest is run only when `Commit` has come and `Committed` is
 //! on disk, and never once it has been given up; `Aborted` is final; device state is loaded once, and only when RAM and
-//! state are whole; an input leads to a bounded number of outputs; nothing follows the end.
+//! state are whole, or the page faults of what lacks wait and that is on disk; the source hears that nothing more is needed
+//! only when that was so and the disk was asked; an input leads to a bounded number of outputs; nothing follows the end.
+
+use std::collections::BTreeMap;
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use bytes::Bytes;
 use pagecopy::engine::destination::{Destination, Input, Output, Setup};
+use pagecopy::engine::event::FaultFigures;
 use pagecopy::engine::journal::Record;
 use pagecopy::engine::{ChannelId, Time, Timeouts};
 use pagecopy::limits::{DIGEST_CHUNK, MAX_DEVICE_STATE};
@@ -27,6 +31,8 @@ enum Order {
     Prepare,
     Digest,
     PageDigests { block: u16, chunk: u64 },
+    Arm,
+    Poison,
     Load,
     Run,
     Journal(Record),
@@ -52,6 +58,19 @@ struct Facts {
     kept: u64,
     state_whole: bool,
     recovered: bool,
+    /// Words that said what lacks, by block and first page.
+    lacking: BTreeMap<(u16, u64), u64>,
+    lacking_ended: bool,
+    arms: u32,
+    armed: bool,
+    armed_recorded: bool,
+    pulls: bool,
+    /// Nothing more is needed of the source: it is whole, poisoned, or gone with its QEMU.
+    needs_nothing: bool,
+    qemu_failed: bool,
+    /// The disk was asked for `Whole`, and has answered.
+    whole_asked: bool,
+    whole_answered: bool,
 }
 
 struct World {
@@ -79,7 +98,7 @@ fn setup() -> Setup {
         blocks,
         data_channels: CHANNELS,
         id: words::ID,
-        postcopy: false,
+        postcopy: true,
         timeouts: Timeouts::default(),
     }
 }
@@ -87,10 +106,13 @@ fn setup() -> Setup {
 fn run(input: &mut Unstructured<'_>) -> Result<()> {
     let recovered = input.ratio(1, 16)?;
     let now = Time(1);
-    let engine = if recovered {
-        Destination::recover(setup(), false, now)
-    } else {
-        Destination::new(setup(), now)
+    let (engine, armed, resumed) = match recovered {
+        true => match u8::arbitrary(input)? % 3 {
+            0 => (Destination::recover(setup(), false, now), false, false),
+            1 => (Destination::recover(setup(), true, now), true, false),
+            _ => (Destination::resume(setup(), 1 << 20, now), true, true),
+        },
+        false => (Destination::new(setup(), now), false, false),
     };
     let mut world = World {
         engine,
@@ -100,6 +122,9 @@ fn run(input: &mut Unstructured<'_>) -> Result<()> {
             recovered,
             commit_came: recovered,
             committed: recovered,
+            armed,
+            armed_recorded: armed,
+            guest_running: resumed,
             ..Facts::default()
         },
     };
@@ -131,14 +156,9 @@ impl World {
                 self.now = self.now.after(pause(input)?);
                 Some(Input::Tick)
             }
-            14 => Some(match u8::arbitrary(input)? % 8 {
-                0 => Input::Cancel,
-                1 | 2 => Input::LinkLost(failure("cut")),
-                3 => Input::PeerMisbehaved("outside".to_owned()),
-                4 => Input::HostFailed(failure("host")),
-                5 => Input::QemuFailed(failure("QEMU")),
-                6 => Input::GuestRunning,
-                _ => Input::Digests(vec![digests(input)?]),
+            14 => Some(match u8::arbitrary(input)? {
+                choice @ 192.. => self.of_postcopy(input, choice % 6)?,
+                choice => self.sudden(input, choice % 8)?,
             }),
             _ => {
                 // Time goes to where the engine wants to be woken.
@@ -151,6 +171,35 @@ impl World {
         })
     }
 
+    fn sudden(&mut self, input: &mut Unstructured<'_>, choice: u8) -> Result<Input> {
+        Ok(match choice {
+            0 => Input::Cancel,
+            1 | 2 => Input::LinkLost(failure("cut")),
+            3 => Input::PeerMisbehaved("outside".to_owned()),
+            4 => Input::HostFailed(failure("host")),
+            5 => Input::QemuFailed(failure("QEMU")),
+            6 => Input::GuestRunning,
+            _ => Input::Digests(vec![digests(input)?]),
+        })
+    }
+
+    /// What the driver says while pages are fetched, at its time or not.
+    fn of_postcopy(&mut self, input: &mut Unstructured<'_>, choice: u8) -> Result<Input> {
+        Ok(match choice {
+            0 => Input::Lacks {
+                bytes: u64::arbitrary(input)?,
+                faults: FaultFigures::default(),
+            },
+            1 => Input::Whole,
+            2 => Input::PullFailed(failure("fetching")),
+            3 => Input::Served,
+            4 => Input::Poison {
+                peer_fenced: bool::arbitrary(input)?,
+            },
+            _ => Input::Poisoned { bytes: 4096 },
+        })
+    }
+
     /// What an honest source could say at this point.
     fn honest(&mut self, input: &mut Unstructured<'_>) -> Result<Input> {
         let facts = &self.facts;
@@ -160,6 +209,8 @@ impl World {
             .is_some_and(|last| facts.barriers.iter().all(|count| *count > u64::from(last)));
         let next = match u8::arbitrary(input)? {
             choice @ 0..=95 => choice % 10,
+            248.. if facts.stopped.is_some() => 10,
+            240..=247 if facts.stopped.is_some() => 11,
             _ if facts.loads > 0 => 8,
             _ if whole => 6 + u8::from(bool::arbitrary(input)?),
             choice @ 96..=159 => [1, 5, 2, 2][usize::from(choice % 4)],
@@ -169,7 +220,7 @@ impl World {
             0 => Message::Hello {
                 version_min: 1,
                 version_max: 1,
-                capabilities: 1,
+                capabilities: 3,
                 id: words::ID,
                 vm: "vm".to_owned(),
                 host: "peer".to_owned(),
@@ -198,6 +249,18 @@ impl World {
                 crc: facts.state_crc,
             },
             8 => Message::Commit,
+            10 => Message::Lacking {
+                block: 0,
+                first: u64::from(u8::arbitrary(input)? % 16) * 64,
+                words: vec![u64::arbitrary(input)? | 1],
+            },
+            11 => Message::LackingEnd {
+                pages: facts
+                    .lacking
+                    .values()
+                    .map(|word| u64::from(word.count_ones()))
+                    .sum(),
+            },
             _ => {
                 let block = u16::from(u8::arbitrary(input)? % 2);
                 let chunks = blocks()[usize::from(block)].size.div_ceil(DIGEST_CHUNK);
@@ -230,6 +293,10 @@ impl World {
                 chunk,
                 digests: digests(input)?,
             },
+            Order::Arm if fails => Input::HostFailed(failure("arm")),
+            Order::Arm => Input::Armed { inside: vec![7] },
+            Order::Poison if fails => Input::HostFailed(failure("poison")),
+            Order::Poison => Input::Poisoned { bytes: 4096 },
             Order::Load if fails => Input::QemuFailed(failure("load")),
             Order::Load => Input::DeviceStateLoaded,
             Order::Run if fails => Input::QemuFailed(failure("cont")),
@@ -269,6 +336,26 @@ impl World {
             Input::Journaled(Record::Committed) => facts.committed = true,
             Input::JournalFailed(Record::Committed, _) => facts.commit_failed = true,
             Input::GuestRunning => facts.guest_running = true,
+            Input::Message(Message::Lacking {
+                block,
+                first,
+                words,
+            }) => {
+                for (at, word) in (0..).zip(words) {
+                    *facts.lacking.entry((*block, first + at * 64)).or_default() |= word;
+                }
+            }
+            Input::Message(Message::LackingEnd { .. }) => facts.lacking_ended = true,
+            Input::Armed { .. } => facts.armed |= facts.arms > 0,
+            Input::Journaled(Record::Armed { .. }) => facts.armed_recorded |= facts.armed,
+            Input::Journaled(Record::Whole) | Input::JournalFailed(Record::Whole, _) => {
+                facts.whole_answered |= facts.whole_asked;
+            }
+            Input::Whole | Input::Poisoned { .. } => facts.needs_nothing = true,
+            Input::QemuFailed(_) => {
+                facts.needs_nothing = true;
+                facts.qemu_failed = true;
+            }
             Input::Barrier { channel, round, .. } => {
                 let lane = usize::from(channel.0).checked_sub(1);
                 let count = lane.and_then(|lane| facts.barriers.get_mut(lane));
@@ -311,19 +398,49 @@ impl World {
                 facts.said_running = true;
             }
             Output::Send(Message::Abort { code, .. }) => {
-                assert_eq!(facts.runs, 0, "given up after the guest was run: {facts:?}");
+                let lost = facts.armed && facts.qemu_failed && facts.whole_answered;
+                assert!(
+                    facts.runs == 0 || lost,
+                    "given up after the guest was run: {facts:?}"
+                );
                 // After `Commit` came only the record, or the refusal of a late `Commit`, lets it say so.
                 assert!(
-                    !facts.committed || facts.aborted,
+                    !facts.committed || facts.aborted || lost,
                     "given up with Committed on disk: {code:?} {facts:?}"
                 );
-                if code != AbortCode::Aborted {
+                if code != AbortCode::Aborted && !lost {
                     facts.aborted |= !facts.commit_came;
                 }
             }
+            Output::Send(Message::Whole { .. }) => {
+                assert!(facts.needs_nothing && facts.whole_answered, "{facts:?}");
+            }
+            Output::Send(Message::Resumed) => assert!(facts.guest_running, "{facts:?}"),
             Output::Send(_) | Output::Report(_) | Output::Allocate(_) | Output::Decided(_) => {}
-            Output::Arm { .. } | Output::StopPulling | Output::Pull | Output::Poison => {
-                panic!("without the capability: {output:?}")
+            Output::Arm { .. } => {
+                facts.arms += 1;
+                assert_eq!((facts.arms, facts.loads), (1, 0), "{facts:?}");
+                let last = facts.stopped.map(u64::from);
+                assert!(
+                    facts.lacking_ended
+                        && last
+                            .is_some_and(|last| facts.barriers.iter().all(|count| *count > last)),
+                    "armed before all that comes is in place: {facts:?}"
+                );
+                facts.pulls = true;
+                self.orders.add(Order::Arm);
+            }
+            Output::StopPulling => assert!(std::mem::take(&mut facts.pulls), "{facts:?}"),
+            Output::Pull => {
+                assert!(facts.guest_running && facts.armed, "{facts:?}");
+                facts.pulls = true;
+            }
+            Output::Poison => {
+                assert!(
+                    !facts.pulls && facts.guest_running && facts.armed,
+                    "{facts:?}"
+                );
+                self.orders.add(Order::Poison);
             }
             Output::Journal(record) => self.journal(record),
             Output::Prepare { order } => {
@@ -351,6 +468,10 @@ impl World {
                     "loaded before RAM was whole: {facts:?}"
                 );
                 assert!(!facts.aborted);
+                assert!(
+                    facts.arms == 0 || facts.armed_recorded,
+                    "loaded before page faults wait: {facts:?}"
+                );
                 self.orders.add(Order::Load);
             }
             Output::RunGuest => {
@@ -380,7 +501,12 @@ impl World {
             }
             Record::Running => assert!(facts.guest_running, "{facts:?}"),
             Record::Closed => assert!(facts.guest_running, "{facts:?}"),
-            other => panic!("the destination writes {other:?}"),
+            Record::Armed { .. } => assert!(facts.armed && facts.loads == 0, "{facts:?}"),
+            Record::Whole => {
+                assert!(facts.needs_nothing && facts.guest_running, "{facts:?}");
+                facts.whole_asked = true;
+            }
+            ref other => panic!("the destination writes {other:?}"),
         }
         self.orders.add(Order::Journal(record));
     }

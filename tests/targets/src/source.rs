@@ -4,7 +4,8 @@
 //! every page in place and `Loaded` heard; after it the guest is resumed only when the destination has given it up or the
 //! operator has taken it back; a migration that ends otherwise than completed has ordered a guest that it stopped to be
 //! resumed; no page leaves before the round before is in place; what is under way is bounded, and so is what one input
-//! leads to; nothing follows the end.
+//! leads to; memory that the guest may lack at the destination is recorded as served before `Commit` and let go of only when
+//! the destination or the operator says so, and that is on disk; nothing follows the end.
 
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use bytes::Bytes;
 use pagecopy::engine::event::State;
 use pagecopy::engine::journal::{Outcome, Postcopy, Record};
 use pagecopy::engine::source::{
-    Batch, Input, Mode, Options, Output, Pushed, Resolution, Setup, Source,
+    After, Batch, Input, Mode, Options, Output, Pushed, Resolution, Setup, Source,
 };
 use pagecopy::engine::{ChannelId, Time, Timeouts};
 use pagecopy::limits::{
@@ -45,6 +46,7 @@ enum Order {
     Journal(Record),
     Resume,
     Connect,
+    ConnectAll,
 }
 
 /// What has happened so far.
@@ -67,6 +69,16 @@ struct Facts {
     gone: bool,
     moved_recorded: bool,
     finished: bool,
+    /// Post-copy was offered.
+    offered: bool,
+    reads_open: bool,
+    /// What lacks was said: the guest goes before its memory.
+    serves: bool,
+    serving_asked: bool,
+    /// The destination needs nothing more, or the operator lets go.
+    may_release: bool,
+    /// The disk was asked to record that, and has answered.
+    released: bool,
 }
 
 struct World {
@@ -85,9 +97,8 @@ pub fn source(data: &[u8]) {
     let _ = run(&mut Unstructured::new(data));
 }
 
-fn setup(input: &mut Unstructured<'_>) -> Result<Setup> {
-    let flags = u8::arbitrary(input)?;
-    Ok(Setup {
+fn setup(flags: u8, mode: Mode) -> Setup {
+    Setup {
         id: words::ID,
         vm: "vm".to_owned(),
         host: "here".to_owned(),
@@ -101,23 +112,32 @@ fn setup(input: &mut Unstructured<'_>) -> Result<Setup> {
             bandwidth_limit: (flags & 2 != 0).then_some(100 << 20),
             max_rounds: 1 + u32::from(flags >> 5),
             timeout: (flags & 4 != 0).then_some(Duration::from_secs(20)),
-            mode: Mode::Precopy,
+            mode,
             verify: flags & 8 != 0,
             quit_source: flags & 16 != 0,
         },
         timeouts: Timeouts::default(),
-    })
+    }
 }
 
 fn run(input: &mut Unstructured<'_>) -> Result<()> {
-    let setup = setup(input)?;
+    let flags = u8::arbitrary(input)?;
     let now = Time(1);
     let start = u8::arbitrary(input)?;
+    let mode = match start % 5 {
+        0 => Mode::Postcopy,
+        1 => Mode::Hybrid(After::Rounds(2)),
+        2 => Mode::Auto { postcopy: true },
+        _ => Mode::Precopy,
+    };
+    let setup = setup(flags, mode);
+    let (open, no) = (Postcopy::Open, Postcopy::No);
+    let postcopy = if start.is_multiple_of(2) { open } else { no };
     let recovered = start < 48;
     let engine = match start {
-        0..=15 => Source::recover(setup, Outcome::Open, Postcopy::No, now),
+        0..=15 => Source::recover(setup, Outcome::Open, postcopy, now),
         16..=31 => Source::recover(setup, Outcome::NotHere, Postcopy::No, now),
-        32..=47 => Source::recover(setup, Outcome::Here, Postcopy::No, now),
+        32..=47 => Source::recover(setup, Outcome::Here, postcopy, now),
         _ => Source::new(setup, now),
     };
     let mut world = World {
@@ -130,6 +150,7 @@ fn run(input: &mut Unstructured<'_>) -> Result<()> {
             given_back: (16..=31).contains(&start),
             gone: (32..=47).contains(&start),
             round_open: true,
+            serves: start < 48 && !(16..=31).contains(&start) && postcopy == open,
             ..Facts::default()
         },
     };
@@ -156,7 +177,7 @@ impl World {
                 self.now = self.now.after(pause(input)?);
                 Some(Input::Tick)
             }
-            13 => Some(match u8::arbitrary(input)? % 10 {
+            13 => Some(match sudden(u8::arbitrary(input)?) {
                 0 => Input::Cancel,
                 1 | 2 => Input::LinkLost(failure("cut")),
                 3 => Input::HostFailed(failure("host")),
@@ -167,6 +188,8 @@ impl World {
                     peer_fenced: bool::arbitrary(input)?,
                 }),
                 8 => Input::Resolve(Resolution::Abandon),
+                10 => Input::StartPostcopy,
+                11 => Input::Recover,
                 _ => Input::Pushed {
                     channel: ChannelId(u16::from(u8::arbitrary(input)? % 4)),
                     // One that was never pushed.
@@ -200,6 +223,7 @@ impl World {
         // Most often what it has to say now, so that inputs get far.
         let next = match u8::arbitrary(input)? {
             choice @ 0..=63 => choice % 8,
+            choice if facts.serves && facts.gone => 8 + choice % 3,
             _ if facts.commits > 0 => 6 + u8::from(bool::arbitrary(input)?),
             _ if facts.barriers_sent == CHANNELS && !facts.round_open => 2,
             _ if facts.stop_ordered => 5,
@@ -208,7 +232,7 @@ impl World {
         Ok(match next {
             0 | 1 => Message::Accept {
                 version: 1,
-                capabilities: 1,
+                capabilities: if facts.offered { 3 } else { 1 },
                 host: "peer".to_owned(),
             },
             2..=4 => Message::BarrierReached {
@@ -216,6 +240,9 @@ impl World {
             },
             5 => Message::Loaded,
             6 => Message::Running,
+            8 => Message::Lacks { bytes: 4096 },
+            9 => Message::Resumed,
+            10 => Message::Whole { id: words::ID },
             _ => Message::Answer {
                 id: words::ID,
                 standing: *input.choose(&Standing::ALL)?,
@@ -228,8 +255,10 @@ impl World {
         Ok(match order {
             Order::Journal(record) if fails => Input::JournalFailed(record, failure("disk")),
             Order::Journal(record) => Input::Journaled(record),
-            Order::Connect if fails => Input::ReconnectFailed("no route".to_owned()),
-            Order::Connect => Input::Reconnected,
+            Order::Connect | Order::ConnectAll if fails => {
+                Input::ReconnectFailed("no route".to_owned())
+            }
+            Order::Connect | Order::ConnectAll => Input::Reconnected,
             Order::Resume if fails => Input::ResumeFailed(failure("cont")),
             Order::Resume => Input::GuestResumed,
             Order::Stop | Order::Save { .. } if fails => Input::QemuFailed(failure("QEMU")),
@@ -332,12 +361,22 @@ impl World {
                 id: words::ID,
                 standing: Standing::Running,
             }) => facts.gone |= facts.commits > 0,
-            Input::Resolve(Resolution::Abandon) => facts.gone |= facts.commits > 0,
+            Input::Resolve(Resolution::Abandon) => {
+                facts.may_release |= facts.gone;
+                facts.gone |= facts.commits > 0;
+            }
+            Input::Message(Message::Whole { id: words::ID }) => facts.may_release |= facts.gone,
+            Input::Journaled(Record::Released) | Input::JournalFailed(Record::Released, _) => {
+                facts.released |= facts.may_release;
+            }
             Input::Message(Message::Abort { .. })
             | Input::Message(Message::Answer {
                 id: words::ID,
                 standing: Standing::Aborted,
-            }) => facts.given_back = true,
+            }) => {
+                facts.given_back = true;
+                facts.may_release |= facts.gone;
+            }
             // Without the word that the destination is fenced the operator's wish is not enough.
             Input::Resolve(Resolution::ResumeHere { peer_fenced: true }) => {
                 facts.given_back |= facts.commits > 0;
@@ -371,13 +410,38 @@ impl World {
                     "Commit was sent too early: {facts:?}"
                 );
                 assert!(facts.round_open && !facts.resume_ordered, "{facts:?}");
+                assert!(!facts.serves || facts.serving_asked, "{facts:?}");
                 // What was said before does not count for what became of the commit.
                 facts.given_back = false;
             }
+            Output::Send(Message::Closed) if facts.serves => assert!(facts.released, "{facts:?}"),
             Output::Send(Message::Closed) => assert!(facts.moved_recorded, "{facts:?}"),
-            Output::Send(_) | Output::Report(_) | Output::Decided(_) | Output::Detach => {}
+            Output::Send(Message::Hello { capabilities, .. }) => {
+                facts.offered = capabilities & 2 != 0;
+            }
+            Output::Send(Message::Lacking { .. } | Message::LackingEnd { .. }) => {
+                assert!(facts.offered && facts.reads_open, "{facts:?}");
+                facts.serves = true;
+            }
+            Output::Send(Message::Serve { .. }) => {
+                assert!(facts.serves && facts.gone, "{facts:?}");
+            }
+            Output::Detach => assert!(
+                !(facts.serves && facts.gone) || facts.released || facts.resume_ordered,
+                "memory is let go of: {facts:?}"
+            ),
+            Output::Send(_) | Output::Report(_) | Output::Decided(_) => {}
             Output::SendOn(channel, Message::Barrier { round }) => self.barrier(channel, round),
-            Output::OpenReads | Output::ConnectAll => panic!("without the capability"),
+            Output::OpenReads => {
+                assert!(facts.stop_ordered && facts.commits == 0, "{facts:?}");
+                facts.reads_open = true;
+            }
+            Output::ConnectAll => {
+                assert!(facts.serves && facts.gone, "{facts:?}");
+                // An attempt under way is given up.
+                while self.orders.take_first(is_connect).is_some() {}
+                self.orders.add(Order::ConnectAll);
+            }
             Output::SendOn(_, other) => panic!("{other:?} on a data channel"),
             Output::Push { channel, batch } => self.push(channel, batch),
             Output::ResumeGuest => {
@@ -411,6 +475,7 @@ impl World {
             Output::Journal(record) => self.journal(record),
             Output::Connect => {
                 assert!(facts.commits > 0, "reconnects before Commit");
+                while self.orders.take_first(is_connect).is_some() {}
                 self.orders.add(Order::Connect);
             }
             Output::Finished(end) => self.finished(end.state),
@@ -457,13 +522,18 @@ impl World {
     }
 
     fn journal(&mut self, record: Record) {
-        let facts = &self.facts;
+        let facts = &mut self.facts;
         match record {
             Record::CommitIntent => assert!(facts.stop_ordered, "{facts:?}"),
             Record::GuestMoved => assert!(facts.gone, "{facts:?}"),
             Record::RolledBack | Record::TakenBack => {
                 assert!(facts.commits == 0 || facts.given_back, "{facts:?}");
             }
+            Record::Serving { .. } => {
+                assert!(facts.serves && facts.commits == 0, "{facts:?}");
+                facts.serving_asked = true;
+            }
+            Record::Released => assert!(facts.serves && facts.may_release, "{facts:?}"),
             ref other => panic!("the source writes {other:?}"),
         }
         self.orders.add(Order::Journal(record));
@@ -475,12 +545,24 @@ impl World {
             State::Completed => assert!(facts.gone, "{facts:?}"),
             State::InDoubt => assert!(facts.commits > 0 && !facts.resume_ordered, "{facts:?}"),
             _ => assert!(
-                !facts.stop_ordered || facts.resume_ordered,
+                !facts.stop_ordered || facts.resume_ordered || facts.released,
                 "the guest was left stopped: {facts:?}"
             ),
         }
         facts.finished = state != State::InDoubt;
     }
+}
+
+/// One of the things that nobody asked for; those of before post-copy as often as then.
+fn sudden(choice: u8) -> u8 {
+    match choice {
+        0..=239 => choice % 10,
+        _ => 10 + choice % 2,
+    }
+}
+
+fn is_connect(order: &Order) -> bool {
+    matches!(order, Order::Connect | Order::ConnectAll)
 }
 
 fn bytes(batch: &Batch) -> u64 {

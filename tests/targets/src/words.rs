@@ -73,7 +73,11 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
         1 => round.wrapping_add(1),
         _ => round,
     };
-    Ok(match u8::arbitrary(input)? % 21 {
+    let kind = match u8::arbitrary(input)? {
+        choice @ 0..=209 => choice % 21,
+        choice => 21 + choice % 6,
+    };
+    Ok(match kind {
         0 => Message::Hello {
             version_min: u16::arbitrary(input)? % 3,
             version_max: u16::arbitrary(input)? % 3,
@@ -128,6 +132,20 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
             id: id(input)?,
             standing: *input.choose(&Standing::ALL)?,
         },
+        21 => Message::Lacking {
+            block: u16::from(u8::arbitrary(input)? % 3),
+            first: u64::from(u8::arbitrary(input)?) * 32,
+            words: vec![u64::arbitrary(input)?; input.int_in_range(1..=2)?],
+        },
+        22 => Message::LackingEnd {
+            pages: u64::from(u8::arbitrary(input)?),
+        },
+        23 => Message::Serve { id: id(input)? },
+        24 => Message::Resumed,
+        25 => Message::Lacks {
+            bytes: u64::arbitrary(input)?,
+        },
+        26 => Message::Whole { id: id(input)? },
         _ => Message::Abort {
             code: *input.choose(&AbortCode::ALL)?,
             reason: "because".to_owned(),

@@ -233,6 +233,8 @@ impl DestinationSide {
     /// back: it is run now, and the source is told on the connection on which it asked.
     fn run_committed(&mut self, env: &mut Env, lane: usize) {
         let armed = journal::postcopy(&self.records()) == Postcopy::Open;
+        // The session opens the journal, which cuts off what is no whole line.
+        self.host.disk.reopen();
         let engine = Destination::recover(self.setup.clone(), armed, env.clock(Side::Destination));
         if let Some(daemon) = &mut self.daemon {
             daemon.control = Some(daemon.questions.remove(lane).control);
@@ -285,6 +287,7 @@ impl DestinationSide {
     }
 
     fn take_session_up(&mut self, env: &mut Env) {
+        self.host.disk.reopen();
         let (lacks, now) = (self.lacks(), env.clock(Side::Destination));
         let engine = Destination::resume(self.setup.clone(), lacks, now);
         if let Some(daemon) = &mut self.daemon {
