@@ -294,7 +294,11 @@ impl World {
                 digests: digests(input)?,
             },
             Order::Arm if fails => Input::HostFailed(failure("arm")),
-            Order::Arm => Input::Armed { inside: vec![7] },
+            Order::Arm => Input::Armed {
+                pid: 1,
+                ram: Vec::new(),
+                inside: vec![7],
+            },
             Order::Poison if fails => Input::HostFailed(failure("poison")),
             Order::Poison => Input::Poisoned { bytes: 4096 },
             Order::Load if fails => Input::QemuFailed(failure("load")),
