@@ -18,6 +18,9 @@ pub(super) fn byte(page: u64) -> u8 {
     u8::try_from(page % 251 + 1).unwrap()
 }
 
+/// One side's ends of a connection's data channels.
+type Ends = Vec<Box<dyn Channel>>;
+
 /// A source that listens on a unix socket.
 pub(super) struct Source {
     memory: Region,
@@ -44,7 +47,7 @@ impl Source {
     }
 
     /// Takes `count` channels that somebody dials meanwhile.
-    pub(super) fn accept(&self, count: u16) -> Vec<Box<dyn Channel>> {
+    pub(super) fn accept(&self, count: u16) -> Ends {
         let one = |_| {
             let pending = self.listener.accept(LIMIT).unwrap().expect("nobody dials");
             let regions = Regions::new();
@@ -63,11 +66,7 @@ impl Source {
     }
 
     /// A new connection: the destination's ends, and the source's.
-    pub(super) fn connection(
-        &self,
-        count: u16,
-        regions: &Regions,
-    ) -> (Vec<Box<dyn Channel>>, Vec<Box<dyn Channel>>) {
+    pub(super) fn connection(&self, count: u16, regions: &Regions) -> (Ends, Ends) {
         thread::scope(|scope| {
             let accepted = scope.spawn(|| self.accept(count));
             let dialled = dial(self.path.clone(), count, regions);
@@ -77,7 +76,7 @@ impl Source {
 }
 
 /// Dials a source; the replies land in `regions`.
-pub(super) fn dial(path: PathBuf, count: u16, regions: &Regions) -> Vec<Box<dyn Channel>> {
+pub(super) fn dial(path: PathBuf, count: u16, regions: &Regions) -> Ends {
     let address = Address::Unix(path);
     let one = |channel| {
         let greeting = Greeting {
@@ -99,7 +98,7 @@ pub(super) struct Serving {
 }
 
 impl Serving {
-    pub(super) fn new(channels: Vec<Box<dyn Channel>>) -> Serving {
+    pub(super) fn new(channels: Ends) -> Serving {
         let stop = Arc::new(AtomicBool::new(false));
         let serve = |mut channel: Box<dyn Channel>| {
             let stop = Arc::clone(&stop);
@@ -116,11 +115,11 @@ impl Serving {
     }
 
     /// Answers nothing more, and says nothing of it either: the channels stay open.
-    pub(super) fn silence(mut self) -> Vec<Box<dyn Channel>> {
+    pub(super) fn silence(mut self) -> Ends {
         self.end()
     }
 
-    fn end(&mut self) -> Vec<Box<dyn Channel>> {
+    fn end(&mut self) -> Ends {
         self.stop.store(true, Ordering::Relaxed);
         let ended = self.threads.drain(..).map(|thread| thread.join().unwrap());
         ended.collect()
