@@ -13,6 +13,8 @@
 mod lane;
 mod latency;
 mod shared;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::sync::Arc;

@@ -60,6 +60,8 @@ pub(super) struct Fetch {
     pub(super) report: Option<FaultReport>,
     /// Page faults wait, or will.
     pub(super) armed: bool,
+    /// They are being made to wait in the background.
+    arming: bool,
 }
 
 impl Fetch {
@@ -86,6 +88,17 @@ impl Fetch {
             next: Vec::new(),
             report: None,
             armed,
+            arming: false,
+        }
+    }
+
+    /// Waits until nothing is being armed any more: what a session does not know of it cannot let go of.
+    pub(super) async fn armed_or_not(&mut self) {
+        if !std::mem::take(&mut self.arming) {
+            return;
+        }
+        if let Some(Done::Armed(Ok(pull))) = self.done.recv().await {
+            self.pull = Some(pull);
         }
     }
 
@@ -104,7 +117,7 @@ impl Session {
         let Some(memory) = self.memory.clone() else {
             return;
         };
-        self.fetch.armed = true;
+        (self.fetch.armed, self.fetch.arming) = (true, true);
         self.close_memory();
         let lanes = std::mem::take(&mut self.data);
         let channels =
@@ -140,6 +153,7 @@ impl Session {
 
     /// What came of arming, releasing and poisoning.
     pub(super) fn done(&mut self, done: Done) -> Input {
+        self.fetch.arming = false;
         match done {
             Done::Armed(Ok(pull)) => {
                 let inside = pull.inside();

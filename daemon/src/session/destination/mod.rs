@@ -312,6 +312,7 @@ impl Session {
         if let Some(control) = self.control.take() {
             control.close();
         }
+        self.fetch.armed_or_not().await;
         let (data, idle) = (self.data, self.idle);
         let here = outcome(lock(&self.journal).records());
         // A guest that was committed may wait for pages, and does so until somebody fetches them.

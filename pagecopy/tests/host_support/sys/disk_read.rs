@@ -23,7 +23,7 @@ pub struct DiskRead {
 impl DiskRead {
     /// Pins `len` bytes of `map` (at most a pipe's 4096) and starts to read into them.
     pub fn start(map: &Map, offset: u64, len: usize) -> DiskRead {
-        let (source, disk) = crate::host_support::pipe();
+        let (source, disk) = super::super::pipe();
         let at = map.at(offset..offset + len as u64);
         let mut ring = IoUring::new(2).unwrap();
         let buffer = libc::iovec {

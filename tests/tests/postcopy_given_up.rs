@@ -1,0 +1,70 @@
+//! A post-copy that is given up before the guest was handed over: it goes on at the source, and QEMU at the destination can
+//! wait for another as if nothing had been.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::{Duration, Instant};
+
+use tests::real::{
+    Machine, Manner, PATIENCE, Qemu, Role, RunAs, Scratch, Side, Steps, Version, World,
+    assert_moved, assert_stayed, certified, eventually, let_it_last,
+};
+
+/// Long enough for the source's word to be there before the destination goes on; what is tested holds without it, too.
+const ON_ITS_WAY: Duration = Duration::from_millis(300);
+
+/// Two hosts, of which the destination is held when it comes to `step`.
+fn held_at(step: &str) -> (World, Steps) {
+    let scratch = Scratch::new();
+    let steps = Steps::listen(&scratch.files().join("steps"), &[step.to_owned()]);
+    let trust = certified(&scratch);
+    let manners = [Side::A, Side::B].map(|side| Manner {
+        name: side.name().to_owned(),
+        trust: trust[side as usize].clone(),
+        steps: (side == Side::B).then(|| steps.socket().to_owned()),
+        run_as: RunAs::User,
+    });
+    (World::of(scratch, &manners), steps)
+}
+
+/// While page faults are being made to wait, and when they do.
+#[test]
+fn nothing_is_left_of_it() {
+    for step in [
+        "destination Arm 1",
+        "destination Armed 1",
+        "destination LoadDeviceState 1",
+    ] {
+        let (world, steps) = held_at(step);
+        let machine = Machine::new(Version::V10_0, 64, "rate=20 set=16");
+        let mut source = world.guest("source", &machine);
+        let mut destination = world.waiting("destination", &machine);
+        let postcopy = ["--mode", "postcopy"];
+        let migration = world.begin(Side::A, "vm", &source, &destination, &postcopy);
+        let held = steps.wait(PATIENCE).unwrap();
+        let id = world.cli(Side::A).id_of("vm");
+        let from = Instant::now();
+        let told = world.cli(Side::A).run(&["cancel", &id]);
+        assert!(told.status.success(), "{step}: {told:?}");
+        migration.finish().not_completed("cancelled");
+        let_it_last(ON_ITS_WAY);
+        held.go();
+        eventually(PATIENCE, || {
+            let shown = world.cli(Side::B).find(&id).unwrap_or_default();
+            let over = shown["finished"].is_object();
+            over.then_some(()).ok_or_else(|| shown.to_string())
+        })
+        .unwrap_or_else(|shown| panic!("{step}: it does not end: {shown}"));
+        println!("{step}: given up");
+        // One that was loading has had its device state, and ends.
+        if step.contains("Load") {
+            assert_stayed(&mut source, None, from);
+            destination = Qemu::start(&world.scratch, "another", &machine, Role::Destination);
+        } else {
+            assert_stayed(&mut source, Some(&mut destination), from);
+        }
+        let again = world.migrate(Side::A, "vm", &source, &destination, &postcopy);
+        again.completed();
+        assert_moved(&mut source, &mut destination);
+    }
+}
