@@ -184,6 +184,7 @@ impl Visit {
         self.places.clear();
         tracing::info!(id = %Uuid::from_bytes(id.0), vm, from = who, "a guest wants to come");
         let over = Over(Arc::clone(&migration));
+        let service = Arc::clone(&self.service);
         match prepare(&self.service, id, &receiver, &migration, &who).await {
             Ok((qmp, settings, journal, guest)) => {
                 let setup = Setup {
@@ -200,7 +201,6 @@ impl Visit {
                     timeouts: Timeouts::default(),
                 };
                 let clock = Clock::start();
-                let service = Arc::clone(&self.service);
                 let parts = Parts {
                     id,
                     service: self.service,
@@ -242,6 +242,7 @@ impl Visit {
             }
         }
         drop(over);
+        resume::take_up_again(&service, id);
     }
 
     /// Answers a source's questions, for as long as it asks.
@@ -255,6 +256,12 @@ impl Visit {
                 }
                 let mut standing = standing(&self.service, id);
                 tracing::info!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, ?asked, ?standing, "a source asks");
+                // Whatever the journal says: the disk may have refused that it does.
+                if standing == Standing::Committed
+                    && live(&self.service, id).is_some_and(|migration| migration.is_postcopy())
+                {
+                    standing = Standing::Running;
+                }
                 if let Asked::Serve(id) = asked {
                     if let Some(fetching) = fetching(&self.service, id) {
                         // If it is over by now, the connection ends and the source comes again.
@@ -312,6 +319,16 @@ impl Visit {
     pub(crate) fn answer_and_close(self, id: MigrationId, standing: Standing) {
         self.control.give(Message::Answer { id, standing });
         self.control.close();
+    }
+
+    /// Whether it brings channels to fetch pages over.
+    pub(crate) fn serves(&self) -> bool {
+        !self.data.is_empty()
+    }
+
+    /// These channels, with what they give access to.
+    pub(crate) fn take_data(&mut self) -> (Vec<Box<dyn Channel>>, Regions) {
+        (std::mem::take(&mut self.data), self.regions.clone())
     }
 
     /// As the journal says it; the last answer of a visit.

@@ -8,11 +8,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use pagecopy::engine::destination::Destination;
 use pagecopy::engine::doubt::{Found, Resolution, Step, at_destination, when_withdrawn};
 use pagecopy::engine::event::{Figures, State};
-use pagecopy::engine::journal::{Record, Side, standing_for};
+use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for};
 use pagecopy::engine::{Failure, MigrationId};
 use pagecopy::wire::Standing;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -20,7 +21,7 @@ use uuid::Uuid;
 
 use super::arrive::{Over, Visit, VisitParts};
 use super::destination::{Parts, Session, TakenOver};
-use super::{Clock, blocking, journal_failure};
+use super::{Clock, blocking, journal_failure, resume};
 use crate::failure::{Shown, host, operator};
 use crate::migrations::{Decided, Finished, Migration, Request};
 use crate::qemu::incoming::Incoming;
@@ -52,8 +53,10 @@ pub(crate) fn take_up(
     );
     let (service, kept) = (Arc::clone(service), Arc::clone(&migration));
     tokio::spawn(async move {
-        let _over = Over(Arc::clone(&kept));
+        let over = Over(Arc::clone(&kept));
         hold(&service, id, &kept, &mut requests).await;
+        drop(over);
+        resume::take_up_again(&service, id);
     });
     Some(migration)
 }
@@ -191,6 +194,40 @@ impl Held {
         self.standing()
     }
 
+    /// QEMU's monitor, of a guest that can be run; or what the source is told.
+    ///
+    /// A guest that went first and was started, just before the daemon before this one died, may have touched a page that
+    /// lacks while QEMU held its big lock: then nobody can ask QEMU whether it runs before that page is here. A source that
+    /// only asks is told that it does, since it is committed to this host and will be run as soon as QEMU can be asked; and
+    /// when that source serves, what QEMU waits for is fetched first.
+    async fn monitor(
+        &self,
+        visit: &mut Visit,
+        taken_over: Option<&mut TakenOver>,
+    ) -> Result<Arc<Qmp>, Standing> {
+        let mut looked = look(&self.qmp).await;
+        if let (Found::Unclear(_), Some(taken_over)) = (&looked.0, taken_over) {
+            if !visit.serves() {
+                return Err(Standing::Running);
+            }
+            taken_over.start(visit).map_err(|failure| {
+                tracing::error!(failure = %Shown(&failure), "the guest's memory cannot be fetched");
+                Standing::Committed
+            })?;
+            let end = Instant::now() + PAGES_LIMIT;
+            while matches!(looked.0, Found::Unclear(_)) && Instant::now() < end {
+                looked = look(&self.qmp).await;
+            }
+        }
+        match looked {
+            (Found::Runs | Found::StandsStill, Some(qmp)) => Ok(qmp),
+            (found, _) => {
+                tracing::warn!(id = %Uuid::from_bytes(self.id.0), ?found, "the source asks, and the guest cannot be run");
+                Err(Standing::Committed)
+            }
+        }
+    }
+
     async fn take(&self, step: Step, qmp: Option<Arc<Qmp>>) -> Result<(), Failure> {
         let journals = &self.service.store.journals;
         match step {
@@ -206,6 +243,10 @@ impl Held {
             }
             Step::RecordRunning => self.append(&Record::Running)?,
             Step::RecordAborted => self.append(&Record::Aborted)?,
+        }
+        // It lacks pages: whoever fetches them also ends this.
+        if step != Step::RecordAborted && self.depends_on_its_source() {
+            return Ok(());
         }
         if let (Some(qmp), Some(settings)) = (qmp, journals.settings(self.id)) {
             settings.restore(&qmp).await;
@@ -224,6 +265,13 @@ impl Held {
         Ok(())
     }
 
+    fn depends_on_its_source(&self) -> bool {
+        let records = self.service.store.journals.read(self.id, Side::Destination);
+        records.is_ok_and(|records| {
+            records.is_some_and(|records| postcopy(&records) == Postcopy::Open)
+        })
+    }
+
     fn append(&self, record: &Record) -> Result<(), Failure> {
         let journals = &self.service.store.journals;
         let appended = journals
@@ -234,15 +282,7 @@ impl Held {
 
     /// A source that asks has not taken the guest back: it is run now, and the source is told on the connection on which
     /// it asked.
-    async fn serve(&self, visit: Visit, requests: &mut UnboundedReceiver<Request>) {
-        let (found, qmp) = look(&self.qmp).await;
-        let qmp = match (found, qmp) {
-            (Found::Runs | Found::StandsStill, Some(qmp)) => qmp,
-            (found, _) => {
-                tracing::warn!(id = %Uuid::from_bytes(self.id.0), ?found, "the source asks, and the guest cannot be run");
-                return visit.answer_and_close(self.id, Standing::Committed);
-            }
-        };
+    async fn serve(&self, mut visit: Visit, requests: &mut UnboundedReceiver<Request>) {
         let journal = match self
             .service
             .store
@@ -261,7 +301,7 @@ impl Held {
             Record::Armed { pid, .. } => Some(*pid),
             _ => None,
         });
-        let taken_over = match pid {
+        let mut taken_over = match pid {
             Some(_) => match blocking(move || TakenOver::new(&looking, id, &records)).await {
                 Ok(taken_over) => Some(taken_over),
                 Err(failure) => {
@@ -271,8 +311,12 @@ impl Held {
             },
             None => None,
         };
+        let qmp = match self.monitor(&mut visit, taken_over.as_mut()).await {
+            Ok(qmp) => qmp,
+            Err(standing) => return visit.answer_and_close(self.id, standing),
+        };
         let armed = taken_over.is_some();
-        let setup = super::resume::setup(&self.service, self.id, &self.migration);
+        let setup = resume::setup(&self.service, self.id, &self.migration);
         let clock = Clock::start();
         let VisitParts {
             control,
@@ -311,6 +355,9 @@ impl Held {
         }
     }
 }
+
+/// How long QEMU may wait for the pages that keep it from answering.
+const PAGES_LIMIT: Duration = Duration::from_secs(30);
 
 fn in_doubt() -> Failure {
     operator(

@@ -65,6 +65,13 @@ pub(crate) fn take_up(
     Some(migration)
 }
 
+/// The same, of a guest that is known to run since a moment ago.
+pub(crate) fn take_up_again(service: &Arc<Service>, id: MigrationId) {
+    if let Ok(Some(records)) = service.store.journals.read(id, Side::Destination) {
+        take_up(service, id, &records);
+    }
+}
+
 async fn prepare(
     service: &Arc<Service>,
     id: MigrationId,

@@ -347,6 +347,16 @@ impl TakenOver {
         })
     }
 
+    /// Begins to fetch, before QEMU can be asked whether the guest runs.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub(crate) fn start(&mut self, visit: &mut Visit) -> Result<(), Failure> {
+        let (channels, regions) = visit.take_data();
+        open_for_fetching(&regions, &self.ram, self.specs.len());
+        self.pull.start(channels)
+    }
+
     /// Bytes that the guest lacks.
     pub(crate) fn lacks(&self) -> u64 {
         self.pull.progress().0

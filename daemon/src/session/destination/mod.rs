@@ -183,10 +183,17 @@ impl Session {
                         let _ = reply.send(Err(at_the_source()));
                         None
                     }
-                    Some(Request::Serve(visit)) => self.served(&engine, *visit).map(|events| {
-                        (control, link_there) = (events, true);
-                        Input::Served
-                    }),
+                    Some(Request::Serve(visit)) => {
+                        // The source has lost the connection that there was.
+                        if self.control.is_some() {
+                            engine.handle(self.clock.now(), Input::LinkLost(superseded()));
+                            end = self.carry_out(&mut engine).await;
+                        }
+                        self.served(&engine, *visit).map(|events| {
+                            (control, link_there) = (events, true);
+                            Input::Served
+                        })
+                    }
                     Some(Request::Resolve(_, reply)) => {
                         // Whoever asked may have left.
                         let _ = reply.send(Err(not_in_doubt()));

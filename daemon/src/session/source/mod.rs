@@ -43,9 +43,10 @@ enum Incoming {
     Engine(Input),
     /// A lane of this connection; earlier connections' lanes are not listened to any more.
     Lane(u32, Told),
-    Connected(Result<Box<dyn Channel>, Failure>),
+    /// By the attempt of that number; earlier attempts do not count any more.
+    Connected(u32, Result<Box<dyn Channel>, Failure>),
     /// All channels, the control channel first.
-    ConnectedAll(Result<Vec<Box<dyn Channel>>, Failure>),
+    ConnectedAll(u32, Result<Vec<Box<dyn Channel>>, Failure>),
 }
 
 /// The guest's memory, as the session has it.
@@ -273,21 +274,26 @@ impl Session {
                 self.resume_failed |= matches!(input, Input::ResumeFailed(_));
                 Some(input)
             }
-            Incoming::Connected(Ok(channel)) => {
+            Incoming::Connected(attempt, _) | Incoming::ConnectedAll(attempt, _)
+                if attempt != self.connection =>
+            {
+                None
+            }
+            Incoming::Connected(_, Ok(channel)) => {
                 self.connection += 1;
                 match self.start_control(channel) {
                     Ok(()) => Some(Input::Reconnected),
                     Err(failure) => Some(Input::ReconnectFailed(failure.what)),
                 }
             }
-            Incoming::ConnectedAll(Ok(channels)) => {
+            Incoming::ConnectedAll(_, Ok(channels)) => {
                 self.connection += 1;
                 match self.start_all(channels) {
                     Ok(()) => Some(Input::Reconnected),
                     Err(failure) => Some(Input::ReconnectFailed(failure.what)),
                 }
             }
-            Incoming::Connected(Err(failure)) | Incoming::ConnectedAll(Err(failure)) => {
+            Incoming::Connected(_, Err(failure)) | Incoming::ConnectedAll(_, Err(failure)) => {
                 Some(Input::ReconnectFailed(failure.what))
             }
             Incoming::Lane(connection, _) if connection != self.connection => None,
@@ -419,8 +425,9 @@ impl Session {
         self.connection += 1;
         self.control = None;
         let (target, sender) = (self.target.clone(), self.sender.clone());
+        let attempt = self.connection;
         tokio::spawn(async move {
-            let _ = sender.send(Incoming::Connected(dial_control(&target).await));
+            let _ = sender.send(Incoming::Connected(attempt, dial_control(&target).await));
         });
     }
 

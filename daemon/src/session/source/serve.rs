@@ -48,12 +48,14 @@ impl Session {
             self.sender.clone(),
             self.regions.clone(),
         );
+        let attempt = self.connection;
         tokio::spawn(async move {
             // Joining the lanes' threads may block for a moment.
             let _ = tokio::task::spawn_blocking(move || drop(lanes)).await;
             let wanted = |address: &Address| default_channels(address).max(POSTCOPY_CHANNELS) + 1;
             let dialled = dial(&target, wanted, &regions).await;
             let _ = sender.send(Incoming::ConnectedAll(
+                attempt,
                 dialled.map(|(channels, _)| channels),
             ));
         });
