@@ -347,6 +347,11 @@ impl TakenOver {
         })
     }
 
+    /// Lets go of QEMU's memory: the guest never runs here.
+    pub(crate) fn release(self) {
+        self.pull.release();
+    }
+
     /// Bytes that the guest lacks.
     pub(crate) fn lacks(&self) -> u64 {
         self.pull.progress().0
