@@ -144,15 +144,7 @@ impl Qmp {
     /// # Errors
     /// The socket is absent, is none, refuses, or is held by another client; each with what to do.
     pub async fn connect(path: &Path) -> Result<Qmp, Failure> {
-        let stream = UnixStream::connect(path)
-            .await
-            .map_err(|error| connect_failure(path, &error))?;
-        let peer_pid = stream
-            .peer_cred()
-            .ok()
-            .and_then(|credentials| credentials.pid());
-        let (read, write) = stream.into_split();
-        let mut lines = Lines::new(read);
+        let (mut lines, write, peer_pid) = open(path).await?;
         let greeting = match timeout(GREETING_TIMEOUT, lines.next()).await {
             Ok(Ok(Some(line))) => line,
             Ok(_) => return Err(not_qmp(path, "closed the connection instead of greeting")),
@@ -162,7 +154,32 @@ impl Qmp {
             .pointer("/QMP/version/qemu")
             .and_then(|version| Version::deserialize(version).ok())
             .ok_or_else(|| not_qmp(path, "did not greet as QMP does"))?;
+        let qmp = Qmp::start(lines, write, peer_pid, version);
+        qmp.execute("qmp_capabilities", json!({})).await?;
+        Ok(qmp)
+    }
 
+    /// Connects without waiting for any word of QEMU's: its main loop may stand in a page fault that is ours to serve.
+    /// Commands are answered when it gets to them. The version is not known: 0.0.0.
+    ///
+    /// # Errors
+    /// The socket is absent, is none or refuses; each with what to do.
+    pub async fn connect_unheard(path: &Path) -> Result<Qmp, Failure> {
+        let (lines, mut write, peer_pid) = open(path).await?;
+        // Its answer comes behind the greeting, and commands that follow are behind it.
+        write
+            .write_all(b"{\"execute\":\"qmp_capabilities\"}\n")
+            .await
+            .map_err(|error| connect_failure(path, &error))?;
+        let unknown = Version {
+            major: 0,
+            minor: 0,
+            micro: 0,
+        };
+        Ok(Qmp::start(lines, write, peer_pid, unknown))
+    }
+
+    fn start(lines: Lines, write: OwnedWriteHalf, peer_pid: Option<i32>, version: Version) -> Qmp {
         let waiting = Arc::new(Waiting::default());
         let (events, _) = broadcast::channel(EVENT_BACKLOG);
         let (gone_sender, gone) = watch::channel(false);
@@ -174,7 +191,7 @@ impl Qmp {
         ));
         let writer = tokio::sync::Mutex::new(write);
         let next_id = AtomicU64::new(1);
-        let qmp = Qmp {
+        Qmp {
             writer,
             waiting,
             events,
@@ -183,9 +200,7 @@ impl Qmp {
             version,
             peer_pid,
             reader,
-        };
-        qmp.execute("qmp_capabilities", json!({})).await?;
-        Ok(qmp)
+        }
     }
 
     /// QEMU's version.
@@ -307,6 +322,18 @@ impl Qmp {
         };
         writer.write_all(&line[sent..]).await
     }
+}
+
+async fn open(path: &Path) -> Result<(Lines, OwnedWriteHalf, Option<i32>), Failure> {
+    let stream = UnixStream::connect(path)
+        .await
+        .map_err(|error| connect_failure(path, &error))?;
+    let peer_pid = stream
+        .peer_cred()
+        .ok()
+        .and_then(|credentials| credentials.pid());
+    let (read, write) = stream.into_split();
+    Ok((Lines::new(read), write, peer_pid))
 }
 
 /// Takes a call out of the table when it is answered, times out, or is dropped half-way.

@@ -1,6 +1,6 @@
 //! Every fault at every step, on real QEMU: see `tests::matrix`.
 //!
-//! A random tenth of the cells by default, each step and each fault in it, by a seed that is printed and that
+//! The same for post-copies. A random tenth of the cells by default, each step and each fault in it, by a seed that is printed and that
 //! `PAGECOPY_MATRIX_SEED=n` repeats; all with `PAGECOPY_ALL=1`; one with `PAGECOPY_CELL="source Send(Commit) / kill
 //! destination daemon"`, with `PAGECOPY_REPEAT=n` so many times.
 
@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use tests::matrix::{Cell, Fault, cells, choose, run};
+use tests::matrix::{Cell, Fault, cells, choose, postcopy_cells, run};
 use tests::real::{SmallFs, skipped};
 
 /// Cells that run at once. They wait most of the time.
@@ -16,8 +16,16 @@ const AT_ONCE: usize = 6;
 
 #[test]
 fn matrix() {
-    let all = cells();
-    let mut chosen = chosen(&all);
+    play_all(&cells());
+}
+
+#[test]
+fn postcopy_matrix() {
+    play_all(&postcopy_cells());
+}
+
+fn play_all(all: &[Cell]) {
+    let mut chosen = chosen(all);
     if !SmallFs::loop_devices() {
         let before = chosen.len();
         chosen.retain(|cell| cell.fault != Fault::DiskFull);
@@ -60,7 +68,7 @@ fn play(cell: Cell) -> bool {
     match &result {
         Ok(words) => println!("{seconds:5.1} s  {cell}: {words}"),
         Err(_) => println!(
-            "{seconds:5.1} s  {cell}: FAILED; again: PAGECOPY_CELL=\"{cell}\" cargo nextest run -p tests -E 'test(=matrix)'"
+            "{seconds:5.1} s  {cell}: FAILED; again: PAGECOPY_CELL=\"{cell}\" cargo nextest run -p tests -E 'test(matrix)'"
         ),
     }
     result.is_ok()
@@ -68,12 +76,16 @@ fn play(cell: Cell) -> bool {
 
 fn chosen(all: &[Cell]) -> Vec<Cell> {
     if let Ok(name) = std::env::var("PAGECOPY_CELL") {
+        let known = [cells(), postcopy_cells()].concat();
+        assert!(
+            known.iter().any(|cell| cell.to_string() == name),
+            "there is no cell {name:?}"
+        );
         let named: Vec<Cell> = all
             .iter()
             .filter(|cell| cell.to_string() == name)
             .copied()
             .collect();
-        assert!(!named.is_empty(), "there is no cell {name:?}");
         let times = std::env::var("PAGECOPY_REPEAT").map_or(1, |times| {
             times.parse().expect("PAGECOPY_REPEAT is a number")
         });

@@ -146,6 +146,14 @@ pub async fn destination(qmp: &Qmp) -> Result<Guest, Failure> {
             "start the destination's QEMU with -incoming defer -S",
         ));
     }
+    // One whose load was cut short, by a post-copy that was given up, says that it waits, and takes no guest any more.
+    let tried = qmp.execute("query-migrate", json!({})).await?;
+    if tried["status"] == "failed" {
+        return Err(operator(
+            "this QEMU was given a guest whose migration was given up while it loaded, and takes no other",
+            "end the destination's QEMU and start another",
+        ));
+    }
     settings::check(qmp).await?;
     let guest = look_at(qmp).await?;
     let words = command_line(guest.pid).map_err(|error| {

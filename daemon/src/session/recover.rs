@@ -15,6 +15,7 @@ use pagecopy::engine::journal::{
 };
 use pagecopy::engine::source::{Mode, Options, Setup, Source};
 use pagecopy::engine::{Failure, MigrationId, Timeouts};
+use pagecopy::host::pager::forsake;
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::{Placer, process};
 use pagecopy::wire::Standing;
@@ -23,13 +24,16 @@ use uuid::Uuid;
 
 use super::arrive::Over;
 use super::begin::{DOWNTIME_LIMIT, MAX_ROUNDS};
+use super::destination::TakenOver;
 use super::source::{Memory, Parts, Session};
 use super::{Clock, blocking, held, resume, telling};
 use crate::dial::Target;
 use crate::failure::{Shown, host};
 use crate::migrations::{Finished, Migration};
+use crate::pull::pager_failure;
 use crate::qemu::discover;
 use crate::qemu::settings::Settings;
+use crate::qemu::status::query_status;
 use crate::qmp::Qmp;
 use crate::service::Service;
 
@@ -225,6 +229,7 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         Outcome::Open => {
             tracing::warn!(id = %uuid, vm, "a migration to here was cut off before its commit: aborted");
             append(service, id, Side::Destination, &Record::Aborted);
+            let_go(service, id, records);
             service.store.journals.forget_received(id);
             end(service, id, &[records, &[Record::Aborted]].concat());
         }
@@ -238,6 +243,21 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
             // A daemon that was killed at the very end may have left it.
             service.store.journals.forget_received(id);
             end(service, id, records);
+        }
+    }
+}
+
+/// Ends what the guest's page faults wait for: it never runs here, and QEMU may stand in one, so it is not asked.
+fn let_go(service: &Service, id: MigrationId, records: &[Record]) {
+    let armed = |record: &Record| matches!(record, Record::Armed { .. });
+    if !records.iter().any(armed) {
+        return;
+    }
+    match TakenOver::new(service, id, records) {
+        Ok(taken_over) => taken_over.release(),
+        // Its QEMU has ended as well, most likely.
+        Err(failure) => {
+            tracing::warn!(id = %Uuid::from_bytes(id.0), failure = %Shown(&failure), "QEMU's page faults are not let go of");
         }
     }
 }
@@ -313,6 +333,16 @@ async fn tidy(
 /// Clears the RAM of a QEMU that still waits, of what came of a guest that will not. One that was given device state does
 /// not wait any more.
 async fn clear(qmp: &Qmp) {
+    // Killed before the journal had the numbers.
+    let waits = query_status(qmp)
+        .await
+        .is_ok_and(|state| state.status == "inmigrate");
+    if let Some(pid) = qmp.peer_pid().filter(|_| waits) {
+        let forsaken = blocking(move || forsake(pid).map_err(|error| pager_failure(&error)));
+        if let Err(failure) = forsaken.await {
+            tracing::warn!(failure = %Shown(&failure), "the waiting QEMU's page faults are not let go of");
+        }
+    }
     let Ok(guest) = discover::destination(qmp).await else {
         return;
     };

@@ -99,7 +99,7 @@ async fn prepare(
         service: Arc::clone(service),
         migration: Arc::clone(migration),
         clock,
-        qmp: Arc::new(Qmp::connect(&migration.shown().qmp).await?),
+        qmp: Arc::new(Qmp::connect_unheard(&migration.shown().qmp).await?),
         settings: journals.settings(id).unwrap_or_default(),
         journal,
         blocks: Vec::new(),

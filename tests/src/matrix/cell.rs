@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::postcopy::POSTCOPY_STEPS;
 use crate::real::Side;
 
 /// Where a step lies with regard to the commit.
@@ -26,6 +27,8 @@ pub enum Way {
     There,
     /// It was cancelled when the destination had loaded the guest, and goes back.
     Back,
+    /// The guest goes first and its memory after it: post-copy.
+    First,
 }
 
 /// A step at which a daemon is held, before it takes an input or does an output of its engine.
@@ -130,9 +133,11 @@ impl Step {
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.way == Way::Back {
-            f.write_str("way back, ")?;
-        }
+        f.write_str(match self.way {
+            Way::There => "",
+            Way::Back => "way back, ",
+            Way::First => "post-copy, ",
+        })?;
         write!(f, "{} {}", role(self.side), self.name)?;
         if self.nth > 1 {
             write!(f, " {}", self.nth)?;
@@ -296,7 +301,11 @@ impl Cell {
 
     /// Whether the step comes before the one of that name.
     fn before(&self, name: &str) -> bool {
-        let at = |wanted: &dyn Fn(&Step) -> bool| STEPS.iter().position(wanted);
+        let steps: &[Step] = match self.step.way {
+            Way::There | Way::Back => &STEPS,
+            Way::First => &POSTCOPY_STEPS,
+        };
+        let at = |wanted: &dyn Fn(&Step) -> bool| steps.iter().position(wanted);
         at(&|step| *step == self.step) < at(&|step| step.name == name)
     }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::cell::{End, Fault, Moment, Way};
-use super::run::{Inflicted, text};
+use super::run::{Inflicted, has_failed_to_load, text};
 use super::scene::{Scene, allocated, settings};
 use crate::real::{Footprint, Side, eventually, nothing_left_in};
 
@@ -93,7 +93,7 @@ fn messages(scene: &mut Scene, end: End) {
     let words = text(Some(&told));
     assert!(words.contains("what to do"), "no remedy: {words}");
     // On the way back the guest may have run here again before its QEMU was killed.
-    if end == End::Lost && scene.cell.step.way == Way::There {
+    if end == End::Lost && scene.cell.step.way != Way::Back {
         assert!(
             words.contains("QEMU") && !words.contains("`cont`"),
             "not said that the guest went with its QEMU: {words}"
@@ -208,9 +208,12 @@ fn no_memory_kept(scene: &mut Scene, end: End) -> Result<(), String> {
     if !names.is_empty() {
         return Err(format!("next to the RAM lies {names:?}"));
     }
+    // One that says so after a post-copy that was given up while it loaded takes no guest any more, and is to be ended.
     let waits = scene.destination.is_running() && scene.destination.qmp.status() == "inmigrate";
+    let loaded =
+        scene.cell.step.way == Way::First && waits && has_failed_to_load(&mut scene.destination);
     let kept = allocated(scene.destination.ram());
-    if end != End::Destination && waits && kept > scene.before.allocated {
+    if end != End::Destination && waits && !loaded && kept > scene.before.allocated {
         return Err(format!(
             "the waiting QEMU keeps {} KiB of a guest that does not come",
             kept / 2

@@ -10,6 +10,7 @@ use pagecopy::limits::MAX_NAME;
 use serde_json::{Value, json};
 
 use super::cell::{Cell, Fault, Way, role};
+use super::postcopy::LINK_MBIT;
 use crate::real::{
     Backing, Footprint, Held, Machine, Manner, Migration, Qemu, Role, RunAs, Scratch, Side,
     SmallFs, Steps, Trust, Version, World, certified,
@@ -26,6 +27,8 @@ const OPTIONS: [&str; 6] = [
     "--downtime-limit",
     "40ms",
 ];
+/// At least two data channels, as every post-copy needs.
+const POSTCOPY_OPTIONS: [&str; 4] = ["--channels", "2", "--mode", "postcopy"];
 /// How long a migration may take to come to a step, on a machine that is busy with other cells.
 const COMING: Duration = Duration::from_secs(60);
 /// The step at which a migration that is to go back is cancelled: the destination has loaded the guest, and the source
@@ -106,7 +109,14 @@ impl Scene {
             footprints: [Side::A, Side::B].map(|side| Footprint::of(world.daemon(side).pid())),
             allocated: allocated(destination.ram()),
         };
-        let migration = world.begin(Side::A, &vm, &source, &destination, &OPTIONS);
+        let options = match cell.step.way {
+            Way::There | Way::Back => &OPTIONS[..],
+            Way::First => {
+                world.net.limit(LINK_MBIT);
+                &POSTCOPY_OPTIONS
+            }
+        };
+        let migration = world.begin(Side::A, &vm, &source, &destination, options);
         let begun =
             migration.wait_event("the beginning", COMING, |event| event["event"] == "begun");
         let id = begun["id"].as_str().expect("an id").to_owned();

@@ -357,6 +357,11 @@ impl TakenOver {
         self.pull.start(channels)
     }
 
+    /// Lets go of QEMU's memory: the guest never runs here.
+    pub(crate) fn release(self) {
+        self.pull.release();
+    }
+
     /// Bytes that the guest lacks.
     pub(crate) fn lacks(&self) -> u64 {
         self.pull.progress().0

@@ -12,7 +12,7 @@ use pagecopy::engine::destination::{Destination, Input, Output};
 use pagecopy::engine::event::{Figures, Finished as EngineEnd, State};
 #[cfg(feature = "steps")]
 use pagecopy::engine::journal::Side;
-use pagecopy::engine::journal::{Outcome, outcome};
+use pagecopy::engine::journal::{Outcome, Postcopy, outcome, postcopy};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::{Placer, Ram};
@@ -321,7 +321,12 @@ impl Session {
         }
         self.fetch.armed_or_not().await;
         let (data, idle) = (self.data, self.idle);
-        let here = outcome(lock(&self.journal).records());
+        let (here, needs_no_more) = {
+            let journal = lock(&self.journal);
+            let records = journal.records();
+            let whole = end.state == State::Completed || postcopy(records) == Postcopy::Over;
+            (outcome(records), whole)
+        };
         // A guest that was committed may wait for pages, and does so until somebody fetches them.
         let forsaken_faults = self.fetch.pull.take().filter(|_| here != Outcome::Here);
         let faults = self.fetch.faults();
@@ -349,7 +354,7 @@ impl Session {
         }
         // Last: a daemon that is started anew and finds the settings knows that this was not done.
         self.service.store.journals.forget_settings(self.id);
-        if self.fetch.armed && (here != Outcome::Here || end.state == State::Completed) {
+        if self.fetch.armed && (here != Outcome::Here || needs_no_more) {
             self.service.store.journals.forget_received(self.id);
         }
         self.service.prune();

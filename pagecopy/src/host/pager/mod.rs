@@ -51,6 +51,24 @@ const DONTNEED_LOCKED: i32 = 24;
 /// What every userfaultfd is called below `/proc/PID/fd`.
 const NAME: &str = "anon_inode:[userfaultfd]";
 
+/// Closes every userfaultfd of process `pid`, whose guest will never run: nothing waits any more, and what lacks reads as
+/// zeroes. For a waiting QEMU, which had none before, whose pager was killed before it could say what its numbers are.
+/// Returns how many there were.
+///
+/// # Errors
+/// One could not be closed; touches of its memory go on to wait.
+pub fn forsake(pid: i32) -> Result<usize, PagerError> {
+    let open = process::descriptors(pid)
+        .map_err(|error| process::proc_error(pid, "looking for userfaultfds in QEMU", error))?;
+    let ours = open.iter().filter(|one| one.target == Path::new(NAME));
+    let mut closed = 0;
+    for one in ours {
+        close_inside(pid, one.number)?;
+        closed += 1;
+    }
+    Ok(closed)
+}
+
 /// Serves the page faults of some of a QEMU's RAM. Several, with a share of the RAM each, serve them on several threads.
 ///
 /// Dropped without [`release`](UffdPager::release), it leaves its ranges registered and its descriptor inside QEMU: faults
