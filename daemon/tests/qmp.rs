@@ -178,6 +178,24 @@ async fn a_descriptor_arrives_with_its_command() {
     server.join().unwrap();
 }
 
+/// As when its main loop stands in a page fault that this very daemon is to serve.
+#[tokio::test]
+async fn a_qemu_that_does_not_greet_yet_answers_later() {
+    let path = path("unheard");
+    let listener = UnixListener::bind(&path).unwrap();
+    // Nobody has accepted.
+    let qmp = Qmp::connect_unheard(&path).await.unwrap();
+    let server = std::thread::spawn(move || {
+        let mut served = Served::accept(&listener);
+        let command = served.command();
+        served.answer(&command, json!({ "return": { "is": command["execute"] } }));
+    });
+    let answer = qmp.execute("query-a", json!({})).await;
+    assert_eq!(answer, Ok(json!({ "is": "query-a" })));
+    qmp.gone().await;
+    server.join().unwrap();
+}
+
 #[tokio::test]
 async fn a_socket_that_another_client_holds_says_so() {
     let path = path("taken");

@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use super::arrive::{Over, Visit, VisitParts};
 use super::destination::{Parts, Session, TakenOver};
+use super::recover::let_go;
 use super::{Clock, blocking, journal_failure, resume};
 use crate::failure::{Shown, host, operator};
 use crate::migrations::{Decided, Finished, Migration, Request};
@@ -242,7 +243,12 @@ impl Held {
                 }
             }
             Step::RecordRunning => self.append(&Record::Running)?,
-            Step::RecordAborted => self.append(&Record::Aborted)?,
+            Step::RecordAborted => {
+                self.append(&Record::Aborted)?;
+                if let Ok(Some(records)) = journals.read(self.id, Side::Destination) {
+                    let_go(&self.service, self.id, &records);
+                }
+            }
         }
         // It lacks pages: whoever fetches them also ends this.
         if step != Step::RecordAborted && self.depends_on_its_source() {

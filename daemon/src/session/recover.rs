@@ -230,7 +230,6 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
             tracing::warn!(id = %uuid, vm, "a migration to here was cut off before its commit: aborted");
             append(service, id, Side::Destination, &Record::Aborted);
             let_go(service, id, records);
-            service.store.journals.forget_received(id);
             end(service, id, &[records, &[Record::Aborted]].concat());
         }
         Outcome::Here if standing_for(Some(records)) == Standing::Committed => {
@@ -248,18 +247,18 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
 }
 
 /// Ends what the guest's page faults wait for: it never runs here, and QEMU may stand in one, so it is not asked.
-fn let_go(service: &Service, id: MigrationId, records: &[Record]) {
+pub(super) fn let_go(service: &Service, id: MigrationId, records: &[Record]) {
     let armed = |record: &Record| matches!(record, Record::Armed { .. });
-    if !records.iter().any(armed) {
-        return;
-    }
-    match TakenOver::new(service, id, records) {
-        Ok(taken_over) => taken_over.release(),
-        // Its QEMU has ended as well, most likely.
-        Err(failure) => {
-            tracing::warn!(id = %Uuid::from_bytes(id.0), failure = %Shown(&failure), "QEMU's page faults are not let go of");
+    if records.iter().any(armed) {
+        match TakenOver::new(service, id, records) {
+            Ok(taken_over) => taken_over.release(),
+            // Its QEMU has ended as well, most likely.
+            Err(failure) => {
+                tracing::warn!(id = %Uuid::from_bytes(id.0), failure = %Shown(&failure), "QEMU's page faults are not let go of");
+            }
         }
     }
+    service.store.journals.forget_received(id);
 }
 
 /// Makes a migration that has ended visible again, as far as its journal tells, and does in the background what its
