@@ -256,10 +256,9 @@ impl Visit {
                 }
                 let mut standing = standing(&self.service, id);
                 tracing::info!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, ?asked, ?standing, "a source asks");
-                // Whatever the journal says: the disk may have refused that it does.
-                if standing == Standing::Committed
-                    && live(&self.service, id).is_some_and(|migration| migration.is_postcopy())
-                {
+                // It is being started, or the disk has refused that it runs: with post-copy QEMU may not be able to say so
+                // before the source serves what the guest lacks.
+                if standing == Standing::Committed && is_starting_postcopy(&self.service, id) {
                     standing = Standing::Running;
                 }
                 if let Asked::Serve(id) = asked {
@@ -324,11 +323,6 @@ impl Visit {
     /// Whether it brings channels to fetch pages over.
     pub(crate) fn serves(&self) -> bool {
         !self.data.is_empty()
-    }
-
-    /// These channels, with what they give access to.
-    pub(crate) fn take_data(&mut self) -> (Vec<Box<dyn Channel>>, Regions) {
-        (std::mem::take(&mut self.data), self.regions.clone())
     }
 
     /// As the journal says it; the last answer of a visit.
@@ -419,6 +413,14 @@ fn fetching(service: &Arc<Service>, id: MigrationId) -> Option<Arc<Migration>> {
             resume::take_up(service, id, &records.ok().flatten()?)
         }
     }
+}
+
+/// Whether a session runs a guest that went first, and has not said that it runs.
+fn is_starting_postcopy(service: &Service, id: MigrationId) -> bool {
+    let records = service.store.journals.read(id, Side::Destination);
+    let open = records
+        .is_ok_and(|records| records.is_some_and(|records| postcopy(&records) == Postcopy::Open));
+    open && live(service, id).is_some_and(|it| it.shown().state != State::InDoubt)
 }
 
 /// Whether a guest that went first needs nothing more of its source.

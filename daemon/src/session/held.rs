@@ -8,7 +8,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use pagecopy::engine::destination::Destination;
 use pagecopy::engine::doubt::{Found, Resolution, Step, at_destination, when_withdrawn};
@@ -170,6 +169,13 @@ impl Held {
     async fn resolve(&self, resolution: Resolution) -> Decided {
         let (found, qmp) = look(&self.qmp).await;
         tracing::warn!(id = %Uuid::from_bytes(self.id.0), ?resolution, ?found, "the operator decides");
+        if resolution == Resolution::Abandon && found != Found::Gone && self.depends_on_its_source()
+        {
+            return Err(operator(
+                "refused: the source may have been told that the guest runs here, and then it would run nowhere",
+                "wait: it is run as soon as the source comes; or end this host's QEMU, then decide again",
+            ));
+        }
         match at_destination(resolution, &found) {
             Ok(step) => {
                 self.take(step, qmp).await?;
@@ -197,30 +203,23 @@ impl Held {
 
     /// QEMU's monitor, of a guest that can be run; or what the source is told.
     ///
-    /// A guest that went first and was started, just before the daemon before this one died, may have touched a page that
-    /// lacks while QEMU held its big lock: then nobody can ask QEMU whether it runs before that page is here. A source that
-    /// only asks is told that it does, since it is committed to this host and will be run as soon as QEMU can be asked; and
-    /// when that source serves, what QEMU waits for is fetched first.
-    async fn monitor(
-        &self,
-        visit: &mut Visit,
-        taken_over: Option<&mut TakenOver>,
-    ) -> Result<Arc<Qmp>, Standing> {
-        let mut looked = look(&self.qmp).await;
-        if let (Found::Unclear(_), Some(taken_over)) = (&looked.0, taken_over) {
-            if !visit.serves() {
+    /// A guest that went first may have touched a page that lacks while QEMU held its big lock: then nobody can ask QEMU
+    /// whether it runs before that page is here. A source that asks is told that it does, since it is committed to this host
+    /// and is run as soon as that source serves what it lacks.
+    async fn monitor(&self, serves: bool, armed: bool) -> Result<Arc<Qmp>, Standing> {
+        if armed {
+            if !serves {
                 return Err(Standing::Running);
             }
-            taken_over.start(visit).map_err(|failure| {
-                tracing::error!(failure = %Shown(&failure), "the guest's memory cannot be fetched");
-                Standing::Committed
-            })?;
-            let end = Instant::now() + PAGES_LIMIT;
-            while matches!(looked.0, Found::Unclear(_)) && Instant::now() < end {
-                looked = look(&self.qmp).await;
-            }
+            return Qmp::connect_unheard(&self.qmp)
+                .await
+                .map(Arc::new)
+                .map_err(|failure| {
+                    tracing::warn!(failure = %Shown(&failure), "the source serves, and the guest cannot be run");
+                    Standing::Committed
+                });
         }
-        match looked {
+        match look(&self.qmp).await {
             (Found::Runs | Found::StandsStill, Some(qmp)) => Ok(qmp),
             (found, _) => {
                 tracing::warn!(id = %Uuid::from_bytes(self.id.0), ?found, "the source asks, and the guest cannot be run");
@@ -288,7 +287,7 @@ impl Held {
 
     /// A source that asks has not taken the guest back: it is run now, and the source is told on the connection on which
     /// it asked.
-    async fn serve(&self, mut visit: Visit, requests: &mut UnboundedReceiver<Request>) {
+    async fn serve(&self, visit: Visit, requests: &mut UnboundedReceiver<Request>) {
         let journal = match self
             .service
             .store
@@ -307,7 +306,7 @@ impl Held {
             Record::Armed { pid, .. } => Some(*pid),
             _ => None,
         });
-        let mut taken_over = match pid {
+        let taken_over = match pid {
             Some(_) => match blocking(move || TakenOver::new(&looking, id, &records)).await {
                 Ok(taken_over) => Some(taken_over),
                 Err(failure) => {
@@ -317,11 +316,11 @@ impl Held {
             },
             None => None,
         };
-        let qmp = match self.monitor(&mut visit, taken_over.as_mut()).await {
+        let armed = taken_over.is_some();
+        let qmp = match self.monitor(visit.serves(), armed).await {
             Ok(qmp) => qmp,
             Err(standing) => return visit.answer_and_close(self.id, standing),
         };
-        let armed = taken_over.is_some();
         let setup = resume::setup(&self.service, self.id, &self.migration);
         let clock = Clock::start();
         let VisitParts {
@@ -361,9 +360,6 @@ impl Held {
         }
     }
 }
-
-/// How long QEMU may wait for the pages that keep it from answering.
-const PAGES_LIMIT: Duration = Duration::from_secs(30);
 
 fn in_doubt() -> Failure {
     operator(

@@ -254,6 +254,18 @@ impl Session {
         Some(events)
     }
 
+    /// A post-copy that is taken up with the source's connection there: fetching begins before QEMU is asked anything.
+    pub(super) fn served_at_once(&mut self) -> bool {
+        if !self.fetch.armed || self.idle.is_empty() {
+            return false;
+        }
+        if let Some((mapped, specs)) = &self.fetch.ram {
+            open_for_fetching(&self.regions, mapped, specs.len());
+        }
+        self.fetch.next = std::mem::take(&mut self.idle);
+        true
+    }
+
     /// Fetches on, over the connection that has come.
     pub(super) fn pull(&mut self) {
         let channels = std::mem::take(&mut self.fetch.next);
@@ -345,16 +357,6 @@ impl TakenOver {
             events,
             sender,
         })
-    }
-
-    /// Begins to fetch, before QEMU can be asked whether the guest runs.
-    ///
-    /// # Errors
-    /// The system has no thread left.
-    pub(crate) fn start(&mut self, visit: &mut Visit) -> Result<(), Failure> {
-        let (channels, regions) = visit.take_data();
-        open_for_fetching(&regions, &self.ram, self.specs.len());
-        self.pull.start(channels)
     }
 
     /// Lets go of QEMU's memory: the guest never runs here.

@@ -161,6 +161,9 @@ impl Session {
         mut control: UnboundedReceiver<Told>,
         requests: &mut UnboundedReceiver<Request>,
     ) {
+        if self.served_at_once() {
+            engine.handle(self.clock.now(), Input::Served);
+        }
         let mut end = self.carry_out(&mut engine).await;
         let mut qmp_there = true;
         let mut link_there = self.control.is_some();

@@ -2,7 +2,7 @@
 
 use super::abort::Aborting;
 use super::core::Core;
-use super::fetching::Fetching;
+use super::fetching::{Fetching, fetch_on};
 use super::interface::{Input, Output};
 use super::{Phase, Step};
 use crate::engine::end::End;
@@ -98,6 +98,11 @@ impl Starting {
         match input {
             Input::GuestRunning if core.armed => return Ok(Fetching::begin(core)),
             Input::GuestRunning => return Ok(Running::begin(core)),
+            // QEMU may wait for a page that lacks, and not say whether the guest runs before it is here.
+            Input::Served if core.armed => {
+                core.link.restored(core.now);
+                fetch_on(core);
+            }
             Input::QemuFailed(failure) if self.again.is_none() => {
                 if core.now >= self.since.after(timeouts.run_most) {
                     return Ok(leave_to_operator(core, failure));

@@ -167,7 +167,7 @@ impl Fetching {
 }
 
 /// Over the connection that has come.
-fn fetch_on(core: &mut Core) {
+pub(super) fn fetch_on(core: &mut Core) {
     core.pulls = true;
     core.send(Message::Resumed);
     core.out.push(Output::Pull);

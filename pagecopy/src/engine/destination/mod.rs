@@ -131,8 +131,15 @@ impl Destination {
     /// it is answered.
     ///
     /// The guest runs here then (or did), so a `Query` is answered with `Running`, also when the disk has refused the record.
+    ///
+    /// So is one that is being started: it is committed to this host, and QEMU may not be able to say whether it runs before
+    /// it has a page that lacks.
     pub fn takes_serve(&self) -> bool {
-        matches!(self.phase, Phase::Fetching(_) | Phase::Ending(_))
+        match self.phase {
+            Phase::Fetching(_) | Phase::Ending(_) => true,
+            Phase::Starting(_) => self.core.armed,
+            _ => false,
+        }
     }
 
     /// Whether a daemon that is told to end leaves this migration to its journal and the next daemon: the guest runs here, and
