@@ -254,7 +254,7 @@ fn the_source_is_told_only_when_it_is_on_disk() {
 fn a_source_that_comes_again_is_fetched_from_on() {
     let mut destination = paused();
     assert_eq!(destination.state(), State::Paused);
-    assert!(destination.takes_serve() && !starting().takes_serve());
+    assert!(destination.takes_serve() && !arming().0.takes_serve());
     destination.handle(NOW, Input::Served);
     let asked = outputs(&mut destination);
     assert_eq!(sent(&asked), ["Resumed"]);
@@ -343,4 +343,23 @@ fn a_disk_that_refuses_the_end_is_tried_again_until_the_source_has_let_go() {
     let full = Failure::new(Fault::ThisHost, "the disk is full", "");
     comes_again.handle(next, Input::JournalFailed(Record::Closed, full));
     assert_eq!(comes_again.state(), State::Completed);
+}
+
+/// QEMU may wait for a page that lacks before it can say that the guest runs.
+#[test]
+fn a_guest_that_is_being_started_is_fetched_for() {
+    let mut destination = starting();
+    outputs(&mut destination);
+    destination.handle(
+        NOW,
+        Input::LinkLost(Failure::new(Fault::Network, "cut", "")),
+    );
+    assert_eq!(outputs(&mut destination), [Output::StopPulling]);
+    assert!(destination.takes_serve());
+    destination.handle(NOW, Input::Served);
+    let served = outputs(&mut destination);
+    assert!(served.contains(&Output::Send(Message::Resumed)) && served.contains(&Output::Pull));
+    destination.handle(NOW, Input::GuestRunning);
+    assert!(outputs(&mut destination).contains(&Output::Send(Message::Running)));
+    assert_eq!(destination.state(), State::Migrating);
 }
