@@ -8,7 +8,7 @@
 //!
 //! Which page is where is decided by the [`Puller`]; here are the threads and the kernel's side. Page faults are served
 //! whether there is a connection or not: without one, what lacks waits. Nothing here ever lets go of QEMU's memory by
-//! itself: a dropped [`Pull`] leaves the page faults waiting, for a successor that takes them over.
+//! itself: a dropped `Pull` leaves the page faults waiting, for a successor that takes them over.
 
 mod lane;
 mod latency;
