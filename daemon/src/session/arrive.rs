@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use transport::{Channel, Peer, Regions};
 use uuid::Uuid;
 
-use super::destination::{Parts, Session};
+use super::destination::{Parts, Session, has_its_qemu};
 use super::{Clock, held, journal_failure, resume};
 use crate::failure::{Shown, host};
 use crate::lane::control::Control;
@@ -415,11 +415,13 @@ fn fetching(service: &Arc<Service>, id: MigrationId) -> Option<Arc<Migration>> {
     }
 }
 
-/// Whether a session runs a guest that went first, and has not said that it runs.
+/// Whether a session starts a guest that went first, and its QEMU is there.
 fn is_starting_postcopy(service: &Service, id: MigrationId) -> bool {
     let records = service.store.journals.read(id, Side::Destination);
-    let open = records
-        .is_ok_and(|records| records.is_some_and(|records| postcopy(&records) == Postcopy::Open));
+    let open = records.is_ok_and(|records| {
+        records
+            .is_some_and(|records| postcopy(&records) == Postcopy::Open && has_its_qemu(&records))
+    });
     open && live(service, id).is_some_and(|it| it.shown().state != State::InDoubt)
 }
 

@@ -75,7 +75,10 @@ pub(crate) async fn hold(
         qmp: migration.shown().qmp,
     };
     if held.undecided() {
-        held.record_if_it_runs().await;
+        // With post-copy QEMU may not be able to answer before the source serves.
+        if !held.depends_on_its_source() {
+            held.record_if_it_runs().await;
+        }
         // A session may have ended as failed, and the disk kept what it had refused.
         if held.undecided() && migration.shown().state != State::InDoubt {
             show(

@@ -318,24 +318,9 @@ impl TakenOver {
         id: MigrationId,
         records: &[Record],
     ) -> Result<TakenOver, Failure> {
-        let armed = records.iter().find_map(|record| match record {
-            Record::Armed {
-                pid,
-                inside,
-                ram,
-                blocks,
-            } => Some((*pid, inside, ram, blocks)),
-            _ => None,
-        });
-        let (pid, inside, ram, specs) =
-            armed.ok_or_else(|| host("the journal names no userfaultfd", "report this"))?;
-        let blocks = specs
-            .iter()
-            .zip(ram)
-            .map(|(spec, file)| find(pid, spec, file))
-            .collect::<Result<Vec<_>, _>>()?;
+        let (pid, inside, specs, blocks) = armed(records)?;
         let mapped = crate::qemu::discover::map_ram(&blocks, true)?;
-        let specs: Arc<[BlockSpec]> = specs.clone().into();
+        let specs: Arc<[BlockSpec]> = specs.into();
         let received = service
             .store
             .journals
@@ -368,6 +353,32 @@ impl TakenOver {
     pub(crate) fn lacks(&self) -> u64 {
         self.pull.progress().0
     }
+}
+
+/// Whether the QEMU whose page faults wait, by the journal, is there.
+pub(crate) fn has_its_qemu(records: &[Record]) -> bool {
+    armed(records).is_ok()
+}
+
+/// QEMU's process, the userfaultfds inside it, and where it has its RAM, by the journal.
+fn armed(records: &[Record]) -> Result<(i32, &[i32], &[BlockSpec], Vec<Block>), Failure> {
+    let armed = records.iter().find_map(|record| match record {
+        Record::Armed {
+            pid,
+            inside,
+            ram,
+            blocks,
+        } => Some((*pid, inside, ram, blocks)),
+        _ => None,
+    });
+    let (pid, inside, ram, specs) =
+        armed.ok_or_else(|| host("the journal names no userfaultfd", "report this"))?;
+    let blocks = specs
+        .iter()
+        .zip(ram)
+        .map(|(spec, file)| find(pid, spec, file))
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok((pid, inside, specs, blocks))
 }
 
 /// Where QEMU has a RAMBlock, by the journal.

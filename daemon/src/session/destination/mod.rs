@@ -24,7 +24,7 @@ use transport::{Channel, Regions};
 
 use self::device_state::DeviceState;
 use self::fetch::Fetch;
-pub(crate) use self::fetch::TakenOver;
+pub(crate) use self::fetch::{TakenOver, has_its_qemu};
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::failure::operator;
 use crate::lane::destination::Command;
@@ -350,13 +350,16 @@ impl Session {
         if let Ok(Err(error)) = tokio::task::spawn_blocking(tidy).await {
             tracing::warn!(%error, "the waiting guest's RAM could not be cleared");
         }
-        // QEMU may be stuck, or gone.
-        let _ = tokio::time::timeout(RESTORE_LIMIT, self.settings.restore(&self.qmp)).await;
-        if end.state == State::Completed {
-            self.service.received(&self.migration.shown().vm);
+        // A guest in doubt is taken up again, and whoever ends that puts the settings back.
+        if end.state != State::InDoubt {
+            // QEMU may be stuck, or gone.
+            let _ = tokio::time::timeout(RESTORE_LIMIT, self.settings.restore(&self.qmp)).await;
+            if end.state == State::Completed {
+                self.service.received(&self.migration.shown().vm);
+            }
+            // Last: a daemon that is started anew and finds the settings knows that this was not done.
+            self.service.store.journals.forget_settings(self.id);
         }
-        // Last: a daemon that is started anew and finds the settings knows that this was not done.
-        self.service.store.journals.forget_settings(self.id);
         if self.fetch.armed && (here != Outcome::Here || needs_no_more) {
             self.service.store.journals.forget_received(self.id);
         }
