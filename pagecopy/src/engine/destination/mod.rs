@@ -130,16 +130,15 @@ impl Destination {
     /// Whether a source that comes with `Serve` can be given over by [`Input::Served`] now. Otherwise the journal says what
     /// it is answered.
     ///
-    /// The guest runs here then (or did), so a `Query` is answered with `Running`, also when the disk has refused the record.
-    ///
-    /// So is one that is being started: it is committed to this host, and QEMU may not be able to say whether it runs before
-    /// it has a page that lacks.
+    /// Also while it is being started: QEMU may not be able to say whether it runs before it has a page that lacks.
     pub fn takes_serve(&self) -> bool {
-        match self.phase {
-            Phase::Fetching(_) | Phase::Ending(_) => true,
-            Phase::Starting(_) => self.core.armed,
-            _ => false,
-        }
+        self.has_run_apart() || self.core.armed && matches!(self.phase, Phase::Starting(_))
+    }
+
+    /// Whether the guest of a post-copy runs here, or did: a `Query` is answered with `Running` then, also when the disk has
+    /// refused the record.
+    pub fn has_run_apart(&self) -> bool {
+        matches!(self.phase, Phase::Fetching(_) | Phase::Ending(_))
     }
 
     /// Whether a daemon that is told to end leaves this migration to its journal and the next daemon: the guest runs here, and

@@ -51,7 +51,7 @@ impl DestinationSide {
                 self.give_up_unserved(env);
                 match self.standing(*id) {
                     // It runs here, whatever the disk says.
-                    _ if self.takes_serve() => {
+                    _ if self.has_run_apart() => {
                         let (id, standing) = (*id, Standing::Running);
                         self.answer_question(env, lane, Message::Answer { id, standing });
                     }
@@ -208,6 +208,14 @@ impl DestinationSide {
             }
             standing => self.answer_question(env, lane, Message::Answer { id, standing }),
         }
+    }
+
+    fn has_run_apart(&self) -> bool {
+        let engine = self
+            .daemon
+            .as_ref()
+            .and_then(|daemon| daemon.engine.as_ref());
+        self.ended.is_none() && engine.is_some_and(Destination::has_run_apart)
     }
 
     fn takes_serve(&self) -> bool {
