@@ -318,7 +318,12 @@ impl TakenOver {
         id: MigrationId,
         records: &[Record],
     ) -> Result<TakenOver, Failure> {
-        let (pid, inside, specs, blocks) = armed(records)?;
+        let Armed {
+            pid,
+            inside,
+            specs,
+            blocks,
+        } = Armed::by(records)?;
         let mapped = crate::qemu::discover::map_ram(&blocks, true)?;
         let specs: Arc<[BlockSpec]> = specs.into();
         let received = service
@@ -357,28 +362,47 @@ impl TakenOver {
 
 /// Whether the QEMU whose page faults wait, by the journal, is there.
 pub(crate) fn has_its_qemu(records: &[Record]) -> bool {
-    armed(records).is_ok()
+    Armed::by(records).is_ok()
 }
 
-/// QEMU's process, the userfaultfds inside it, and where it has its RAM, by the journal.
-fn armed(records: &[Record]) -> Result<(i32, &[i32], &[BlockSpec], Vec<Block>), Failure> {
-    let armed = records.iter().find_map(|record| match record {
-        Record::Armed {
+/// The QEMU whose page faults wait, by the journal.
+struct Armed<'a> {
+    pid: i32,
+    /// Its userfaultfds, by their numbers in QEMU's process.
+    inside: &'a [i32],
+    specs: &'a [BlockSpec],
+    /// Where it has its RAM now.
+    blocks: Vec<Block>,
+}
+
+impl<'a> Armed<'a> {
+    /// # Errors
+    ///
+    /// The journal names none, or that QEMU is not there any more.
+    fn by(records: &'a [Record]) -> Result<Self, Failure> {
+        let armed = records.iter().find_map(|record| match record {
+            Record::Armed {
+                pid,
+                inside,
+                ram,
+                blocks,
+            } => Some((*pid, inside, ram, blocks)),
+            _ => None,
+        });
+        let (pid, inside, ram, specs) =
+            armed.ok_or_else(|| host("the journal names no userfaultfd", "report this"))?;
+        let blocks = specs
+            .iter()
+            .zip(ram)
+            .map(|(spec, file)| find(pid, spec, file))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Self {
             pid,
             inside,
-            ram,
+            specs,
             blocks,
-        } => Some((*pid, inside, ram, blocks)),
-        _ => None,
-    });
-    let (pid, inside, ram, specs) =
-        armed.ok_or_else(|| host("the journal names no userfaultfd", "report this"))?;
-    let blocks = specs
-        .iter()
-        .zip(ram)
-        .map(|(spec, file)| find(pid, spec, file))
-        .collect::<Result<Vec<_>, _>>()?;
-    Ok((pid, inside, specs, blocks))
+        })
+    }
 }
 
 /// Where QEMU has a RAMBlock, by the journal.
