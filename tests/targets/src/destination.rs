@@ -73,6 +73,13 @@ struct Facts {
     whole_answered: bool,
 }
 
+impl Facts {
+    /// Whether the guest runs, or is being started; one that was taken over ran before.
+    fn started(&self) -> bool {
+        self.runs > 0 || self.guest_running
+    }
+}
+
 struct World {
     engine: Destination,
     now: Time,
@@ -419,8 +426,7 @@ impl World {
             Output::Send(Message::Whole { .. }) => {
                 assert!(facts.needs_nothing && facts.whole_answered, "{facts:?}");
             }
-            // It runs, or is being started.
-            Output::Send(Message::Resumed) => assert!(facts.runs > 0, "{facts:?}"),
+            Output::Send(Message::Resumed) => assert!(facts.started(), "{facts:?}"),
             Output::Send(_) | Output::Report(_) | Output::Allocate(_) | Output::Decided(_) => {}
             Output::Arm { .. } => {
                 facts.arms += 1;
@@ -437,7 +443,7 @@ impl World {
             }
             Output::StopPulling => assert!(std::mem::take(&mut facts.pulls), "{facts:?}"),
             Output::Pull => {
-                assert!(facts.runs > 0 && facts.armed, "{facts:?}");
+                assert!(facts.started() && facts.armed, "{facts:?}");
                 facts.pulls = true;
             }
             Output::Poison => {
