@@ -5,7 +5,7 @@
 //! end of it.
 
 use super::cell::Moment::{Committed, Moved, Running, Sent, Stopped};
-use super::cell::{Cell, Fault, Moment, Step, Way};
+use super::cell::{Cell, FAULTS, Fault, Moment, Step, Way};
 use crate::real::Side::{self, A, B};
 
 /// Mbit/s of the link: 32 MiB are on their way for two to three seconds.
@@ -73,28 +73,17 @@ pub const POSTCOPY_STEPS: [Step; 42] = [
     step(B, "Journal(Closed)", Moved),
 ];
 
-/// All faults. A full disk or memory is left to pre-copy's matrix: its small disk is cut to that one's records.
-pub(super) const POSTCOPY_FAULTS: [Fault; 14] = [
-    Fault::KillDaemon(A),
-    Fault::KillDaemon(B),
-    Fault::KillBothDaemons,
-    Fault::KillQemu(A),
-    Fault::KillQemu(B),
-    Fault::LinkDown,
-    Fault::DropBriefly,
-    Fault::DropLong,
-    Fault::Cancel(A),
-    Fault::Cancel(B),
-    Fault::Restart(A),
-    Fault::Restart(B),
-    Fault::Pause(A),
-    Fault::Pause(B),
-];
+/// All faults but a full disk or memory, which are left to pre-copy's matrix: its small disk is cut to that one's records.
+fn faults() -> impl Iterator<Item = Fault> {
+    FAULTS
+        .into_iter()
+        .filter(|fault| !matches!(fault, Fault::MemoryFull | Fault::DiskFull))
+}
 
 /// Every fault at every step.
 pub fn postcopy_cells() -> Vec<Cell> {
     POSTCOPY_STEPS
         .into_iter()
-        .flat_map(|step| POSTCOPY_FAULTS.map(|fault| Cell { step, fault }))
+        .flat_map(|step| faults().map(move |fault| Cell { step, fault }))
         .collect()
 }

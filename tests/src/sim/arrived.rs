@@ -10,7 +10,7 @@ use std::time::Duration;
 use pagecopy::engine::Time;
 use pagecopy::memory::{BlockId, BlockSpec};
 
-use super::guest::{Habits, Pattern};
+use super::guest::Habits;
 use super::ram::{SimRam, Words};
 use super::rng::Rng;
 
@@ -165,7 +165,11 @@ impl Arrived {
                 break;
             };
             let touch = Touch {
-                page: self.page(),
+                page: self.habits.pattern.next(
+                    self.source.pages(),
+                    &mut self.next_page,
+                    &mut self.rng,
+                ),
                 writes: self.rng.chance(500),
             };
             if pager.open(touch.page) {
@@ -253,19 +257,5 @@ impl Arrived {
             ""
         };
         Err(format!("page {index} of block {block} is not {what}{zero}"))
-    }
-
-    fn page(&mut self) -> usize {
-        let pages = self.source.pages();
-        match self.habits.pattern {
-            Pattern::HotSpot { pages: hot } if self.rng.chance(950) => {
-                self.rng.index(hot.clamp(1, pages))
-            }
-            Pattern::Uniform | Pattern::HotSpot { .. } => self.rng.index(pages),
-            Pattern::Sequential => {
-                self.next_page = (self.next_page + 1) % pages;
-                self.next_page
-            }
-        }
     }
 }

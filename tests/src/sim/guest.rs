@@ -27,6 +27,20 @@ pub(super) enum Pattern {
     Sequential,
 }
 
+impl Pattern {
+    /// The next of so many pages to be written. `last` is where a sequential guest was.
+    pub(super) fn next(self, pages: usize, last: &mut usize, rng: &mut Rng) -> usize {
+        match self {
+            Pattern::HotSpot { pages: hot } if rng.chance(950) => rng.index(hot.clamp(1, pages)),
+            Pattern::Uniform | Pattern::HotSpot { .. } => rng.index(pages),
+            Pattern::Sequential => {
+                *last = (*last + 1) % pages;
+                *last
+            }
+        }
+    }
+}
+
 /// How a guest behaves. Rates are pages (or operations) a second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -149,7 +163,11 @@ impl Guest {
     fn run(&mut self, now: Time, elapsed: Duration) {
         let most = 2 * self.ram.pages() as u64;
         for _ in 0..self.writes.due(self.habits.writes, elapsed, most) {
-            let page = self.page_to_write();
+            let pages = self.ram.pages();
+            let page = self
+                .habits
+                .pattern
+                .next(pages, &mut self.next_page, &mut self.rng);
             // Often only part of a page changes, so that a copy may be torn.
             let mask = if self.rng.chance(500) {
                 u64::MAX
@@ -190,20 +208,6 @@ impl Guest {
         let landed: VecDeque<Read> = landed;
         for read in landed {
             self.ram.write(read.page, u64::MAX, false);
-        }
-    }
-
-    fn page_to_write(&mut self) -> usize {
-        let pages = self.ram.pages();
-        match self.habits.pattern {
-            Pattern::HotSpot { pages: hot } if self.rng.chance(950) => {
-                self.rng.index(hot.clamp(1, pages))
-            }
-            Pattern::Uniform | Pattern::HotSpot { .. } => self.rng.index(pages),
-            Pattern::Sequential => {
-                self.next_page = (self.next_page + 1) % pages;
-                self.next_page
-            }
         }
     }
 }
