@@ -26,11 +26,11 @@ pub const MAX_WINDOW_BYTES: u64 = 256 << 20;
 /// The smallest request.
 const MIN_REQUEST_BYTES: u64 = 16 << 10;
 /// So many requests make a window: while one is answered, the others keep the link full.
-const REQUESTS: u64 = 8;
+const REQUESTS: u64 = 4;
 /// A wait below this is no queue but a host that was busy…
-const NOISE: Duration = Duration::from_micros(20);
+const NOISE: Duration = Duration::from_micros(30);
 /// …and one above this is a queue.
-const QUEUE: Duration = Duration::from_micros(60);
+const QUEUE: Duration = Duration::from_micros(90);
 /// How often the shortest reply is measured anew.
 const MEASURE_EVERY: Duration = Duration::from_secs(10);
 
@@ -157,15 +157,18 @@ impl Pace {
                 self.measuring = Measuring::Emptying {
                     window: self.window,
                 };
-                self.window = (self.window / 4).max(MIN_REQUEST_BYTES);
+                // One request at a time: nothing of ours is in the queue then.
+                self.window = MIN_REQUEST_BYTES;
             }
             Measuring::No => self.follow(base, shortest.saturating_sub(base)),
         }
     }
 
     fn follow(&mut self, base: Duration, wait: Duration) {
-        let short = (base / 4).max(NOISE);
-        let long = (base / 4 * 3).max(QUEUE);
+        // A page that somebody waits for takes the shortest reply and this wait. About as long as each other, they are twice
+        // what it takes without a background; three times is the promise, and the rest is for who is busy now and then.
+        let short = (base / 4 * 3).max(NOISE);
+        let long = (base / 4 * 5).max(QUEUE);
         if wait > long {
             self.doubles = false;
             let middle = base + (short + long) / 2;
