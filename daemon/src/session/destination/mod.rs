@@ -20,6 +20,7 @@ use pagecopy::memory::BlockSpec;
 use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use transport::{Channel, Regions};
 
 use self::device_state::DeviceState;
@@ -91,8 +92,8 @@ pub(crate) struct Session {
     sender: UnboundedSender<Input>,
     inputs: UnboundedReceiver<Input>,
     broken: Broken,
-    /// QEMU is loading the device state.
-    loading: bool,
+    /// QEMU's order to load the device state; one under way may outlast the migration.
+    load: Option<JoinHandle<()>>,
     /// The operator who waits to hear what becomes of his decision.
     operator: Option<oneshot::Sender<Decided>>,
     /// QEMU was given device state, as the engine said in the end.
@@ -146,7 +147,7 @@ impl Session {
             sender,
             inputs,
             broken: Broken::default(),
-            loading: false,
+            load: None,
             operator: None,
             qemu_used: false,
             lanes,
@@ -171,6 +172,7 @@ impl Session {
         while end.is_none() {
             let qmp = Arc::clone(&self.qmp);
             let broken = self.broken.overdue();
+            let loading = self.load.as_ref().is_some_and(|load| !load.is_finished());
             let input = tokio::select! {
                 biased;
                 // First, so that no flood of the peer's keeps the operator waiting.
@@ -212,12 +214,9 @@ impl Session {
                     event.and_then(|event| self.lane_input(event))
                 }
                 told = self.lanes.recv() => told.and_then(|told| self.lane_input(told.take())),
-                input = self.inputs.recv() => {
-                    self.loading &= !matches!(input, Some(Input::DeviceStateLoaded | Input::QemuFailed(_)));
-                    input
-                }
-                // While QEMU loads, the answer to that says more.
-                () = qmp.gone(), if qmp_there && !self.loading => {
+                input = self.inputs.recv() => input,
+                // While QEMU loads, the answer to that says more; once it has loaded, that answer is an input above.
+                () = qmp.gone(), if qmp_there && !loading => {
                     qmp_there = false;
                     Some(Input::QemuFailed(QmpError::Gone.into()))
                 },
@@ -349,6 +348,14 @@ impl Session {
         };
         if let Ok(Err(error)) = tokio::task::spawn_blocking(tidy).await {
             tracing::warn!(%error, "the waiting guest's RAM could not be cleared");
+        }
+        // With the settings put back under it, QEMU would refuse the device state, and tell nobody.
+        if let Some(mut load) = self.load.take()
+            && tokio::time::timeout(RESTORE_LIMIT, &mut load)
+                .await
+                .is_err()
+        {
+            load.abort();
         }
         // A guest in doubt is taken up again, and whoever ends that puts the settings back.
         if end.state != State::InDoubt {

@@ -9,6 +9,7 @@ use pagecopy::engine::journal::Record;
 use pagecopy::engine::{ChannelId, Failure};
 use pagecopy::host::{Placer, Ram};
 use pagecopy::memory::{BlockId, BlockSpec, Run};
+use tokio::task::JoinHandle;
 use transport::{Access, RegionId, Regions};
 
 use super::{Memory, Session};
@@ -147,7 +148,6 @@ impl Session {
         if !self.fetch.armed {
             self.close_memory();
         }
-        self.loading = true;
         let lanes = std::mem::take(&mut self.data);
         let (qemu, state) = (
             Arc::clone(&self.qemu),
@@ -156,12 +156,12 @@ impl Session {
         let parked =
             tokio::task::block_in_place(|| lanes.into_iter().filter_map(Lane::park).collect());
         self.idle = parked;
-        self.order(async move {
+        self.load = Some(self.order(async move {
             match qemu.load(&state).await {
                 Ok(()) => Input::DeviceStateLoaded,
                 Err(failure) => Input::QemuFailed(failure),
             }
-        });
+        }));
     }
 
     pub(super) fn close_memory(&self) {
@@ -191,12 +191,12 @@ impl Session {
         });
     }
 
-    fn order(&self, work: impl Future<Output = Input> + Send + 'static) {
+    fn order(&self, work: impl Future<Output = Input> + Send + 'static) -> JoinHandle<()> {
         let sender = self.sender.clone();
         tokio::spawn(async move {
             // A session that has ended needs no answer.
             let _ = sender.send(work.await);
-        });
+        })
     }
 
     fn answer(&self, input: Input) {
