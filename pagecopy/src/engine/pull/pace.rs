@@ -157,7 +157,7 @@ impl Pace {
                 self.measuring = Measuring::Emptying {
                     window: self.window,
                 };
-                // One request at a time: nothing of ours is in the queue then.
+                // One request at a time: nothing of this channel's is in the queue then.
                 self.window = MIN_REQUEST_BYTES;
             }
             Measuring::No => self.follow(base, shortest.saturating_sub(base)),
