@@ -34,6 +34,7 @@ use crate::qmp::Qmp;
 use crate::quota::Share;
 use crate::service::Service;
 use crate::store::Receiver;
+use crate::sys;
 
 /// How long a session that was told to end may take to.
 const END_LIMIT: Duration = Duration::from_secs(10);
@@ -221,6 +222,8 @@ impl Visit {
                         let mut engine = Destination::new(setup, clock.now());
                         engine.handle(clock.now(), Input::Message(hello));
                         session.run(engine, self.events, &mut requests).await;
+                        // All that the peer sent is let go of now, which may have been much.
+                        let _ = tokio::task::spawn_blocking(sys::give_freed_memory_back).await;
                         held::hold(&service, id, &migration, &mut requests).await;
                     }
                     Err(failure) => {
