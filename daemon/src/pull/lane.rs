@@ -1,16 +1,15 @@
 //! A thread for each data channel of a post-copy: it asks for pages and places what comes.
 //!
-//! The first channel is for pages that somebody waits for and carries nothing else, so that they stand in no queue of ours.
-//! The others carry the rest, as much at a time as keeps the link full.
+//! The first channel is for pages that somebody waits for, so that they stand in no queue of ours; now and then a page that
+//! nobody waits for goes the same way, to see what it takes. The others carry the rest, as much at a time as keeps the link
+//! full.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use pagecopy::engine::Time;
 use pagecopy::engine::pull::Request;
-use pagecopy::engine::pull::pace::Pace;
 use pagecopy::memory::BlockSpec;
 use transport::{Channel, Error, Event, Extent, Op, RegionId, SubmitError, Token};
 
@@ -62,21 +61,18 @@ impl Lane {
     fn fetch(&mut self) -> Result<(), Error> {
         // It was, while its regions were being closed to the peer's writes.
         self.channel.pause(false);
-        let begun = Instant::now();
-        let now = || Time::default().after(begun.elapsed());
-        let mut pace = Pace::new();
         let mut flights = BTreeMap::<Token, Flight>::new();
         let (mut under_way, mut refused) = (0, None);
         while !self.stop.load(Ordering::Relaxed) {
             while let Some((request, op)) = refused
                 .take()
-                .or_else(|| self.next(&mut pace, under_way, flights.len()))
+                .or_else(|| self.next(under_way, flights.len()))
             {
                 let (token, bytes) = (Token(request.id), self.bytes(&request));
+                let asked = Instant::now();
                 match self.channel.submit(token, op) {
                     Ok(()) => {
                         under_way += bytes;
-                        let asked = Instant::now();
                         flights.insert(
                             token,
                             Flight {
@@ -99,9 +95,10 @@ impl Lane {
                 Some(Event::Fetched(token)) => {
                     if let Some(flight) = flights.remove(&token) {
                         under_way -= flight.bytes;
-                        let asked =
-                            Time::default().after(flight.asked.saturating_duration_since(begun));
-                        pace.on_reply(now(), asked, flight.bytes);
+                        match self.role {
+                            Role::Demand => self.shared.on_page(flight.asked),
+                            Role::Rest => self.shared.on_reply(flight.asked, flight.bytes),
+                        }
                         self.shared.arrived(&flight.request, flight.asked);
                     }
                 }
@@ -116,10 +113,12 @@ impl Lane {
         Ok(())
     }
 
-    fn next(&self, pace: &mut Pace, under_way: u64, flights: usize) -> Option<(Request, Op)> {
+    fn next(&self, under_way: u64, flights: usize) -> Option<(Request, Op)> {
         let request = match self.role {
-            Role::Demand if flights < DEMANDS => self.shared.next_demand()?,
-            Role::Rest => self.shared.next_ahead(pace.may_request(under_way)?)?,
+            Role::Demand if flights < DEMANDS => {
+                self.shared.next_demand().or_else(|| self.shared.probe())?
+            }
+            Role::Rest => self.shared.next_ahead(under_way)?,
             Role::Demand => return None,
         };
         let op = self.read(&request)?;

@@ -133,7 +133,8 @@ impl Pull {
             ram,
             received,
         } = guest;
-        let shared = Arc::new(Shared::new(puller(&specs), received, pagers, ram, events));
+        let puller = puller(&specs);
+        let shared = Arc::new(Shared::new(&specs, puller, received, pagers, ram, events));
         let mut pull = Pull {
             shared: Arc::clone(&shared),
             specs,
@@ -166,7 +167,9 @@ impl Pull {
     pub(crate) fn start(&mut self, channels: Vec<Box<dyn Channel>>) -> Result<(), Failure> {
         self.stop();
         self.stop = Arc::new(AtomicBool::new(false));
-        let demand = channels.first().map(|channel| channel.waker());
+        if let Some(first) = channels.first() {
+            self.shared.connected(first.waker(), channels.len() - 1);
+        }
         for (number, channel) in channels.into_iter().enumerate() {
             let lane = Lane {
                 shared: Arc::clone(&self.shared),
@@ -181,9 +184,6 @@ impl Pull {
             };
             self.lanes
                 .push(thread(format!("fetch-{}", number + 1), move || lane.run())?);
-        }
-        if let Some(waker) = demand {
-            self.shared.connected(waker);
         }
         Ok(())
     }

@@ -6,14 +6,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::Instant;
 
-use pagecopy::engine::Failure;
 use pagecopy::engine::event::FaultFigures;
+use pagecopy::engine::pull::pace::Pace;
 use pagecopy::engine::pull::{Answer, Arrival, Class, Puller, Request};
+use pagecopy::engine::{Failure, Time};
 use pagecopy::host::pager::UffdPager;
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::received::Received;
 use pagecopy::host::{Pager, PagerError, Placer};
-use pagecopy::memory::{BlockId, Run};
+use pagecopy::memory::{BlockId, BlockSpec, Run};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::latency::{FaultReport, Latency, Waited};
@@ -23,6 +24,11 @@ use crate::failure::host;
 /// Shared by all threads.
 pub(super) struct Shared {
     state: Mutex<State>,
+    /// Of the connection that there is, if it has channels for what nobody waits for.
+    pace: Mutex<Option<Pace>>,
+    /// When the clock of `pace` began.
+    begun: Instant,
+    page_bytes: u64,
     received: Received,
     pub(super) pagers: Vec<UffdPager>,
     ram: MappedRam,
@@ -44,13 +50,18 @@ struct State {
 
 impl Shared {
     pub(super) fn new(
+        specs: &[BlockSpec],
         puller: Puller,
         received: Received,
         pagers: Vec<UffdPager>,
         ram: MappedRam,
         events: UnboundedSender<PullEvent>,
     ) -> Shared {
+        let page_bytes = specs.iter().map(|spec| spec.page_size).max().unwrap_or(0);
         Shared {
+            pace: Mutex::new(None),
+            begun: Instant::now(),
+            page_bytes,
             state: Mutex::new(State {
                 puller,
                 waiting: BTreeMap::new(),
@@ -129,9 +140,40 @@ impl Shared {
         self.state().puller.next(Class::Demand)
     }
 
-    /// What to fetch next, of what nobody waits for.
-    pub(super) fn next_ahead(&self, bytes: u64) -> Option<Request> {
+    /// A page that nobody waits for, to see what one takes now that somebody does.
+    pub(super) fn probe(&self) -> Option<Request> {
+        let now = self.time(Instant::now());
+        let due = lock(&self.pace).as_mut()?.probe(now);
+        due.then(|| self.state().puller.next_ahead(0)).flatten()
+    }
+
+    /// What to fetch next, of what nobody waits for, on a channel on which so many bytes are on their way.
+    pub(super) fn next_ahead(&self, under_way: u64) -> Option<Request> {
+        let bytes = lock(&self.pace).as_mut()?.may_request(under_way)?;
         self.state().puller.next_ahead(bytes)
+    }
+
+    /// A page came on the channel for those that somebody waits for.
+    pub(super) fn on_page(&self, asked: Instant) {
+        if let Some(pace) = &mut *lock(&self.pace) {
+            pace.on_probe(self.time(Instant::now()), self.time(asked));
+        }
+    }
+
+    /// So many bytes that nobody waited for came at once.
+    pub(super) fn on_reply(&self, asked: Instant, bytes: u64) {
+        let now = self.time(Instant::now());
+        let due = lock(&self.pace).as_mut().is_some_and(|pace| {
+            pace.on_reply(now, self.time(asked), bytes);
+            pace.probe_due(now)
+        });
+        if due {
+            self.wake_demand();
+        }
+    }
+
+    fn time(&self, at: Instant) -> Time {
+        Time::default().after(at.saturating_duration_since(self.begun))
     }
 
     /// The bytes of a request are in the file, at the places where they belong. They become the guest's: marked first, so
@@ -192,7 +234,9 @@ impl Shared {
         }
     }
 
-    pub(super) fn connected(&self, demand: Waker) {
+    /// There is a connection, with so many channels for what nobody waits for.
+    pub(super) fn connected(&self, demand: Waker, channels: usize) {
+        *lock(&self.pace) = (channels > 0).then(|| Pace::new(channels, self.page_bytes));
         demand.wake_by_ref();
         *lock(&self.demand) = Some(demand);
     }

@@ -1,53 +1,71 @@
 //! How much of the background is on its way at once: enough to keep the link full, and so little that a page which
 //! somebody waits for finds no queue before it.
 //!
-//! Demand faults go first in every queue of both hosts, but not in those of the network between them: what was asked for
-//! before lies there before them. So the background keeps these queues short. As in TCP Vegas the time of a reply tells
-//! their length: what it takes longer than the shortest reply did, its bytes have waited. The window of bytes on their way
-//! is doubled at first and then grown while that wait is short, and shrunk when it is long:
+//! Demand faults have a channel of their own and go first in every queue of both hosts, but not in those of the network
+//! between them: what was asked for before lies there before them. So the background keeps these queues short. What a page
+//! fault would find there is measured by what takes the same way: now and then a single page is fetched on the channel of
+//! the demand faults, a *probe*, and those faults themselves are probes too. What the quickest of a few probes takes longer
+//! than the shortest ever did is the queue, as in TCP Vegas. The window of bytes on their way is doubled at first and then
+//! grown while that wait is short, and shrunk when it is long:
 //!
 //! ```text
-//!   no wait        ─── short ───┤ keep ├─── long ───▶ a reply's wait behind others
+//!   no wait        ─── short ───┤ keep ├─── long ───▶ a probe's wait behind the background
 //!   double, later grow                     shrink until the wait is in the middle
 //! ```
 //!
-//! Once in a while the window is small for a moment, so that the queue empties and the shortest reply is measured anew: the
+//! A page that is touched while it is on its way with others comes with them. So a reply of the background may not take
+//! long either, which limits the window where there is no queue to see: between processors of one host, say.
+//!
+//! Once in a while the window is small for a moment, so that the queue empties and the shortest probe is measured anew: the
 //! path may have become another.
 
 use std::time::Duration;
 
 use crate::engine::Time;
-use crate::limits::MAX_BATCH_BYTES;
+use crate::limits::{MAX_BATCH_BYTES, MIN_PAGE_SIZE};
 
-/// Bytes on their way at least, and at first.
+/// Bytes on their way at least, and at first (but always a page of each channel).
 pub const MIN_WINDOW_BYTES: u64 = 64 << 10;
 /// Bytes on their way at most: 100 Gbit/s over 20 ms.
 pub const MAX_WINDOW_BYTES: u64 = 256 << 20;
 /// The smallest request.
 const MIN_REQUEST_BYTES: u64 = 16 << 10;
-/// So many requests make a window: while one is answered, the others keep the link full.
+/// So many requests make a channel's share of the window: while one is answered, the others keep the link full.
 const REQUESTS: u64 = 4;
 /// A wait below this is no queue but a host that was busy…
 const NOISE: Duration = Duration::from_micros(30);
 /// …and one above this is a queue.
 const QUEUE: Duration = Duration::from_micros(90);
-/// How often the shortest reply is measured anew.
+/// A reply of the background takes about so long at most, or four times the shortest probe…
+const REPLY: Duration = Duration::from_micros(500);
+/// …unless so few bytes are on their way that a host is slow, and not the way.
+const REPLY_WINDOW_BYTES: u64 = 512 << 10;
+/// How often there is a probe at most…
+const PROBE_EVERY: Duration = Duration::from_millis(1);
+/// …which fetches this share of what the background does at most, where pages are large.
+const PROBE_SHARE: u64 = 16;
+/// From so many probes the quickest is taken.
+const PROBES: u32 = 4;
+/// How often the shortest probe is measured anew.
 const MEASURE_EVERY: Duration = Duration::from_secs(10);
 
-/// The background's window.
+/// The background's window, for all channels of a connection together.
 #[derive(Clone, Debug)]
 pub struct Pace {
+    channels: u64,
+    page_bytes: u64,
     window: u64,
-    /// The shortest reply: what one takes that waits for nothing.
+    /// The shortest probe: what a page fault takes that waits for nothing.
     base: Option<Duration>,
     /// The window has not met a queue yet.
     doubles: bool,
     measuring: Measuring,
     measured_at: Time,
+    probed: Probed,
     epoch: Epoch,
 }
 
-/// Whether the shortest reply is being measured anew.
+/// Whether the shortest probe is being measured anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Measuring {
     No,
@@ -61,43 +79,63 @@ enum Measuring {
     },
 }
 
-/// A window's worth of replies.
+/// The last probe.
+#[derive(Clone, Copy, Debug, Default)]
+struct Probed {
+    at: Option<Time>,
+    answered: bool,
+    /// What the background has fetched since.
+    bytes_since: u64,
+}
+
+/// A window's worth of replies, and some probes.
 #[derive(Clone, Copy, Debug, Default)]
 struct Epoch {
     /// What was asked for since then belongs to it.
     begun: Time,
     bytes: u64,
-    shortest: Option<Duration>,
+    probes: u32,
+    quickest_probe: Option<Duration>,
+    quickest_reply: Option<Duration>,
     /// The window was used up: what was measured is about the window, and not about who asked for less.
     used_up: bool,
 }
 
-impl Default for Pace {
-    fn default() -> Pace {
-        Pace::new()
-    }
-}
-
 impl Pace {
-    /// For a connection of which nothing is known.
-    pub fn new() -> Pace {
-        Pace {
-            window: MIN_WINDOW_BYTES,
+    /// For a connection of which nothing is known, with so many channels for the background. `page_bytes` is the guest's
+    /// largest page.
+    pub fn new(channels: usize, page_bytes: u64) -> Pace {
+        let mut pace = Pace {
+            channels: u64::try_from(channels).unwrap_or(u64::MAX).max(1),
+            page_bytes,
+            window: 0,
             base: None,
             doubles: true,
             measuring: Measuring::No,
             measured_at: Time(0),
+            probed: Probed::default(),
             epoch: Epoch::default(),
-        }
+        };
+        // The first probes shall find no queue.
+        pace.measuring = Measuring::Now {
+            window: pace.bounded(0),
+        };
+        pace.window = 0;
+        pace
     }
 
-    /// How many bytes the next request of the background may have when so many are on their way; `None`: wait for a reply.
+    /// How many bytes the next request of a channel may have, of which so many are on their way; `None`: wait for a reply.
     /// A page that is larger may be asked for all the same.
     pub fn may_request(&mut self, in_flight_bytes: u64) -> Option<u64> {
-        let pages = 4096;
-        let request =
-            (self.window / REQUESTS / pages * pages).clamp(MIN_REQUEST_BYTES, MAX_BATCH_BYTES);
-        let room = self.window.saturating_sub(in_flight_bytes);
+        let least = if self.measuring == Measuring::No {
+            MIN_REQUEST_BYTES
+        } else {
+            MIN_PAGE_SIZE
+        };
+        let share = self.window / self.channels;
+        let request = share / REQUESTS / MIN_PAGE_SIZE * MIN_PAGE_SIZE;
+        let request = request.clamp(least, MAX_BATCH_BYTES);
+        let room = share.saturating_sub(in_flight_bytes);
         if room < request && in_flight_bytes > 0 {
             self.epoch.used_up = true;
             return None;
@@ -105,29 +143,59 @@ impl Pace {
         Some(request)
     }
 
-    /// A request of the background was answered whole.
-    pub fn on_reply(&mut self, now: Time, sent_at: Time, bytes: u64) {
-        let took = now.since(sent_at);
-        if self.base.is_none() {
-            self.measured_at = now;
+    /// Whether to fetch a single page now on the channel of the demand faults.
+    pub fn probe_due(&self, now: Time) -> bool {
+        match self.probed.at {
+            None => true,
+            // Nothing before it that it would wait for.
+            Some(_) if self.measuring != Measuring::No => self.probed.answered,
+            Some(at) => {
+                // More of them at first: the window is to grow fast.
+                let least = if self.doubles {
+                    Duration::ZERO
+                } else {
+                    PROBE_EVERY
+                };
+                let every = self.base.map_or(least, |base| least.max(base / PROBES));
+                now.since(at) >= every
+                    && self.probed.bytes_since >= self.page_bytes.saturating_mul(PROBE_SHARE)
+            }
         }
-        if self.base.is_none_or(|base| took < base) {
-            self.base = Some(took);
-        }
-        // An older one tells of the window before.
-        if sent_at < self.epoch.begun {
-            return;
-        }
-        let epoch = &mut self.epoch;
-        epoch.bytes += bytes;
-        epoch.shortest = Some(epoch.shortest.map_or(took, |shortest| shortest.min(took)));
-        if epoch.bytes >= self.window {
-            self.adjust(now);
-            self.epoch = Epoch {
-                begun: now,
-                ..Epoch::default()
+    }
+
+    /// The same, and then it is being fetched from now on.
+    pub fn probe(&mut self, now: Time) -> bool {
+        let due = self.probe_due(now);
+        if due {
+            self.probed = Probed {
+                at: Some(now),
+                ..Probed::default()
             };
         }
+        due
+    }
+
+    /// A single page has come on the channel of the demand faults.
+    pub fn on_probe(&mut self, now: Time, sent_at: Time) {
+        let took = now.since(sent_at);
+        self.base = shorter(self.base, took);
+        self.probed.answered |= self.probed.at.is_some_and(|at| sent_at >= at);
+        if sent_at >= self.epoch.begun {
+            self.epoch.probes += 1;
+            self.epoch.quickest_probe = shorter(self.epoch.quickest_probe, took);
+        }
+        self.end_epoch(now);
+    }
+
+    /// A request of the background was answered whole.
+    pub fn on_reply(&mut self, now: Time, sent_at: Time, bytes: u64) {
+        self.probed.bytes_since += bytes;
+        // An older one tells of the window before.
+        if sent_at >= self.epoch.begun {
+            self.epoch.bytes += bytes;
+            self.epoch.quickest_reply = shorter(self.epoch.quickest_reply, now.since(sent_at));
+        }
+        self.end_epoch(now);
     }
 
     /// Bytes that may be on their way.
@@ -135,20 +203,45 @@ impl Pace {
         self.window
     }
 
-    /// What a reply takes that waits for nothing, as far as is known.
+    /// What a page takes that waits for nothing, as far as is known.
     pub fn base(&self) -> Option<Duration> {
         self.base
     }
 
-    /// A window's worth of replies has come.
-    fn adjust(&mut self, now: Time) {
-        let (Some(base), Some(shortest)) = (self.base, self.epoch.shortest) else {
+    /// Adjusts the window when enough has come.
+    fn end_epoch(&mut self, now: Time) {
+        let Epoch {
+            bytes,
+            probes,
+            quickest_probe: Some(probe),
+            quickest_reply: Some(reply),
+            used_up,
+            ..
+        } = self.epoch
+        else {
             return;
         };
+        // A large page has its probes seldom.
+        let enough = if self.page_bytes > MIN_WINDOW_BYTES {
+            1
+        } else {
+            PROBES
+        };
+        if bytes < self.window || probes < enough {
+            return;
+        }
+        self.adjust(now, probe, reply, used_up);
+        self.epoch = Epoch {
+            begun: now,
+            ..Epoch::default()
+        };
+    }
+
+    fn adjust(&mut self, now: Time, probe: Duration, reply: Duration, used_up: bool) {
         match self.measuring {
             Measuring::Emptying { window } => self.measuring = Measuring::Now { window },
             Measuring::Now { window } => {
-                self.base = Some(shortest);
+                self.base = Some(probe);
                 self.measured_at = now;
                 self.measuring = Measuring::No;
                 self.window = window;
@@ -157,38 +250,52 @@ impl Pace {
                 self.measuring = Measuring::Emptying {
                     window: self.window,
                 };
-                // One request at a time: nothing of this channel's is in the queue then.
-                self.window = MIN_REQUEST_BYTES;
+                // A page at a time: next to nothing of the background's is in the queue then.
+                self.window = 0;
             }
-            Measuring::No => self.follow(base, shortest.saturating_sub(base)),
+            Measuring::No => self.follow(probe, reply, used_up),
         }
     }
 
-    fn follow(&mut self, base: Duration, wait: Duration) {
-        // A page that somebody waits for takes the shortest reply and this wait. About as long as each other, they are twice
+    fn follow(&mut self, probe: Duration, reply: Duration, used_up: bool) {
+        let base = self.base.unwrap_or(probe);
+        // A page that somebody waits for takes the shortest probe and this wait. About as long as each other, they are twice
         // what it takes without a background; three times is the promise, and the rest is for who is busy now and then.
-        let short = (base / 4 * 3).max(NOISE);
-        let long = (base / 4 * 5).max(QUEUE);
-        if wait > long {
+        let short = base + (base / 2).max(NOISE);
+        let long = base + base.max(QUEUE);
+        let slow = REPLY.max(base * 4);
+        if probe > long {
             self.doubles = false;
-            let middle = base + (short + long) / 2;
             // The wait grows with the window: by so much less it will be in the middle.
-            let share = middle.as_secs_f64() / (base + wait).as_secs_f64();
-            self.window = bounded(part(self.window, share.max(0.5)));
-        } else if wait > short {
+            let share = ratio((short + long) / 2, probe);
+            self.window = self.bounded(part(self.window, share.max(0.5)));
+        } else if reply > slow && self.window > REPLY_WINDOW_BYTES {
             self.doubles = false;
-        } else if self.epoch.used_up {
-            self.window = bounded(if self.doubles {
+            let window = part(self.window, ratio(slow, reply).max(0.5));
+            self.window = self.bounded(window.max(REPLY_WINDOW_BYTES));
+        } else if probe > short {
+            self.doubles = false;
+        } else if used_up {
+            self.window = self.bounded(if self.doubles {
                 self.window * 2
             } else {
                 self.window + self.window / 8
             });
         }
     }
+
+    fn bounded(&self, window: u64) -> u64 {
+        let least = MIN_WINDOW_BYTES.max(self.page_bytes.saturating_mul(self.channels));
+        window.clamp(least.min(MAX_WINDOW_BYTES), MAX_WINDOW_BYTES)
+    }
 }
 
-fn bounded(window: u64) -> u64 {
-    window.clamp(MIN_WINDOW_BYTES, MAX_WINDOW_BYTES)
+fn shorter(before: Option<Duration>, took: Duration) -> Option<Duration> {
+    Some(before.map_or(took, |before| before.min(took)))
+}
+
+fn ratio(a: Duration, b: Duration) -> f64 {
+    a.as_secs_f64() / b.as_secs_f64()
 }
 
 /// A share of a window.
@@ -262,6 +369,8 @@ mod tests {
         let alone = Link::new(link.bytes_s * 8.0 / 1e9, link.round_trip).read(Time(0), 4096);
         let (mut now, mut in_flight, mut done) = (from, 0, 0);
         let mut replies = VecDeque::<(Time, Time, u64)>::new();
+        // On the channel of the demand faults: probes and faults.
+        let mut pages = VecDeque::<(Time, Time)>::new();
         let mut faults = Vec::new();
         let every = Duration::from_micros(7_919);
         let mut next_fault = from.after(every);
@@ -274,18 +383,29 @@ mod tests {
                 in_flight += bytes;
             }
             most_window = most_window.max(pace.window_bytes());
-            let (here, sent_at, bytes) = *replies.front().unwrap();
-            if next_fault < here {
-                now = next_fault;
-                faults.push(link.read(now, 4096).since(now));
-                next_fault = now.after(every);
-                continue;
+            if pace.probe(now) {
+                pages.push_back((link.read(now, 4096), now));
             }
-            replies.pop_front();
-            now = here;
-            in_flight -= bytes;
-            done += bytes;
-            pace.on_reply(now, sent_at, bytes);
+            let (reply_here, sent_at, bytes) = *replies.front().unwrap();
+            let page_here = pages.front().map(|(here, _)| *here);
+            if next_fault < reply_here && page_here.is_none_or(|here| next_fault < here) {
+                now = next_fault;
+                let here = link.read(now, 4096);
+                let here = pages.back().map_or(here, |(last, _)| here.max(*last));
+                pages.push_back((here, now));
+                faults.push(here.since(now));
+                next_fault = now.after(every);
+            } else if page_here.is_some_and(|here| here <= reply_here) {
+                let (here, sent_at) = pages.pop_front().unwrap();
+                now = here;
+                pace.on_probe(now, sent_at);
+            } else {
+                replies.pop_front();
+                now = reply_here;
+                in_flight -= bytes;
+                done += bytes;
+                pace.on_reply(now, sent_at, bytes);
+            }
         }
         // What is still under way is let go of.
         link.free_at = Time(0);
@@ -300,6 +420,11 @@ mod tests {
 
     const SECOND: u64 = 1_000_000_000;
 
+    /// Of one channel, and small pages.
+    fn unknown() -> Pace {
+        Pace::new(1, 4096)
+    }
+
     /// 1 Gbit/s in one rack, 10 Gbit/s between two cities, 30 Gbit/s on one host.
     fn links() -> [Link; 3] {
         [
@@ -312,7 +437,7 @@ mod tests {
     #[test]
     fn the_link_is_full_and_a_fault_takes_at_most_three_times_as_long() {
         for mut link in links() {
-            let mut pace = Pace::new();
+            let mut pace = unknown();
             let begin = drive(&mut pace, &mut link, Time(0), Time(2 * SECOND));
             assert!(begin.used > 0.8, "{begin:?}");
             let seen = drive(&mut pace, &mut link, Time(2 * SECOND), Time(6 * SECOND));
@@ -325,7 +450,7 @@ mod tests {
     fn it_holds_when_hosts_are_busy_now_and_then() {
         for mut link in links() {
             link.jitter = link.round_trip / 4;
-            let mut pace = Pace::new();
+            let mut pace = unknown();
             drive(&mut pace, &mut link, Time(0), Time(2 * SECOND));
             let seen = drive(&mut pace, &mut link, Time(2 * SECOND), Time(6 * SECOND));
             assert!(seen.used > 0.9, "{seen:?}");
@@ -336,7 +461,7 @@ mod tests {
     #[test]
     fn a_path_that_becomes_longer_or_shorter_is_measured_anew() {
         for (before, after) in [(200, 2_000), (2_000, 200)] {
-            let mut pace = Pace::new();
+            let mut pace = unknown();
             let mut link = Link::new(10.0, Duration::from_micros(before));
             drive(&mut pace, &mut link, Time(0), Time(2 * SECOND));
             link.round_trip = Duration::from_micros(after);
@@ -353,11 +478,11 @@ mod tests {
 
     #[test]
     fn the_window_keeps_within_its_limits() {
-        let mut pace = Pace::new();
+        let mut pace = unknown();
         let mut far = Link::new(400.0, Duration::from_secs(1));
         let seen = drive(&mut pace, &mut far, Time(0), Time(60 * SECOND));
         assert_eq!(seen.most_window, MAX_WINDOW_BYTES);
-        let mut pace = Pace::new();
+        let mut pace = unknown();
         let mut slow = Link::new(0.01, Duration::from_millis(1));
         drive(&mut pace, &mut slow, Time(0), Time(20 * SECOND));
         assert_eq!(pace.window_bytes(), MIN_WINDOW_BYTES);
@@ -365,18 +490,25 @@ mod tests {
 
     #[test]
     fn who_asks_for_little_is_given_no_larger_window() {
-        let mut pace = Pace::new();
+        let mut pace = unknown();
         for round in 0..10_000 {
             let sent_at = Time(round * 1_000_000);
             let bytes = pace.may_request(0).unwrap();
-            pace.on_reply(sent_at.after(Duration::from_micros(200)), sent_at, bytes);
+            let here = sent_at.after(Duration::from_micros(200));
+            if pace.probe(sent_at) {
+                pace.on_probe(here, sent_at);
+            }
+            pace.on_reply(here, sent_at, bytes);
         }
         assert_eq!(pace.window_bytes(), MIN_WINDOW_BYTES);
     }
 
     #[test]
     fn several_requests_make_a_window_and_one_may_always_go() {
-        let mut pace = Pace::new();
+        let mut pace = unknown();
+        let mut link = Link::new(1.0, Duration::from_micros(200));
+        drive(&mut pace, &mut link, Time(0), Time(SECOND / 2));
+        pace.window = MIN_WINDOW_BYTES;
         let mut in_flight = 0;
         let mut requests = 0;
         while let Some(bytes) = pace.may_request(in_flight) {

@@ -27,6 +27,8 @@ use super::DestinationSide;
 
 /// Requests under way for pages that somebody waits for.
 const URGENT_AT_ONCE: usize = 4;
+/// Bytes of a probe. A larger page is no probe here.
+const PAGE: u64 = 4096;
 /// How often it is said what lacks.
 const SAY_EVERY: Duration = Duration::from_secs(1);
 
@@ -46,7 +48,7 @@ impl Pull {
     fn new(specs: &[pagecopy::memory::BlockSpec], lacking: &[Run]) -> Option<Pull> {
         Some(Pull {
             puller: Puller::new(specs, lacking).ok()?,
-            pace: Pace::new(),
+            pace: Pace::new(1, PAGE),
             on: false,
             reads: BTreeMap::new(),
             said_whole: false,
@@ -227,7 +229,7 @@ impl DestinationSide {
             daemon.data = served.into_iter().map(super::DataLane::of).collect();
             if let Some(pull) = &mut daemon.pull {
                 pull.on = true;
-                pull.pace = Pace::new();
+                pull.pace = Pace::new(1, PAGE);
                 pull.reads.clear();
                 pull.puller.lost();
             }
@@ -239,7 +241,7 @@ impl DestinationSide {
 
     /// Asks for as much as may be under way; says so when nothing lacks.
     pub(super) fn pull_on(&mut self, env: &mut Env) {
-        while let Some((lane, request)) = self.next_request() {
+        while let Some((lane, request)) = self.next_request(env) {
             if self.dies_at(env, "Read") {
                 return;
             }
@@ -248,12 +250,19 @@ impl DestinationSide {
         self.end_if_whole(env);
     }
 
-    fn next_request(&mut self) -> Option<(usize, Request)> {
+    fn next_request(&mut self, env: &Env) -> Option<(usize, Request)> {
+        let now = env.now();
         let daemon = self.daemon.as_mut()?;
         let lanes = daemon.data.len();
         let pull = daemon.pull.as_mut().filter(|pull| pull.on && lanes > 1)?;
         if pull.on_lane(0) < URGENT_AT_ONCE
             && let Some(request) = pull.puller.next(Class::Neighbour)
+        {
+            return Some((0, request));
+        }
+        if pull.on_lane(0) == 0
+            && pull.pace.probe(now)
+            && let Some(request) = pull.puller.next_within(Class::Rest, PAGE)
         {
             return Some((0, request));
         }
@@ -313,10 +322,10 @@ impl DestinationSide {
     pub(super) fn fetched(&mut self, env: &mut Env, id: u64) {
         let now = env.now();
         let Some(pull) = self.pull() else { return };
-        if let Some((sent_at, bytes, lane)) = pull.reads.remove(&id)
-            && lane > 0
-        {
-            pull.pace.on_reply(now, sent_at, bytes);
+        match pull.reads.remove(&id) {
+            Some((sent_at, PAGE, 0)) => pull.pace.on_probe(now, sent_at),
+            Some((sent_at, bytes, 1..)) => pull.pace.on_reply(now, sent_at, bytes),
+            _ => {}
         }
         let Some(Arrival { runs, held }) = pull.puller.arrived(id) else {
             return env
