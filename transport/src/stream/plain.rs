@@ -53,7 +53,7 @@ impl Layer for Plain {
         self.direct = scatter.len();
         if !scatter.has_buffer() {
             let inbox = self.inbox.take().unwrap_or_else(|| vec![0; INBOX_LEN]);
-            scatter.push_buffer(inbox, 0..INBOX_LEN);
+            scatter.push_buffer(inbox, 0..halves.receiver.look_ahead());
         }
         Ok(scatter)
     }

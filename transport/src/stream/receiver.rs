@@ -140,6 +140,22 @@ impl Receiver {
         Ok(())
     }
 
+    /// How many bytes behind those places are worth a look ahead. Of a long reply only the header: then its payload goes to its
+    /// final place, too, and is copied from nowhere.
+    pub(crate) fn look_ahead(&self) -> usize {
+        let reply_is_next = match &self.state {
+            State::Head => self.partial.is_empty(),
+            State::Memory { .. } => true,
+            State::Table(_) | State::Message(_) => false,
+        };
+        match self.awaited.front() {
+            Some(next) if reply_is_next && payload_len(&next.extents) >= INBOX_LEN as u64 => {
+                HEADER_LEN
+            }
+            _ => INBOX_LEN,
+        }
+    }
+
     /// Takes note that the first `n` bytes of what `direct` added are in place.
     pub(crate) fn landed(
         &mut self,
@@ -261,7 +277,7 @@ impl Receiver {
                     .awaited
                     .pop_front()
                     .ok_or_else(|| misbehaved("a reply to no read"))?;
-                let len: u64 = read.extents.iter().map(|e| e.len).sum();
+                let len = payload_len(&read.extents);
                 if read.number != header.number || len != header.payload {
                     return Err(misbehaved(
                         "a reply that does not belong to the oldest read",
@@ -344,6 +360,10 @@ impl Receiver {
         events.push_back(Event::Message(message));
         Ok(())
     }
+}
+
+fn payload_len(extents: &[Extent]) -> u64 {
+    extents.iter().map(|extent| extent.len).sum()
 }
 
 /// Bytes of the message that `header` announces; the header's check bounds it.
