@@ -10,6 +10,7 @@
 //! whether there is a connection or not: without one, what lacks waits. Nothing here ever lets go of QEMU's memory by
 //! itself: a dropped `Pull` leaves the page faults waiting, for a successor that takes them over.
 
+mod ahead;
 mod lane;
 mod latency;
 mod shared;
@@ -57,7 +58,8 @@ pub(crate) enum PullEvent {
 pub(crate) struct Pull {
     shared: Arc<Shared>,
     specs: Arc<[BlockSpec]>,
-    faults: Vec<JoinHandle<()>>,
+    /// These run without a connection, too.
+    threads: Vec<JoinHandle<()>>,
     lanes: Vec<JoinHandle<Option<Box<dyn Channel>>>>,
     stop: Arc<AtomicBool>,
 }
@@ -138,7 +140,7 @@ impl Pull {
         let mut pull = Pull {
             shared: Arc::clone(&shared),
             specs,
-            faults: Vec::new(),
+            threads: Vec::new(),
             lanes: Vec::new(),
             stop: Arc::new(AtomicBool::new(false)),
         };
@@ -149,8 +151,15 @@ impl Pull {
                     shared.serve_faults(pager);
                 }
             };
-            pull.faults.push(thread(format!("faults-{number}"), serve)?);
+            pull.threads
+                .push(thread(format!("faults-{number}"), serve)?);
         }
+        let specs = Arc::clone(&pull.specs);
+        let allocate = {
+            let shared = Arc::clone(&shared);
+            move || shared.allocate_ahead(&specs)
+        };
+        pull.threads.push(thread("allocate".to_owned(), allocate)?);
         shared.tell_if_whole();
         Ok(pull)
     }
@@ -221,7 +230,7 @@ impl Pull {
     fn end(&mut self) -> Vec<Box<dyn Channel>> {
         let channels = self.stop();
         self.shared.end.store(true, Ordering::Relaxed);
-        for thread in self.faults.drain(..) {
+        for thread in self.threads.drain(..) {
             // A panic in the thread has been told already.
             let _ = thread.join();
         }

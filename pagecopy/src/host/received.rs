@@ -16,6 +16,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -137,35 +138,49 @@ impl Received {
     /// Appends the runs that have not arrived, in order.
     pub fn missing(&self, runs: &mut Vec<Run>) {
         for (number, bits) in (0..).zip(&self.blocks) {
-            let mut run: Option<Run> = None;
-            let mut page = 0;
-            while page < bits.pages {
-                let index = bits.first + usize::try_from(page / WORD).unwrap_or(usize::MAX);
-                let rest = !self.words.get(index) >> (page % WORD);
-                let left = (WORD - page % WORD).min(bits.pages - page);
-                // Pages alike from here on in this word.
-                let is_missing = rest & 1 == 1;
-                let alike = if is_missing {
-                    rest.trailing_ones()
-                } else {
-                    rest.trailing_zeros()
-                };
-                let alike = u64::from(alike).min(left);
-                match (&mut run, is_missing) {
-                    (Some(run), true) => run.pages += alike,
-                    (None, true) => {
-                        run = Some(Run {
-                            block: BlockId(number),
-                            first: page,
-                            pages: alike,
-                        });
-                    }
-                    (_, false) => runs.extend(run.take()),
-                }
-                page += alike;
-            }
-            runs.extend(run);
+            self.missing_of(*bits, BlockId(number), 0..bits.pages, runs);
         }
+    }
+
+    /// Appends what of `run` has not arrived, in order.
+    ///
+    /// # Errors
+    /// The run is not inside its block.
+    pub fn missing_within(&self, run: Run, runs: &mut Vec<Run>) -> Result<(), OutOfBounds> {
+        let bits = self.locate(run)?;
+        self.missing_of(bits, run.block, run.first..run.end(), runs);
+        Ok(())
+    }
+
+    fn missing_of(&self, bits: Bits, block: BlockId, pages: Range<u64>, runs: &mut Vec<Run>) {
+        let mut run: Option<Run> = None;
+        let mut page = pages.start;
+        while page < pages.end {
+            let index = bits.first + usize::try_from(page / WORD).unwrap_or(usize::MAX);
+            let rest = !self.words.get(index) >> (page % WORD);
+            let left = (WORD - page % WORD).min(pages.end - page);
+            // Pages alike from here on in this word.
+            let is_missing = rest & 1 == 1;
+            let alike = if is_missing {
+                rest.trailing_ones()
+            } else {
+                rest.trailing_zeros()
+            };
+            let alike = u64::from(alike).min(left);
+            match (&mut run, is_missing) {
+                (Some(run), true) => run.pages += alike,
+                (None, true) => {
+                    run = Some(Run {
+                        block,
+                        first: page,
+                        pages: alike,
+                    });
+                }
+                (_, false) => runs.extend(run.take()),
+            }
+            page += alike;
+        }
+        runs.extend(run);
     }
 
     fn locate(&self, run: Run) -> Result<Bits, OutOfBounds> {
@@ -310,6 +325,21 @@ mod tests {
             }
             // As few runs as there can be: no two of them touch.
             prop_assert!(missing.windows(2).all(|two| two[0].block != two[1].block || two[0].end() < two[1].first));
+            // Part by part the same.
+            let mut parts = Vec::new();
+            for (block, spec) in (0..).zip(&specs) {
+                let pages = spec.pages();
+                for first in (0..pages).step_by(37) {
+                    let part = run(block, first, 37.min(pages - first));
+                    received.missing_within(part, &mut parts).unwrap();
+                }
+            }
+            let pages = |runs: &[Run]| -> Vec<_> {
+                let pages = runs.iter().flat_map(|run| (run.first..run.end()).map(|page| (run.block, page)));
+                pages.collect()
+            };
+            prop_assert_eq!(pages(&parts), pages(&missing));
+            prop_assert!(received.missing_within(run(1, 60, 5), &mut parts).is_err());
             std::fs::remove_file(&scratch.0).unwrap();
         }
     }
