@@ -23,6 +23,7 @@ use transport::{Channel, Error, Event, Op, SubmitError, Token};
 
 use crate::failure::{Failure, host};
 use crate::limits::{CLOSE_LIMIT, LINGER, MAX_BACKLOG};
+use crate::sys;
 
 /// What a lane tells its session.
 #[derive(Debug)]
@@ -159,6 +160,7 @@ impl Moved {
 
 enum Order<C> {
     Do(C),
+    Hurry,
     /// Send what waits, let the peer take it, then close.
     Close,
     /// Stop touching the channel, but keep it open.
@@ -231,6 +233,11 @@ impl<C: Send + 'static> Lane<C> {
     /// Gives a command. One to a lane that has ended is lost; the session was told of the end.
     pub fn give(&self, command: C) {
         self.order(Order::Do(command));
+    }
+
+    /// From now on somebody waits for what goes over this channel.
+    pub fn hurry(&self) {
+        self.order(Order::Hurry);
     }
 
     /// Sends what waits, then closes the channel in order, in the background.
@@ -358,6 +365,7 @@ impl<H: Handler> Driver<H> {
         loop {
             match self.queue.try_recv() {
                 Ok(Order::Do(command)) => self.handler.command(command, &mut self.ops),
+                Ok(Order::Hurry) => sys::take_short_turns(),
                 Ok(Order::Close) => return Next::Close,
                 Ok(Order::Park) | Err(TryRecvError::Disconnected) => return Next::Park,
                 Err(TryRecvError::Empty) => return Next::Go,

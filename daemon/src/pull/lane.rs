@@ -15,6 +15,7 @@ use transport::{Channel, Error, Event, Extent, Op, RegionId, SubmitError, Token}
 
 use super::shared::Shared;
 use super::{LOOK_EVERY, PullEvent};
+use crate::sys;
 
 /// Pages that somebody waits for are asked for all at once, up to so many: the transport's limit.
 const DEMANDS: usize = transport::limits::MAX_QUEUED - 1;
@@ -61,6 +62,9 @@ impl Lane {
     fn fetch(&mut self) -> Result<(), Error> {
         // It was, while its regions were being closed to the peer's writes.
         self.channel.pause(false);
+        if self.role == Role::Demand {
+            sys::take_short_turns();
+        }
         let mut flights = BTreeMap::<Token, Flight>::new();
         let (mut under_way, mut refused) = (0, None);
         while !self.stop.load(Ordering::Relaxed) {

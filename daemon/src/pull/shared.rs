@@ -20,6 +20,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::latency::{FaultReport, Latency, Waited};
 use super::{PullEvent, pager_failure};
 use crate::failure::host;
+use crate::sys;
 
 /// Shared by all threads.
 pub(super) struct Shared {
@@ -29,12 +30,12 @@ pub(super) struct Shared {
     /// When the clock of `pace` began.
     begun: Instant,
     page_bytes: u64,
-    received: Received,
+    pub(super) received: Received,
     pub(super) pagers: Vec<UffdPager>,
-    ram: MappedRam,
+    pub(super) ram: MappedRam,
     /// Wakes the channel on which pages go that somebody waits for; none without a connection.
     demand: Mutex<Option<Waker>>,
-    /// The threads that read page faults end.
+    /// The threads that do not fetch end.
     pub(super) end: AtomicBool,
     events: UnboundedSender<PullEvent>,
 }
@@ -79,6 +80,7 @@ impl Shared {
 
     /// Reads and answers the page faults of one pager, until the end.
     pub(super) fn serve_faults(&self, pager: &UffdPager) {
+        sys::take_short_turns();
         let mut faults = Vec::new();
         while !self.end.load(Ordering::Relaxed) {
             match pager.faults(&mut faults, super::LOOK_EVERY) {

@@ -21,9 +21,10 @@ pub(super) struct Served {
 }
 
 impl Session {
-    /// From now on the destination may read all RAM.
+    /// From now on the destination may read all RAM, what somebody waits for over the first data channel.
     pub(super) fn open_reads(&self) {
         let Some(served) = &self.served else { return };
+        self.data.first().inspect(|lane| lane.hurry());
         let access = Access {
             peer_writes: false,
             peer_reads: true,
@@ -66,6 +67,8 @@ impl Session {
         if let Some(control) = channels.next() {
             self.start_control(control)?;
         }
-        self.start_data(channels)
+        self.start_data(channels)?;
+        self.data.first().inspect(|lane| lane.hurry());
+        Ok(())
     }
 }

@@ -37,9 +37,9 @@ const NOISE: Duration = Duration::from_micros(30);
 /// …and one above this is a queue.
 const QUEUE: Duration = Duration::from_micros(90);
 /// A reply of the background takes about so long at most, or four times the shortest probe…
-const REPLY: Duration = Duration::from_micros(500);
+const REPLY: Duration = Duration::from_micros(250);
 /// …unless so few bytes are on their way that a host is slow, and not the way.
-const REPLY_WINDOW_BYTES: u64 = 512 << 10;
+const REPLY_WINDOW_BYTES: u64 = 256 << 10;
 /// How often there is a probe at most…
 const PROBE_EVERY: Duration = Duration::from_millis(1);
 /// …which fetches this share of what the background does at most, where pages are large.
