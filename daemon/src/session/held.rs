@@ -305,19 +305,15 @@ impl Held {
         };
         let records = journal.records().to_owned();
         let (looking, id) = (Arc::clone(&self.service), self.id);
-        let pid = records.iter().find_map(|record| match record {
-            Record::Armed { pid, .. } => Some(*pid),
-            _ => None,
-        });
-        let taken_over = match pid {
-            Some(_) => match blocking(move || TakenOver::new(&looking, id, &records)).await {
+        let taken_over = match postcopy(&records) {
+            Postcopy::No => None,
+            _ => match blocking(move || TakenOver::new(&looking, id, &records)).await {
                 Ok(taken_over) => Some(taken_over),
                 Err(failure) => {
                     tracing::error!(failure = %Shown(&failure), "the guest's page faults cannot be served, so it is not run");
                     return visit.answer_and_close(self.id, Standing::Committed);
                 }
             },
-            None => None,
         };
         let armed = taken_over.is_some();
         let qmp = match self.monitor(visit.serves(), armed).await {
@@ -346,7 +342,7 @@ impl Held {
                 .unwrap_or_default(),
             journal,
             blocks: Vec::new(),
-            pid: pid.unwrap_or(0),
+            pid: taken_over.as_ref().map_or(0, TakenOver::pid),
             control: Some(control),
             data,
             taken_over,

@@ -248,8 +248,7 @@ fn destination(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
 
 /// Ends what the guest's page faults wait for: it never runs here, and QEMU may stand in one, so it is not asked.
 pub(super) fn let_go(service: &Service, id: MigrationId, records: &[Record]) {
-    let armed = |record: &Record| matches!(record, Record::Armed { .. });
-    if records.iter().any(armed) {
+    if postcopy(records) != Postcopy::No {
         match TakenOver::new(service, id, records) {
             Ok(taken_over) => taken_over.release(),
             // Its QEMU has ended as well, most likely.

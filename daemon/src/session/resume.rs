@@ -79,10 +79,6 @@ async fn prepare(
     records: Vec<Record>,
 ) -> Result<(Session, Destination), Failure> {
     let looking = Arc::clone(service);
-    let pid = records.iter().find_map(|record| match record {
-        Record::Armed { pid, .. } => Some(*pid),
-        _ => None,
-    });
     let taken_over = blocking(move || TakenOver::new(&looking, id, &records)).await?;
     let journals = &service.store.journals;
     let journal = journals
@@ -103,7 +99,7 @@ async fn prepare(
         settings: journals.settings(id).unwrap_or_default(),
         journal,
         blocks: Vec::new(),
-        pid: pid.unwrap_or(0),
+        pid: taken_over.pid(),
         control: None,
         data: Vec::new(),
         taken_over: Some(taken_over),

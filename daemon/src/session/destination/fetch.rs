@@ -70,6 +70,7 @@ impl Fetch {
         let armed = taken_over.is_some();
         let (pull, ram, channel) = match taken_over {
             Some(TakenOver {
+                pid: _,
                 pull,
                 ram,
                 specs,
@@ -301,6 +302,7 @@ impl Session {
 
 /// The page faults of a guest that a daemon before this one served.
 pub(crate) struct TakenOver {
+    pid: i32,
     pull: Pull,
     ram: MappedRam,
     specs: Arc<[BlockSpec]>,
@@ -341,12 +343,18 @@ impl TakenOver {
         };
         let pull = Pull::adopt(pid, shares, inside, guest, sender.clone())?;
         Ok(TakenOver {
+            pid,
             pull,
             ram: mapped,
             specs,
             events,
             sender,
         })
+    }
+
+    /// QEMU's process.
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid
     }
 
     /// Lets go of QEMU's memory: the guest never runs here.
