@@ -13,12 +13,13 @@ mod host_support;
 
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pagecopy::host::attach::{find_device, may_see_kernel_faults};
 use pagecopy::host::pager::{UffdPager, share_out};
 use pagecopy::host::{DemandFault, Pager, PagerError, process};
 use pagecopy::memory::Run;
@@ -326,10 +327,24 @@ fn a_process_without_privileges_is_served_by_the_device() {
     let file = RamFile::tmpfs(16 * PAGE);
     // The target inherits the device under the same number.
     let mut target = Target::new(&[&file], vec![]);
+    let pid = target.pid();
+    let everybody = sysctl.is_ok_and(|sysctl| sysctl.trim() == "1");
+    // Root of a container may be nobody to the kernel.
+    let privileged = UffdPager::arm(pid, share_out(&target.blocks, 1).remove(0), None);
+    assert_eq!(may_see_kernel_faults(pid).unwrap(), privileged.is_ok());
+    if let Ok(pager) = privileged {
+        pager.release().unwrap();
+    }
     target.tell(Command::BecomeNobody);
     let stretches = || share_out(&target.blocks, 1).remove(0);
-    let (pid, device) = (target.pid(), device.as_raw_fd());
-    if sysctl.is_ok_and(|sysctl| sysctl.trim() == "0") {
+    assert_eq!(may_see_kernel_faults(pid).unwrap(), everybody);
+    assert_eq!(
+        find_device(pid, device.as_fd()).unwrap(),
+        Some(device.as_raw_fd())
+    );
+    assert_eq!(find_device(pid, file.file.as_fd()).unwrap(), None);
+    let device = device.as_raw_fd();
+    if !everybody {
         let refused = UffdPager::arm(pid, stretches(), None).unwrap_err();
         assert!(
             refused.to_string().contains("/dev/userfaultfd"),

@@ -32,6 +32,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod code;
+mod device;
 #[cfg(target_arch = "x86_64")]
 mod fault;
 #[cfg(target_arch = "x86_64")]
@@ -44,6 +45,7 @@ mod run;
 use std::ops::Range;
 use std::time::Duration;
 
+pub use self::device::{find_device, may_see_kernel_faults};
 pub use super::sys::uffd::Uffd;
 use super::{AttachFigures, TrackError};
 
