@@ -20,6 +20,7 @@ use crate::failure::{Failure, host, operator};
 use crate::listener;
 use crate::migrations::{Migration, Migrations, Request, Shown};
 use crate::qemu::discover;
+use crate::qemu::faults::Device;
 use crate::qmp::Qmp;
 use crate::session::{begin, recover};
 use crate::start::Start;
@@ -39,6 +40,8 @@ pub struct Service {
     pub migrations: Migrations,
     /// How peers are trusted.
     pub security: Security,
+    /// What QEMUs are lent whose page faults they could not let anybody see.
+    pub userfaultfd: Device,
 }
 
 impl Service {
@@ -46,13 +49,14 @@ impl Service {
     ///
     /// # Errors
     /// It cannot be used.
-    fn open(config: Config, security: Security) -> Result<Service, Failure> {
+    fn open(config: Config, security: Security, userfaultfd: Device) -> Result<Service, Failure> {
         let store = Store::open(&config.state_dir)?;
         Ok(Service {
             config,
             store,
             migrations: Migrations::default(),
             security,
+            userfaultfd,
         })
     }
 
@@ -217,7 +221,11 @@ fn not_kept(error: &std::io::Error) -> Failure {
 /// It cannot start, and why.
 pub async fn run(start: Start) -> Result<(), Failure> {
     let listener = start.listener;
-    let service = Arc::new(Service::open(start.config, start.security)?);
+    let service = Arc::new(Service::open(
+        start.config,
+        start.security,
+        start.userfaultfd,
+    )?);
     let (mut terminate, mut interrupt) = (
         on_signal(SignalKind::terminate())?,
         on_signal(SignalKind::interrupt())?,

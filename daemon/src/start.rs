@@ -1,7 +1,7 @@
 //! The start, while there is one thread and perhaps root's privileges: what only root can do is done, and then given up.
 //!
-//! As root: limits are raised, the TLS key is read, TCP is listened on (a port below 1024 may be wanted), and folders that
-//! are missing are made and given to the user. Everything later is done as that user.
+//! As root: limits are raised, the TLS key is read, TCP is listened on (a port below 1024 may be wanted), `/dev/userfaultfd`
+//! is opened, and folders that are missing are made and given to the user. Everything later is done as that user.
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::dial;
 use crate::failure::{Failure, host, operator};
 use crate::privilege::{self, User};
+use crate::qemu::faults::Device;
 use crate::session::link_failure;
 
 /// Open files that the daemon asks for: channels, RAM files, QMP and API connections.
@@ -29,6 +30,7 @@ pub struct Start {
     pub(crate) config: Config,
     pub(crate) security: Security,
     pub(crate) listener: Listener,
+    pub(crate) userfaultfd: Device,
 }
 
 impl Start {
@@ -50,6 +52,7 @@ impl Start {
         // A socket file is to be the user's own.
         let is_file = config.listen.starts_with("unix:");
         let early = (!is_file).then(|| bind(&config.listen)).transpose()?;
+        let userfaultfd = Device::open();
         privilege::give_up(user.as_ref())?;
         // Sockets, too, are made with the permissions that they shall have.
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
@@ -61,6 +64,7 @@ impl Start {
             config,
             security,
             listener,
+            userfaultfd,
         })
     }
 }

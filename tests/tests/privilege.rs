@@ -160,6 +160,80 @@ fn user_of_its_own_and_qemu_10_0_of_another() {
     moved_between_users(Version::V10_0);
 }
 
+/// A QEMU that may not make a userfaultfd that sees faults in the kernel: it is lent `/dev/userfaultfd`, which the daemon
+/// opened while it was root.
+fn goes_first_without_privileges(version: Version) {
+    let world = World::tls();
+    let mut machine = Machine::new(version, 64, "rate=20 set=16");
+    machine.sandbox = true;
+    let start = |name: &str, role| Qemu::start_unprivileged(&world.scratch, name, &machine, role);
+    let mut source = start("source", Role::Source);
+    source.serial.wait_filled();
+    let mut destination = start("destination", Role::Destination);
+    let options = ["--mode", "postcopy"];
+    let outcome = world.migrate(Side::A, "vm", &source, &destination, &options);
+    outcome.completed();
+    assert_moved(&mut source, &mut destination);
+    let open = fs::read_dir(format!("/proc/{}/fd", destination.pid())).unwrap();
+    let targets = open
+        .flatten()
+        .map(|fd| fs::read_link(fd.path()).unwrap_or_default());
+    let left = targets.filter(|target| target.ends_with("userfaultfd"));
+    assert_eq!(left.count(), 0, "the device stays open inside QEMU");
+    assert_confined(world.daemon(Side::B).pid(), DAEMON_ID, Some(&groups()));
+}
+
+#[test]
+fn qemu_10_0_without_privileges_goes_first_by_the_device() {
+    goes_first_without_privileges(Version::V10_0);
+}
+
+#[test]
+fn qemu_7_2_without_privileges_goes_first_by_the_device() {
+    goes_first_without_privileges(Version::V7_2);
+}
+
+/// Found before the guest is stopped, and said at the source: a daemon that was never root cannot lend the device.
+#[test]
+fn faults_that_cannot_be_served_are_found_before_the_guest_stops() {
+    let sysctl = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    if sysctl.is_ok_and(|all| all.trim() == "1") {
+        return skipped("every process may serve page faults in the kernel here");
+    }
+    let world = World::tls_as(RunAs::Ambient);
+    let machine = Machine::new(Version::V10_0, 64, "rate=20 set=16");
+    let start = |name: &str, role| Qemu::start_unprivileged(&world.scratch, name, &machine, role);
+    let mut source = start("source", Role::Source);
+    source.serial.wait_filled();
+    let mut destination = start("destination", Role::Destination);
+    for mode in ["hybrid", "postcopy"] {
+        let begun = Instant::now();
+        let outcome = world.migrate(Side::A, "vm", &source, &destination, &["--mode", mode]);
+        outcome.failed_with(&[
+            "the destination cannot do post-copy",
+            "/dev/userfaultfd",
+            "vm.unprivileged_userfaultfd=1",
+            "--mode precopy",
+        ]);
+        let stopped = |event: &serde_json::Value| event["state"] == "completing";
+        assert!(!outcome.events.iter().any(stopped), "{:?}", outcome.events);
+        assert_stayed(&mut source, Some(&mut destination), begun);
+    }
+    // It may do without, and says that it will.
+    let options = ["--mode", "auto", "--allow-postcopy"];
+    let outcome = world.migrate(Side::A, "vm", &source, &destination, &options);
+    assert_eq!(outcome.completed()["mode"], "precopy");
+    let warned = |event: &serde_json::Value| {
+        let text = event["text"].as_str().unwrap_or_default();
+        event["event"] == "notice" && text.contains("/dev/userfaultfd")
+    };
+    assert!(outcome.events.iter().any(warned), "{:?}", outcome.events);
+    world
+        .daemon(Side::B)
+        .assert_logs(&["post-copy is not possible here"]);
+    assert_moved(&mut source, &mut destination);
+}
+
 #[test]
 fn root_without_a_user_keeps_no_more() {
     let world = World::tls_as(RunAs::Root);

@@ -65,12 +65,13 @@ pub(crate) struct Pull {
 }
 
 impl Pull {
-    /// Makes page faults in QEMU's RAM wait, and begins to serve them. `shares` has the stretches of each pager.
+    /// Makes page faults in QEMU's RAM wait, and begins to serve them. `shares` has the stretches of each pager, `device` is
+    /// the number of `/dev/userfaultfd` inside a QEMU that needs it.
     ///
     /// # Errors
     /// What is in the way; nothing is left behind.
     pub(crate) fn arm(
-        pid: i32,
+        (pid, device): (i32, Option<i32>),
         shares: Vec<Vec<Stretch>>,
         guest: Guest,
         lacking: Bitmap,
@@ -79,7 +80,7 @@ impl Pull {
         mark_all_but(&guest.received, &guest.specs, &lacking)?;
         let mut pagers = Vec::new();
         for stretches in shares {
-            match UffdPager::arm(pid, stretches, None) {
+            match UffdPager::arm(pid, stretches, device) {
                 Ok(pager) => pagers.push(pager),
                 Err(error) => {
                     let failure = pager_failure(&error);

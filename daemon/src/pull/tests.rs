@@ -135,7 +135,7 @@ impl Destination {
         let guest = self.memory.guest(received);
         let lacking = self.memory.lacking(lacking);
         let (pid, shares) = (self.target.pid(), self.shares(shares));
-        let pull = Pull::arm(pid, shares, guest, lacking, sender).unwrap();
+        let pull = Pull::arm((pid, None), shares, guest, lacking, sender).unwrap();
         (pull, events)
     }
 

@@ -2,10 +2,12 @@
 //!
 //! - [`discover`]: a running or waiting QEMU's version, process and RAMBlocks, or why it cannot be migrated.
 //! - [`settings`]: migration capabilities and parameters, set for the time of a migration and put back.
+//! - [`faults`]: whether its page faults can be served, and what it is lent for that.
 //! - [`outgoing`]: stop, save, resume at the source.
 //! - [`incoming`]: load, run at the destination.
 
 pub mod discover;
+pub mod faults;
 pub mod incoming;
 pub mod maps;
 mod memdev;

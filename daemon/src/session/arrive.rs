@@ -14,7 +14,7 @@ use pagecopy::engine::destination::{Destination, Input, Setup};
 use pagecopy::engine::event::State;
 use pagecopy::engine::journal::{Outcome, Postcopy, Record, Side, outcome, postcopy, standing_for};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Timeouts};
-use pagecopy::wire::{AbortCode, Message, Standing};
+use pagecopy::wire::{AbortCode, Message, Standing, capability};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -150,12 +150,16 @@ impl Visit {
 
     async fn receive(mut self, hello: Message) {
         let Message::Hello {
-            id, vm, host: from, ..
+            id,
+            vm,
+            host: from,
+            capabilities,
+            ..
         } = &hello
         else {
             return;
         };
-        let (id, vm) = (*id, vm.clone());
+        let (id, vm, offered) = (*id, vm.clone(), *capabilities);
         let who = format!("{from} ({})", self.peer.address);
         let Some(receiver) = self.service.store.receivers.get(&vm) else {
             let reason = format!(
@@ -188,9 +192,13 @@ impl Visit {
         let service = Arc::clone(&self.service);
         match prepare(&self.service, id, &receiver, &migration, &who).await {
             Ok((qmp, settings, journal, guest)) => {
+                let postcopy = match offered & capability::POSTCOPY {
+                    0 => Ok(()),
+                    _ => service.userfaultfd.try_out(&qmp, guest.pid).await,
+                };
                 let setup = Setup {
                     id,
-                    postcopy: true,
+                    postcopy,
                     host: self.service.config.name.clone(),
                     vm,
                     blocks: guest

@@ -116,7 +116,7 @@ pub(crate) fn setup(service: &Service, id: MigrationId, migration: &Migration) -
         vm: migration.shown().vm,
         blocks: Vec::new(),
         data_channels: 0,
-        postcopy: true,
+        postcopy: Ok(()),
         timeouts: Timeouts::default(),
     }
 }

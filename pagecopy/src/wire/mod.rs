@@ -137,6 +137,8 @@ pub enum Message {
         capabilities: u64,
         /// The destination daemon's name.
         host: String,
+        /// Why capabilities that were offered are not among them; empty where there is nothing to say.
+        reason: String,
     },
     /// Source → destination: these pages will come in round 0; allocate them.
     Populate(Vec<Run>),

@@ -70,7 +70,7 @@ messages! {
         verify: Flag,
         blocks: Blocks,
     };
-    2 Accept { version: u16, capabilities: u64, host: Name };
+    2 Accept { version: u16, capabilities: u64, host: Name, reason: Reason };
     3 Populate(runs: Runs);
     4 Zero(runs: Runs);
     5 Barrier { round: u32 };

@@ -63,8 +63,9 @@ fn samples() -> Vec<(Message, String)> {
                 version: 1,
                 capabilities: 1,
                 host: "b".into(),
+                reason: "no".into(),
             },
-            "0200 0100 0100000000000000 01000000 62".into(),
+            "0200 0100 0100000000000000 01000000 62 02000000 6e6f".into(),
         ),
         (
             Message::Populate(vec![run()]),
@@ -382,13 +383,14 @@ fn hello() -> impl Strategy<Value = Message> {
 fn with_payload() -> impl Strategy<Value = Message> {
     prop_oneof![
         hello(),
-        (any::<u16>(), any::<u64>(), name()).prop_map(|(version, capabilities, host)| {
-            Message::Accept {
+        (any::<u16>(), any::<u64>(), name(), "[a-zß]{0,50}").prop_map(
+            |(version, capabilities, host, reason)| Message::Accept {
                 version,
                 capabilities,
                 host,
+                reason,
             }
-        }),
+        ),
         runs().prop_map(Message::Populate),
         runs().prop_map(Message::Zero),
         vec(any::<u8>(), 1..2000).prop_map(|bytes| Message::DeviceState(bytes.into())),

@@ -118,7 +118,7 @@ impl Pair {
         let now = Time(1_000_000_000);
         let arriving = destination::Setup {
             id: ID,
-            postcopy: true,
+            postcopy: Ok(()),
             host: "beta".into(),
             vm: "guest".into(),
             blocks: blocks(pages),

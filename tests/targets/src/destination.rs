@@ -105,7 +105,7 @@ fn setup() -> Setup {
         blocks,
         data_channels: CHANNELS,
         id: words::ID,
-        postcopy: true,
+        postcopy: Ok(()),
         timeouts: Timeouts::default(),
     }
 }

@@ -234,6 +234,7 @@ impl World {
                 version: 1,
                 capabilities: if facts.offered { 3 } else { 1 },
                 host: "peer".to_owned(),
+                reason: "no".to_owned(),
             },
             2..=4 => Message::BarrierReached {
                 round: self.facts.round,

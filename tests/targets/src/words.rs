@@ -92,6 +92,7 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
             version: u16::arbitrary(input)? % 3,
             capabilities: u64::from(u8::arbitrary(input)? % 3),
             host: "peer".to_owned(),
+            reason: "no".to_owned(),
         },
         2 => Message::Populate(runs(input, false)?),
         3 => Message::Zero(runs(input, false)?),

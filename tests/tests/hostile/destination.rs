@@ -9,6 +9,7 @@ fn accept(version: u16, capabilities: u64) -> Message {
         version,
         capabilities,
         host: "mallory".to_owned(),
+        reason: String::new(),
     }
 }
 

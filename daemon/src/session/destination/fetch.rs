@@ -22,6 +22,7 @@ use crate::lane::{Lane, Told};
 use crate::pull::{FaultReport, Guest, Pull, PullEvent};
 use crate::qemu::Block;
 use crate::qemu::discover::track_failure;
+use crate::qemu::faults::take_back;
 use crate::qmp::Qmp;
 use crate::service::Service;
 use crate::session::arrive::{Visit, VisitParts};
@@ -130,6 +131,14 @@ impl Session {
         let (events, finished) = (self.fetch.sender.clone(), self.fetch.finished.clone());
         tokio::spawn(async move {
             let pagers = pagers(&qmp).await;
+            let device = match service.userfaultfd.lend(&qmp, pid).await {
+                Ok(device) => device,
+                Err(failure) => {
+                    // A session that has ended needs no word.
+                    let _ = finished.send(Done::Armed(Err(failure)));
+                    return;
+                }
+            };
             let armed = blocking(move || {
                 let received = service
                     .store
@@ -143,12 +152,14 @@ impl Session {
                     ram: memory.mapped,
                     received,
                 };
-                let mut pull = Pull::arm(pid, shares, guest, lacking, events)?;
+                let mut pull = Pull::arm((pid, device), shares, guest, lacking, events)?;
                 pull.start(channels)?;
                 Ok(pull)
             });
+            let armed = armed.await;
+            take_back(&qmp, device).await;
             // A session that has ended drops it.
-            let _ = finished.send(Done::Armed(armed.await));
+            let _ = finished.send(Done::Armed(armed));
         });
     }
 

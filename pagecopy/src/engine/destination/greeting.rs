@@ -29,7 +29,7 @@ impl Greeting {
                 core.greeted = true;
                 core.out.enter(State::Preparing);
                 let version = common_version(version_min, version_max)?;
-                let capabilities = common_capabilities(core, capabilities, verify)?;
+                let (capabilities, reason) = common_capabilities(core, capabilities, verify)?;
                 core.postcopy = capabilities & wire::capability::POSTCOPY != 0;
                 if vm != core.setup.vm {
                     return Err(unknown_vm(core, &vm));
@@ -41,6 +41,7 @@ impl Greeting {
                 Ok(Phase::Preparing(Preparing {
                     version,
                     capabilities,
+                    reason,
                 }))
             }
             Input::Message(message) => Err(core.out_of_place(&message, "nobody had said Hello")),
@@ -65,10 +66,19 @@ fn common_version(min: u16, max: u16) -> Result<u16, End> {
     Ok(version)
 }
 
-fn common_capabilities(core: &Core, theirs: u64, verify: bool) -> Result<u64, End> {
+/// What both sides can do, and why post-copy is not among it although the source would.
+fn common_capabilities(core: &mut Core, theirs: u64, verify: bool) -> Result<(u64, String), End> {
     let mut ours = wire::capability::VERIFY;
-    if core.setup.postcopy && core.setup.data_channels >= 2 && !verify {
-        ours |= wire::capability::POSTCOPY;
+    let mut reason = String::new();
+    match &core.setup.postcopy {
+        Ok(()) if core.setup.data_channels >= 2 && !verify => ours |= wire::capability::POSTCOPY,
+        Ok(()) => {}
+        Err(failure) if theirs & wire::capability::POSTCOPY != 0 => {
+            reason = format!("{}; what to do: {}", failure.what, failure.remedy);
+            core.out
+                .notice(format!("post-copy is not possible here: {reason}"));
+        }
+        Err(_) => {}
     }
     let common = theirs & ours;
     if verify && common & wire::capability::VERIFY == 0 {
@@ -76,7 +86,7 @@ fn common_capabilities(core: &Core, theirs: u64, verify: bool) -> Result<u64, En
             "the source wants to verify and says that it cannot",
         ));
     }
-    Ok(common)
+    Ok((common, reason))
 }
 
 fn incompatible(what: String) -> End {
@@ -158,6 +168,7 @@ fn mismatch(what: String) -> End {
 pub(super) struct Preparing {
     version: u16,
     capabilities: u64,
+    reason: String,
 }
 
 impl Preparing {
@@ -169,6 +180,7 @@ impl Preparing {
                     version: self.version,
                     capabilities: self.capabilities,
                     host,
+                    reason: self.reason,
                 });
                 core.out.enter(State::Migrating);
                 Ok(Phase::Receive(Receive::new(core)))

@@ -20,8 +20,8 @@ pub struct Setup {
     pub blocks: Vec<BlockSpec>,
     /// Number of data channels that the connection has.
     pub data_channels: u16,
-    /// Whether the guest may run here before its memory is here.
-    pub postcopy: bool,
+    /// Whether the guest may run here before its memory is here, or why not: the source is told.
+    pub postcopy: Result<(), Failure>,
     /// How long to wait for what.
     pub timeouts: Timeouts,
 }

@@ -25,7 +25,7 @@ fn ram(name: &str, mib: u64) -> BlockSpec {
 fn setup(blocks: Vec<BlockSpec>) -> Setup {
     Setup {
         id: MigrationId([3; 16]),
-        postcopy: true,
+        postcopy: Ok(()),
         host: "beta".into(),
         vm: "guest".into(),
         blocks,

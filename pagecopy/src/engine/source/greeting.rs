@@ -43,9 +43,17 @@ impl Greeting {
                 version,
                 capabilities,
                 host: _,
+                reason,
             }) => {
-                check_accept(core, version, capabilities)?;
-                core.agree_on_postcopy(capabilities & wire::capability::POSTCOPY != 0);
+                check_accept(core, version, capabilities, &reason)?;
+                let can = capabilities & wire::capability::POSTCOPY != 0;
+                if !can && offered(core) & wire::capability::POSTCOPY != 0 {
+                    core.out.notice(format!(
+                        "the guest will not go first, whatever it writes: {}",
+                        cannot(&reason)
+                    ));
+                }
+                core.agree_on_postcopy(can);
                 core.out.push(Output::Attach);
                 let deadline = core.now.after(core.setup.timeouts.stall);
                 Ok(Phase::Attaching(Attaching { deadline }))
@@ -92,7 +100,7 @@ fn offered(core: &Core) -> u64 {
     }
 }
 
-fn check_accept(core: &Core, version: u16, capabilities: u64) -> Result<(), End> {
+fn check_accept(core: &Core, version: u16, capabilities: u64, reason: &str) -> Result<(), End> {
     if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
         return Err(End::protocol(format!(
             "the destination chose version {version}, which was not offered"
@@ -118,14 +126,22 @@ fn check_accept(core: &Core, version: u16, capabilities: u64) -> Result<(), End>
         return Err(End::new(
             AbortCode::Incompatible,
             Failure::new(
-                Fault::Operator,
-                "the hosts cannot do post-copy for this guest",
-                "migrate with --mode precopy; or use two data channels or more and no --verify, and see the destination's log \
-                 for what it lacks",
+                Fault::PeerHost,
+                cannot(reason),
+                "see to that at the destination, or migrate with --mode precopy",
             ),
         ));
     }
     Ok(())
+}
+
+/// The destination has said that it cannot do post-copy, and perhaps why.
+fn cannot(reason: &str) -> String {
+    if reason.is_empty() {
+        return "the destination cannot do post-copy for this guest, and does not say why"
+            .to_owned();
+    }
+    format!("the destination cannot do post-copy for this guest: {reason}")
 }
 
 /// QEMU is being attached to.

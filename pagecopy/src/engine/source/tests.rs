@@ -7,7 +7,7 @@ mod postcopy;
 use std::time::Duration;
 
 use super::{Input, Mode, Options, Output, Resolution, Setup, Source};
-use crate::engine::event::State;
+use crate::engine::event::{Report, State};
 use crate::engine::journal::{Outcome, Postcopy, Record};
 use crate::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
 use crate::memory::{BlockId, BlockSpec, Run};
@@ -50,6 +50,7 @@ fn path() -> Vec<(&'static str, Vec<Input>)> {
         version: 1,
         capabilities: 1,
         host: "beta".into(),
+        reason: String::new(),
     };
     let scanned = |populated| Input::Scanned {
         dirty: Vec::new(),
@@ -379,6 +380,7 @@ fn with_direct_io_no_page_is_read_before_the_disk_is_still() {
         version: 1,
         capabilities: 1,
         host: "beta".into(),
+        reason: String::new(),
     };
     source.handle(NOW, Input::Message(accept));
     let populated = vec![Run {

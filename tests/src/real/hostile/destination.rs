@@ -142,6 +142,7 @@ impl HostileDestination {
             version: 1,
             capabilities: 1,
             host: "mallory".to_owned(),
+            reason: String::new(),
         };
         self.say(0, &accept).expect("the source listens");
     }

@@ -133,7 +133,7 @@ impl DestinationSide {
             )),
             setup: Setup {
                 id,
-                postcopy: true,
+                postcopy: Ok(()),
                 host: "destination".into(),
                 vm: "guest".into(),
                 blocks: ram.specs(),

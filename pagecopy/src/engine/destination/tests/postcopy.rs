@@ -363,3 +363,24 @@ fn a_guest_that_is_being_started_is_fetched_for() {
     assert!(outputs(&mut destination).contains(&Output::Send(Message::Running)));
     assert_eq!(destination.state(), State::Migrating);
 }
+
+/// The source is told why, and nothing of post-copy is taken from it.
+#[test]
+fn a_destination_that_cannot_says_why_when_it_accepts() {
+    let mut setup = setup(vec![ram("a", 8)]);
+    setup.data_channels = 2;
+    setup.postcopy = Err(Failure::new(Fault::ThisHost, "no device", "open it"));
+    let mut destination = Destination::new(setup, NOW);
+    destination.handle(NOW, Input::Message(hello(vec![ram("a", 8)])));
+    destination.handle(NOW, Input::Prepared);
+    let outputs = outputs(&mut destination);
+    let accept = Message::Accept {
+        version: VERSION_MAX,
+        capabilities: crate::wire::capability::VERIFY,
+        host: "beta".into(),
+        reason: "no device; what to do: open it".into(),
+    };
+    assert!(outputs.contains(&Output::Send(accept)), "{outputs:?}");
+    destination.handle(NOW, lacking(vec![5]));
+    assert_eq!(phase(&destination), "Aborting");
+}

@@ -23,10 +23,15 @@ fn runs() -> Vec<Run> {
 }
 
 fn accept() -> Input {
+    accept_with(3, "")
+}
+
+fn accept_with(capabilities: u64, reason: &str) -> Input {
     Input::Message(Message::Accept {
         version: 1,
-        capabilities: 3,
+        capabilities,
         host: "beta".into(),
+        reason: reason.into(),
     })
 }
 
@@ -239,4 +244,31 @@ fn it_is_offered_only_where_it_is_wanted_and_can_be() {
     assert!(offers(auto(true), false, 2) && offers(Mode::Postcopy, false, 2));
     assert!(!offers(auto(false), false, 2) && !offers(Mode::Precopy, false, 2));
     assert!(!offers(auto(true), true, 2) && !offers(auto(true), false, 1));
+}
+
+/// A destination that cannot serve page faults says so before anything else happens.
+#[test]
+fn what_the_destination_cannot_is_refused_or_done_without() {
+    for mode in [
+        Mode::Postcopy,
+        Mode::Hybrid(crate::engine::source::After::Auto),
+    ] {
+        let mut source = Source::new(setup_of(mode), Time(0));
+        source.handle(NOW, accept_with(1, "no device; what to do: open it"));
+        let asked = outputs(&mut source);
+        assert!(!asked.contains(&Output::Attach), "{asked:?}");
+        let failure = asked.iter().find_map(|output| match output {
+            Output::Finished(finished) => finished.failure.clone(),
+            _ => None,
+        });
+        let failure = failure.unwrap();
+        assert!(failure.what.ends_with("no device; what to do: open it"));
+        assert!(failure.remedy.contains("--mode precopy"), "{failure:?}");
+    }
+    let mut source = Source::new(setup_of(Mode::Auto { postcopy: true }), Time(0));
+    source.handle(NOW, accept_with(1, "no device"));
+    let asked = outputs(&mut source);
+    assert!(asked.contains(&Output::Attach));
+    let warned = |output: &Output| matches!(output, Output::Report(Report::Notice { text }) if text.ends_with("no device"));
+    assert!(asked.iter().any(warned), "{asked:?}");
 }
