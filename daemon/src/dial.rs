@@ -9,6 +9,7 @@ use transport::{Address, Channel, Error, Greeting, Peer, Regions, Security};
 use uuid::Uuid;
 
 use crate::failure::{Failure, Fault, host, operator};
+use crate::names;
 use crate::session::link_failure;
 
 /// How long making one channel may take.
@@ -21,6 +22,8 @@ pub struct Target {
     pub to: String,
     /// TLS or not.
     pub security: Security,
+    /// Who is meant: a peer with one of these names. None: whoever is let in.
+    pub names: Vec<String>,
 }
 
 /// The addresses that `HOST:PORT` (or `unix:PATH`) stands for. HOST may be a name, an IPv4 address or an IPv6 address in
@@ -100,11 +103,15 @@ pub async fn dial(
 ) -> Result<(Vec<Box<dyn Channel>>, Peer), Failure> {
     let addresses = resolve(&target.to).await?;
     let (security, regions, to) = (target.security.clone(), regions.clone(), target.to.clone());
+    let names = target.names.clone();
     let task = tokio::task::spawn_blocking(move || {
         let mut failure = None;
         for address in addresses {
             match dial_one(&address, &security, channels(&address), &regions) {
-                Ok(connection) => return Ok(connection),
+                Ok((channels, peer)) if names::includes(&names, &peer) => {
+                    return Ok((channels, peer));
+                }
+                Ok((_, peer)) => return Err(another(&to, &names, &peer)),
                 // Another of the name's addresses may be the one that is listened on; a refusal is an answer.
                 Err(error @ Error::Io { .. }) => failure = Some(error),
                 Err(error) => {
@@ -122,6 +129,19 @@ pub async fn dial(
     });
     task.await
         .map_err(|error| host(error.to_string(), "report this"))?
+}
+
+/// Who listens is let in, and is not the one that the migration was begun with.
+fn another(to: &str, names: &[String], peer: &Peer) -> Failure {
+    operator(
+        format!(
+            "{to} is not the host that the migration was begun with: its certificate says {}, and not {}",
+            peer.names.join(", "),
+            names.join(" or ")
+        ),
+        "check the address (`pagecopy recover ID --to HOST:PORT` gives another), or give pagecopyd there the certificate back with \
+         which the migration began, or one with the same DNS name",
+    )
 }
 
 /// Makes a connection of a control channel alone, to ask what became of a migration.

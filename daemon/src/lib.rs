@@ -12,6 +12,7 @@ pub mod lane;
 pub mod limits;
 mod listener;
 pub mod migrations;
+mod names;
 mod nic;
 pub mod privilege;
 pub mod pull;

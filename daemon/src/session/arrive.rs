@@ -1,33 +1,30 @@
 //! A peer has connected: its first message says what it wants.
 //!
-//! `Hello`: a guest wants to come. `Query`: a source that lost its connection asks what became of a migration; it is
-//! answered from the journal, and a session that still serves the migration is ended first, unless it has committed.
-//! `Withdrawn`: the source's operator has taken the guest back.
+//! `Hello`: a guest wants to come. With anything else a source comes back to a migration that is known here (`answer.rs`).
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 #[cfg(feature = "steps")]
 use pagecopy::engine::destination::Output;
 use pagecopy::engine::destination::{Destination, Input, Setup};
-use pagecopy::engine::event::State;
-use pagecopy::engine::journal::{Outcome, Postcopy, Record, Side, outcome, postcopy, standing_for};
+use pagecopy::engine::journal::{Record, Side};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Timeouts};
 use pagecopy::wire::{AbortCode, Message, Standing, capability};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-use tokio::sync::oneshot;
 use tokio::time::timeout;
 use transport::{Channel, Peer, Regions};
 use uuid::Uuid;
 
-use super::destination::{Parts, Session, has_its_qemu};
+use super::answer::{self, Asked};
+use super::destination::{Parts, Session};
 use super::{Clock, held, journal_failure, resume};
-use crate::failure::{Shown, host};
+use crate::failure::Shown;
 use crate::lane::control::Control;
 use crate::lane::{Lane, LaneEvent, Told};
-use crate::limits::{ASKING_PAUSE, FIRST_MESSAGE};
-use crate::migrations::{Migration, Request};
+use crate::limits::FIRST_MESSAGE;
+use crate::migrations::Migration;
+use crate::names;
 use crate::qemu::discover;
 use crate::qemu::settings::{Role, Settings};
 use crate::qmp::Qmp;
@@ -35,9 +32,6 @@ use crate::quota::Share;
 use crate::service::Service;
 use crate::store::Receiver;
 use crate::sys;
-
-/// How long a session that was told to end may take to.
-const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// A connection whose channels are all there.
 pub(crate) struct Connection {
@@ -57,11 +51,11 @@ pub(crate) struct Connection {
 
 /// A peer, as far as it is served before a session takes over.
 pub(crate) struct Visit {
-    service: Arc<Service>,
-    control: Lane<Message>,
-    events: UnboundedReceiver<Told>,
-    peer: Peer,
-    places: Vec<Share>,
+    pub(super) service: Arc<Service>,
+    pub(super) control: Lane<Message>,
+    pub(super) events: UnboundedReceiver<Told>,
+    pub(super) peer: Peer,
+    pub(super) places: Vec<Share>,
     data: Vec<Box<dyn Channel>>,
     regions: Regions,
 }
@@ -141,7 +135,7 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
 
 impl Visit {
     /// Tells the peer why not, and closes.
-    fn refuse(self, code: AbortCode, reason: String) {
+    pub(super) fn refuse(self, code: AbortCode, reason: String) {
         tracing::warn!(peer = self.peer.address, ?code, reason, "refused");
         let reason = format!("{}: {reason}", self.service.config.name);
         self.control.give(Message::Abort { code, reason });
@@ -190,7 +184,11 @@ impl Visit {
         tracing::info!(id = %Uuid::from_bytes(id.0), vm, from = who, "a guest wants to come");
         let over = Over(Arc::clone(&migration));
         let service = Arc::clone(&self.service);
-        match prepare(&self.service, id, &receiver, &migration, &who).await {
+        let from = Origin {
+            shown: &who,
+            names: names::of(&service.config, &self.peer),
+        };
+        match prepare(&self.service, id, &receiver, &migration, from).await {
             Ok((qmp, settings, journal, guest)) => {
                 let postcopy = match offered & capability::POSTCOPY {
                     0 => Ok(()),
@@ -256,75 +254,6 @@ impl Visit {
         resume::take_up_again(&service, id);
     }
 
-    /// Answers a source's questions, for as long as it asks.
-    async fn answer(mut self, first: Asked) {
-        let mut asked = Some(first);
-        loop {
-            if let Some(asked) = asked.take() {
-                let id = asked.id();
-                if !matches!(asked, Asked::Serve(_)) {
-                    end_uncommitted(&self.service, id).await;
-                }
-                let mut standing = standing(&self.service, id);
-                tracing::info!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, ?asked, ?standing, "a source asks");
-                // It is being started, or the disk has refused that it runs: with post-copy QEMU may not be able to say so
-                // before the source serves what the guest lacks.
-                if standing == Standing::Committed && is_starting_postcopy(&self.service, id) {
-                    standing = Standing::Running;
-                }
-                if let Asked::Serve(id) = asked {
-                    if let Some(fetching) = fetching(&self.service, id) {
-                        // If it is over by now, the connection ends and the source comes again.
-                        self.places.clear();
-                        fetching.request(Request::Serve(Box::new(self)));
-                        return;
-                    }
-                    if is_whole(&self.service, id) {
-                        self.control.give(Message::Whole { id });
-                        continue;
-                    }
-                }
-                if standing == Standing::Committed
-                    && let Some(held) = held(&self.service, id)
-                {
-                    match asked {
-                        // If it is over by now, the connection ends and the source asks again.
-                        Asked::Query(_) | Asked::Serve(_) => {
-                            held.request(Request::Serve(Box::new(self)));
-                            return;
-                        }
-                        Asked::Withdrawn(_) => standing = withdraw(&held).await,
-                    }
-                }
-                if standing == Standing::Running && matches!(asked, Asked::Withdrawn(_)) {
-                    tracing::error!(id = %Uuid::from_bytes(id.0), "TWO GUESTS MAY RUN: the guest runs here, and the source's \
-                        operator has taken it back: stop one of the two at once");
-                }
-                self.control.give(Message::Answer { id, standing });
-            }
-            let Ok(told) = timeout(ASKING_PAUSE, self.events.recv()).await else {
-                let reason = "no question has come for too long".to_owned();
-                return self.refuse(AbortCode::TimedOut, reason);
-            };
-            match told.map(Told::take) {
-                Some(LaneEvent::Message(Message::Query { id })) => asked = Some(Asked::Query(id)),
-                Some(LaneEvent::Message(Message::Withdrawn { id })) => {
-                    asked = Some(Asked::Withdrawn(id));
-                }
-                Some(LaneEvent::Message(Message::Closed)) => {
-                    close_journal(&self.service, first.id());
-                    return self.control.close();
-                }
-                Some(LaneEvent::Message(Message::Ping { nonce })) => {
-                    self.control.give(Message::Pong { nonce })
-                }
-                Some(LaneEvent::Message(_)) => {}
-                Some(LaneEvent::Misbehaved(what)) => return self.refuse(AbortCode::Protocol, what),
-                _ => return,
-            }
-        }
-    }
-
     /// The last answer of a visit.
     pub(crate) fn answer_and_close(self, id: MigrationId, standing: Standing) {
         self.control.give(Message::Answer { id, standing });
@@ -338,7 +267,7 @@ impl Visit {
 
     /// As the journal says it; the last answer of a visit.
     pub(crate) fn answer_from_journal(self, id: MigrationId) {
-        let standing = standing(&self.service, id);
+        let standing = answer::standing(&self.service, id);
         self.answer_and_close(id, standing);
     }
 
@@ -353,13 +282,21 @@ impl Visit {
     }
 }
 
+/// Where a guest comes from.
+struct Origin<'a> {
+    /// For people.
+    shown: &'a str,
+    /// By which names it was let in.
+    names: Vec<String>,
+}
+
 /// Makes QEMU ready, and begins the journal.
 async fn prepare(
     service: &Service,
     id: MigrationId,
     receiver: &Receiver,
     migration: &Migration,
-    from: &str,
+    from: Origin<'_>,
 ) -> Result<Prepared, Failure> {
     let qmp = Arc::new(Qmp::connect(&receiver.qmp).await?);
     let guest = discover::destination(&qmp).await?;
@@ -368,7 +305,8 @@ async fn prepare(
         side: Side::Destination,
         vm: receiver.vm.clone(),
         qmp: receiver.qmp.display().to_string(),
-        peer: from.to_owned(),
+        peer: from.shown.to_owned(),
+        names: from.names,
     };
     let settings = Settings::read(&qmp, Role::Destination).await?;
     let journals = &service.store.journals;
@@ -396,70 +334,6 @@ async fn prepare(
     Ok((qmp, settings, journal, guest))
 }
 
-/// What a source came to say about a migration.
-#[derive(Clone, Copy, Debug)]
-enum Asked {
-    /// What became of it?
-    Query(MigrationId),
-    /// Its memory, of which the guest here lacks some, is served on this connection.
-    Serve(MigrationId),
-    /// Its operator has taken the guest back.
-    Withdrawn(MigrationId),
-}
-
-impl Asked {
-    fn id(self) -> MigrationId {
-        match self {
-            Asked::Query(id) | Asked::Serve(id) | Asked::Withdrawn(id) => id,
-        }
-    }
-}
-
-/// The session that fetches the memory of a guest in post-copy; one is begun if a daemon before this one has left it.
-fn fetching(service: &Arc<Service>, id: MigrationId) -> Option<Arc<Migration>> {
-    match live(service, id) {
-        Some(migration) => Some(migration).filter(|it| it.shown().state != State::InDoubt),
-        None => {
-            let records = service.store.journals.read(id, Side::Destination);
-            resume::take_up(service, id, &records.ok().flatten()?)
-        }
-    }
-}
-
-/// Whether a session starts a guest that went first, and its QEMU is there.
-fn is_starting_postcopy(service: &Service, id: MigrationId) -> bool {
-    let records = service.store.journals.read(id, Side::Destination);
-    let open = records.is_ok_and(|records| {
-        records
-            .is_some_and(|records| postcopy(&records) == Postcopy::Open && has_its_qemu(&records))
-    });
-    open && live(service, id).is_some_and(|it| it.shown().state != State::InDoubt)
-}
-
-/// Whether a guest that went first needs nothing more of its source.
-fn is_whole(service: &Service, id: MigrationId) -> bool {
-    let records = service.store.journals.read(id, Side::Destination);
-    records.is_ok_and(|records| records.is_some_and(|records| postcopy(&records) == Postcopy::Over))
-}
-
-/// Who keeps the committed guest that no session serves; `None` while a session runs it.
-fn held(service: &Arc<Service>, id: MigrationId) -> Option<Arc<Migration>> {
-    match live(service, id) {
-        Some(migration) => Some(migration).filter(|it| it.shown().state == State::InDoubt),
-        None => {
-            let records = service.store.journals.read(id, Side::Destination);
-            held::take_up(service, id, &records.ok().flatten()?)
-        }
-    }
-}
-
-async fn withdraw(held: &Migration) -> Standing {
-    let (reply, heard) = oneshot::channel();
-    held.request(Request::Withdrawn(reply));
-    // Without an answer it is being decided at this moment: the source says it again.
-    heard.await.unwrap_or(Standing::Committed)
-}
-
 type Prepared = (
     Arc<Qmp>,
     Settings,
@@ -473,68 +347,5 @@ pub(crate) struct Over(pub(crate) Arc<Migration>);
 impl Drop for Over {
     fn drop(&mut self) {
         self.0.over();
-    }
-}
-
-/// The session that serves the migration at this side, if one does.
-fn live(service: &Service, id: MigrationId) -> Option<Arc<Migration>> {
-    service
-        .migrations
-        .side(Uuid::from_bytes(id.0), Side::Destination)
-        .filter(|migration| !migration.is_over())
-}
-
-/// A source that asks has lost its connection: a session that has not committed has nothing to wait for.
-async fn end_uncommitted(service: &Service, id: MigrationId) {
-    let Some(migration) = live(service, id) else {
-        return;
-    };
-    // The engine takes this as a lost link: before the commit it gives up, after it nothing changes.
-    migration.request(Request::Disconnect);
-    let records = service
-        .store
-        .journals
-        .read(id, Side::Destination)
-        .ok()
-        .flatten();
-    let undecided = records.is_none_or(|records| outcome(&records) == Outcome::Open);
-    if undecided && timeout(END_LIMIT, migration.wait_over()).await.is_err() {
-        tracing::warn!(id = %Uuid::from_bytes(id.0), "the session that was asked about does not end");
-    }
-}
-
-/// What the journal says. An open one that no session serves is aborted first, for good.
-fn standing(service: &Service, id: MigrationId) -> Standing {
-    let journals = &service.store.journals;
-    let read = || {
-        let records = journals.read(id, Side::Destination)?;
-        let open = records
-            .as_ref()
-            .is_some_and(|records| outcome(records) == Outcome::Open);
-        if open && live(service, id).is_none() {
-            let mut journal = journals.reopen(id, Side::Destination)?;
-            journal.append(&Record::Aborted)?;
-            return Ok(standing_for(Some(journal.records())));
-        }
-        Ok(standing_for(records.as_deref()))
-    };
-    read().unwrap_or_else(|error: std::io::Error| {
-        let failure = host(format!("the journal cannot be read: {error}"), "see to the disk under state-dir");
-        tracing::error!(id = %Uuid::from_bytes(id.0), failure = %Shown(&failure), "a source asks and cannot be told");
-        Standing::Unknown
-    })
-}
-
-fn close_journal(service: &Service, id: MigrationId) {
-    let journals = &service.store.journals;
-    let close = || {
-        let mut journal = journals.reopen(id, Side::Destination)?;
-        if outcome(journal.records()) == Outcome::Here {
-            journal.append(&Record::Closed)?;
-        }
-        Ok::<(), std::io::Error>(())
-    };
-    if let Err(error) = close() {
-        tracing::warn!(id = %Uuid::from_bytes(id.0), %error, "the journal could not be closed");
     }
 }

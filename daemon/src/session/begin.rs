@@ -24,6 +24,7 @@ use crate::api::types::{MigrationRequest, Mode};
 use crate::dial::{Target, dial};
 use crate::failure::{host, operator};
 use crate::migrations::{Migration, Request};
+use crate::names;
 use crate::nic::{POSTCOPY_CHANNELS, default_channels};
 use crate::qemu::discover::{self, map_ram, track_failure};
 use crate::qemu::settings::{Role, Settings};
@@ -193,9 +194,10 @@ async fn look(service: &Service, request: &MigrationRequest) -> Result<Looked, F
     let qmp = Arc::new(Qmp::connect(&request.qmp).await?);
     let guest = discover::source(&qmp).await?;
     let memory = memory(&guest)?;
-    let target = Target {
+    let mut target = Target {
         to: request.to.clone(),
         security: service.security.clone(),
+        names: Vec::new(),
     };
     let wanted = request.channels;
     let least = match mode(request, service.config.allow_postcopy) {
@@ -205,6 +207,8 @@ async fn look(service: &Service, request: &MigrationRequest) -> Result<Looked, F
     let with_control =
         move |address: &Address| wanted.unwrap_or_else(|| default_channels(address).max(least)) + 1;
     let (channels, peer) = dial(&target, with_control, &memory.regions).await?;
+    // Whoever is connected to later must be the same.
+    target.names = names::of(&service.config, &peer);
     let data_channels = u16::try_from(channels.len().saturating_sub(1)).unwrap_or(u16::MAX);
     tracing::info!(
         vm = request.vm, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),
@@ -247,6 +251,7 @@ impl Looked {
             vm: request.vm.clone(),
             qmp: request.qmp.display().to_string(),
             peer: request.to.clone(),
+            names: self.target.names.clone(),
         };
         let journals = &service.store.journals;
         let settings = Settings::read(&self.qmp, Role::Source).await?;

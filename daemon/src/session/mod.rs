@@ -3,6 +3,7 @@
 //! A session is one task. Whatever takes time is done elsewhere and comes back as an input: QEMU's orders in tasks, the
 //! pages in the lanes' threads, scans and journal records in a worker thread each, which keeps their order.
 
+mod answer;
 pub(crate) mod arrive;
 pub(crate) mod begin;
 mod destination;

@@ -30,6 +30,7 @@ use super::{Clock, blocking, held, resume, telling};
 use crate::dial::Target;
 use crate::failure::{Shown, host};
 use crate::migrations::{Finished, Migration};
+use crate::names;
 use crate::pull::pager_failure;
 use crate::qemu::discover;
 use crate::qemu::settings::Settings;
@@ -109,6 +110,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
     let target = Target {
         to: peer.clone(),
         security: service.security.clone(),
+        names: names::recorded(records).to_owned(),
     };
     let cared_for = !needs_care(service, id, records);
     let depends = postcopy(records) == Postcopy::Open;
@@ -376,6 +378,7 @@ mod tests {
             vm: "web".into(),
             qmp: qmp.into(),
             peer: "b:1".into(),
+            names: Vec::new(),
         };
         (id, side, [&[begun], records].concat())
     }

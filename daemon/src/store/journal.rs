@@ -254,6 +254,7 @@ mod tests {
             vm: "web".into(),
             qmp: "/run/qmp".into(),
             peer: "192.0.2.1:7070".into(),
+            names: Vec::new(),
         }
     }
 

@@ -107,7 +107,7 @@ pub(super) enum AtSource {
 /// See [`AtSource`].
 pub(super) fn at_source(resolution: Resolution, answer: Option<Standing>) -> AtSource {
     use Resolution::{Abandon, ResumeHere, RunHere};
-    use Standing::{Aborted, Committed, NoJournal, Running, Unknown};
+    use Standing::{Aborted, Committed, Foreign, NoJournal, Running, Unknown};
     match (resolution, answer) {
         (RunHere { .. }, _) => AtSource::Refused(refuse(
             "this is the source of the migration: the guest is stopped here and may run at the destination",
@@ -136,6 +136,12 @@ pub(super) fn at_source(resolution: Resolution, answer: Option<Standing>) -> AtS
             "the destination's pagecopyd answers, and has not decided: it may still run the guest",
             "ask again in a moment. If its log says that the journal cannot be read, end its pagecopyd and its QEMU for \
              good, then decide here",
+        )),
+        (_, Some(Foreign)) => AtSource::Refused(refuse(
+            "the destination's pagecopyd answers, and does not take this host for the one that the guest came from: it may run \
+             the guest",
+            "give pagecopyd the certificate back with which the migration began, or one with the same DNS name. Or end the \
+             destination's pagecopyd and its QEMU for good, then decide here",
         )),
         (ResumeHere { peer_fenced: true } | Abandon, None | Some(NoJournal)) => AtSource::Granted,
         (ResumeHere { peer_fenced: false }, None | Some(NoJournal)) => {
@@ -227,6 +233,7 @@ mod tests {
             Some(Standing::Unknown),
             Some(Standing::Committed),
             Some(Standing::NoJournal),
+            Some(Standing::Foreign),
         ];
         let outcome = |resolution, answer| match at_source(resolution, answer) {
             AtSource::Granted => "granted",
@@ -243,6 +250,7 @@ mod tests {
                 "agreed",
                 "refused",
                 "refused",
+                "refused",
                 "refused"
             ]
         );
@@ -254,7 +262,8 @@ mod tests {
                 "agreed",
                 "refused",
                 "refused",
-                "granted"
+                "granted",
+                "refused"
             ]
         );
         assert_eq!(
@@ -265,12 +274,13 @@ mod tests {
                 "overruled",
                 "refused",
                 "refused",
-                "granted"
+                "granted",
+                "refused"
             ]
         );
         assert_eq!(
             row(Resolution::RunHere { peer_fenced: true }),
-            ["refused"; 6]
+            ["refused"; 7]
         );
     }
 }

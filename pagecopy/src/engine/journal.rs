@@ -47,6 +47,9 @@ pub enum Record {
         qmp: String,
         /// The peer's address (source: where to reconnect; destination: for people).
         peer: String,
+        /// The names by which the peer was let in: whoever speaks for it later has one of them. None without TLS.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        names: Vec<String>,
     },
     /// Source: from here on `Commit` may have been sent. After a crash the guest is not resumed before the destination
     /// was asked.
@@ -294,6 +297,7 @@ mod tests {
             vm: "web\n1".into(),
             qmp: "/run/qmp".into(),
             peer: "192.0.2.1:7000".into(),
+            names: vec!["alpha.example".into()],
         }
     }
 

@@ -94,16 +94,19 @@ pub enum Standing {
     Committed = 4,
     /// There is no journal of it here.
     NoJournal = 5,
+    /// It came from another peer than the one that asks. Ask again, when certificates have been seen to.
+    Foreign = 6,
 }
 
 impl Standing {
     /// Every standing.
-    pub const ALL: [Standing; 5] = [
+    pub const ALL: [Standing; 6] = [
         Standing::Running,
         Standing::Aborted,
         Standing::Unknown,
         Standing::Committed,
         Standing::NoJournal,
+        Standing::Foreign,
     ];
 }
 

@@ -297,7 +297,7 @@ fn figures_outside_their_rules_are_refused() {
             "1500 0100 01040000".into(),
             "reason is 1025, above its limit of 1024",
         ),
-        (format!("1400 {ID_HEX} 06"), "no such standing"),
+        (format!("1400 {ID_HEX} 07"), "no such standing"),
         (
             "1700 0000 0000000000000000 00000000".into(),
             "a piece of a bitmap is not empty",

@@ -131,6 +131,7 @@ impl Pair {
             vm: "guest".into(),
             qmp: "/qmp".into(),
             peer: "peer".into(),
+            names: Vec::new(),
         };
         let mut pair = Pair {
             now,

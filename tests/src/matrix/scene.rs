@@ -82,16 +82,17 @@ impl Scene {
             Some(memory) => machine().with_backing(&Backing::TmpfsAt(memory.path().to_owned())),
         };
         let mut destination = Qemu::start(&scratch, "destination", &waiting, Role::Destination);
+        // Half of the cells over TLS: which, is a matter of the cell, so that a replay is the same.
+        let tls = cell.to_string().len().is_multiple_of(2);
         let (vm, host) = match disk {
             None => ("vm".to_owned(), "a".to_owned()),
-            Some(_) => names_that_fill(destination.socket(), cell.records_before()),
+            Some(_) => names_that_fill(destination.socket(), cell.records_before(), tls),
         };
         let steps = [Side::A, Side::B].map(|side| {
             let socket = scratch.files().join(format!("steps-{}", side.name()));
             Steps::listen(&socket, &holds(&cell, side))
         });
-        // Half of the cells over TLS: which, is a matter of the cell, so that a replay is the same.
-        let trust = if cell.to_string().len().is_multiple_of(2) {
+        let trust = if tls {
             certified(&scratch)
         } else {
             [Trust::Plaintext, Trust::Plaintext]
@@ -188,7 +189,7 @@ fn holds(cell: &Cell, side: Side) -> Vec<String> {
 
 /// Names of the guest and of the source's host so long that in the destination's journal the first record after `taken`
 /// others begins a block that a full disk does not have.
-fn names_that_fill(qmp: &Path, taken: usize) -> (String, String) {
+fn names_that_fill(qmp: &Path, taken: usize, tls: bool) -> (String, String) {
     let records = [Record::Committed, Record::Running, Record::Closed];
     let lengths: Vec<usize> = records.iter().map(|record| encode(record).len()).collect();
     let room = lengths[..taken].iter().sum::<usize>() + lengths[taken] / 2;
@@ -201,6 +202,7 @@ fn names_that_fill(qmp: &Path, taken: usize) -> (String, String) {
             vm: vm.to_owned(),
             qmp: qmp.display().to_string(),
             peer: format!("{host} (10.77.0.1:40000)"),
+            names: tls.then(|| Side::A.name().to_owned()).into_iter().collect(),
         })
         .len()
     };

@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod another;
 mod destination;
 mod source;
 

@@ -4,7 +4,7 @@
 //! ```text
 //! Connecting ──▶ Asking ──▶ Running: record it, done        Aborted: take the guest back
 //!     ▲  ▲          │
-//!     │  └─ Waiting ◀┘  Unknown, Committed, NoJournal, no answer, no connection
+//!     │  └─ Waiting ◀┘  Unknown, Committed, NoJournal, Foreign, no answer, no connection
 //!     │        │
 //!     │      Silent: the operator's word is being recorded; from here on nothing is asked, for the destination runs a
 //!     │        │     committed guest when it is asked
@@ -169,6 +169,7 @@ impl InDoubt {
             Some(Standing::NoJournal) => core
                 .out
                 .notice("the destination's pagecopyd knows nothing of this migration"),
+            Some(Standing::Foreign) => core.out.notice(foreign()),
             None => {}
         }
         match self.wish.map(|wish| (wish, doubt::at_source(wish, answer))) {
@@ -264,6 +265,12 @@ impl InDoubt {
             Contact::Asking { deadline: at } | Contact::Waiting { until: at } => Some(at),
         }
     }
+}
+
+/// The names in the certificates do not fit any more.
+pub(super) fn foreign() -> &'static str {
+    "the destination does not take this host for the one that the guest came from: give pagecopyd the certificate back with \
+     which the migration began, or one with the same DNS name"
 }
 
 fn taken_back() -> End {

@@ -13,13 +13,14 @@ use std::time::Duration;
 
 use super::commit::refuse_cancel;
 use super::core::{Core, millis};
+use super::in_doubt::foreign;
 use super::interface::{Input, Output, Resolution};
 use super::reasons::by_peer;
 use super::{Phase, Step};
 use crate::engine::event::{Report, State};
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
-use crate::wire::Message;
+use crate::wire::{Message, Standing};
 
 /// The memory is served.
 #[derive(Debug)]
@@ -145,7 +146,10 @@ impl Serving {
                 core.out.enter(State::Migrating);
             }
             Message::Answer { standing, .. } if matches!(self.contact, Contact::Asked { .. }) => {
-                let why = format!("it does not take the guest up yet ({standing:?})");
+                let why = match standing {
+                    Standing::Foreign => foreign().to_owned(),
+                    _ => format!("it does not take the guest up yet ({standing:?})"),
+                };
                 self.lost(core, &why);
             }
             Message::Ping { nonce } => core.send(Message::Pong { nonce }),

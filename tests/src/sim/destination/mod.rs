@@ -155,6 +155,7 @@ impl DestinationSide {
             vm: self.setup.vm.clone(),
             qmp: String::new(),
             peer: String::new(),
+            names: Vec::new(),
         };
         self.host.disk.begin(&journal::encode(&begun));
         let mut lanes = channels.into_iter().map(Lane::new);

@@ -167,6 +167,7 @@ impl SourceSide {
             vm: self.setup.vm.clone(),
             qmp: String::new(),
             peer: String::new(),
+            names: Vec::new(),
         };
         self.host.disk.begin(&journal::encode(&begun));
         let mut lanes = channels.into_iter().map(Lane::new);

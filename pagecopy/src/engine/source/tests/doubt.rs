@@ -37,7 +37,12 @@ fn an_answer_decides() {
         ]
     );
 
-    for standing in [Standing::Unknown, Standing::Committed, Standing::NoJournal] {
+    for standing in [
+        Standing::Unknown,
+        Standing::Committed,
+        Standing::NoJournal,
+        Standing::Foreign,
+    ] {
         let mut source = asking();
         source.handle(NOW, answer(standing));
         assert!(

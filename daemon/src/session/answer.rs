@@ -1,0 +1,265 @@
+//! A source asks what became of a migration, comes to serve what the guest lacks, or says that its operator has taken the
+//! guest back. It is answered from the journal; a session that still serves the migration is ended first, unless it has
+//! committed. Only the peer that the migration came from is answered so.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pagecopy::engine::event::State;
+use pagecopy::engine::journal::{Outcome, Postcopy, Record, Side, outcome, postcopy, standing_for};
+use pagecopy::engine::{Failure, MigrationId};
+use pagecopy::wire::{AbortCode, Message, Standing};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use super::arrive::Visit;
+use super::destination::has_its_qemu;
+use super::{held, resume};
+use crate::failure::{Shown, host};
+use crate::lane::{LaneEvent, Told};
+use crate::limits::ASKING_PAUSE;
+use crate::migrations::{Migration, Request};
+use crate::names;
+use crate::service::Service;
+
+/// How long a session that was told to end may take to.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+impl Visit {
+    /// Answers a source's questions, for as long as it asks.
+    pub(super) async fn answer(mut self, first: Asked) {
+        let mut asked = Some(first);
+        // The migration that it speaks for, of those that it has asked about.
+        let mut own = None;
+        loop {
+            if let Some(asked) = asked.take() {
+                let id = asked.id();
+                if let Some(standing) = self.refuse_foreign(asked) {
+                    self.control.give(Message::Answer { id, standing });
+                    continue;
+                }
+                own = Some(id);
+                if !matches!(asked, Asked::Serve(_)) {
+                    end_uncommitted(&self.service, id).await;
+                }
+                let mut standing = standing(&self.service, id);
+                tracing::info!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, ?asked, ?standing, "a source asks");
+                // It is being started, or the disk has refused that it runs: with post-copy QEMU may not be able to say so
+                // before the source serves what the guest lacks.
+                if standing == Standing::Committed && is_starting_postcopy(&self.service, id) {
+                    standing = Standing::Running;
+                }
+                if let Asked::Serve(id) = asked {
+                    if let Some(fetching) = fetching(&self.service, id) {
+                        // If it is over by now, the connection ends and the source comes again.
+                        self.places.clear();
+                        fetching.request(Request::Serve(Box::new(self)));
+                        return;
+                    }
+                    if is_whole(&self.service, id) {
+                        self.control.give(Message::Whole { id });
+                        continue;
+                    }
+                }
+                if standing == Standing::Committed
+                    && let Some(held) = held(&self.service, id)
+                {
+                    match asked {
+                        // If it is over by now, the connection ends and the source asks again.
+                        Asked::Query(_) | Asked::Serve(_) => {
+                            held.request(Request::Serve(Box::new(self)));
+                            return;
+                        }
+                        Asked::Withdrawn(_) => standing = withdraw(&held).await,
+                    }
+                }
+                if standing == Standing::Running && matches!(asked, Asked::Withdrawn(_)) {
+                    tracing::error!(id = %Uuid::from_bytes(id.0), "TWO GUESTS MAY RUN: the guest runs here, and the source's \
+                        operator has taken it back: stop one of the two at once");
+                }
+                self.control.give(Message::Answer { id, standing });
+            }
+            let Ok(told) = timeout(ASKING_PAUSE, self.events.recv()).await else {
+                let reason = "no question has come for too long".to_owned();
+                return self.refuse(AbortCode::TimedOut, reason);
+            };
+            match told.map(Told::take) {
+                Some(LaneEvent::Message(Message::Query { id })) => asked = Some(Asked::Query(id)),
+                Some(LaneEvent::Message(Message::Withdrawn { id })) => {
+                    asked = Some(Asked::Withdrawn(id));
+                }
+                Some(LaneEvent::Message(Message::Closed)) => {
+                    if let Some(id) = own {
+                        close_journal(&self.service, id);
+                    }
+                    return self.control.close();
+                }
+                Some(LaneEvent::Message(Message::Ping { nonce })) => {
+                    self.control.give(Message::Pong { nonce })
+                }
+                Some(LaneEvent::Message(_)) => {}
+                Some(LaneEvent::Misbehaved(what)) => return self.refuse(AbortCode::Protocol, what),
+                _ => return,
+            }
+        }
+    }
+
+    /// What a peer is answered that does not speak for the migration, by its certificate: it must not end a session, nor run
+    /// a guest, nor be fetched from. Nothing is known of who does while the journal cannot be read.
+    fn refuse_foreign(&self, asked: Asked) -> Option<Standing> {
+        let id = asked.id();
+        let journals = &self.service.store.journals;
+        let records = match journals.read(id, Side::Destination) {
+            Ok(records) => records.unwrap_or_default(),
+            Err(error) => {
+                let failure = unreadable(&error);
+                tracing::error!(id = %Uuid::from_bytes(id.0), failure = %Shown(&failure), "a source asks and cannot be told");
+                return Some(Standing::Unknown);
+            }
+        };
+        let names = names::recorded(&records);
+        if names::includes(names, &self.peer) {
+            return None;
+        }
+        tracing::warn!(
+            id = %Uuid::from_bytes(id.0), ?asked, peer = self.peer.address, peer_names = ?self.peer.names, of = ?names,
+            "a peer asks about a migration that is not its own: refused"
+        );
+        Some(Standing::Foreign)
+    }
+}
+
+/// What a source came to say about a migration.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Asked {
+    /// What became of it?
+    Query(MigrationId),
+    /// Its memory, of which the guest here lacks some, is served on this connection.
+    Serve(MigrationId),
+    /// Its operator has taken the guest back.
+    Withdrawn(MigrationId),
+}
+
+impl Asked {
+    fn id(self) -> MigrationId {
+        match self {
+            Asked::Query(id) | Asked::Serve(id) | Asked::Withdrawn(id) => id,
+        }
+    }
+}
+
+/// The session that fetches the memory of a guest in post-copy; one is begun if a daemon before this one has left it.
+fn fetching(service: &Arc<Service>, id: MigrationId) -> Option<Arc<Migration>> {
+    match live(service, id) {
+        Some(migration) => Some(migration).filter(|it| it.shown().state != State::InDoubt),
+        None => {
+            let records = service.store.journals.read(id, Side::Destination);
+            resume::take_up(service, id, &records.ok().flatten()?)
+        }
+    }
+}
+
+/// Whether a session starts a guest that went first, and its QEMU is there.
+fn is_starting_postcopy(service: &Service, id: MigrationId) -> bool {
+    let records = service.store.journals.read(id, Side::Destination);
+    let open = records.is_ok_and(|records| {
+        records
+            .is_some_and(|records| postcopy(&records) == Postcopy::Open && has_its_qemu(&records))
+    });
+    open && live(service, id).is_some_and(|it| it.shown().state != State::InDoubt)
+}
+
+/// Whether a guest that went first needs nothing more of its source.
+fn is_whole(service: &Service, id: MigrationId) -> bool {
+    let records = service.store.journals.read(id, Side::Destination);
+    records.is_ok_and(|records| records.is_some_and(|records| postcopy(&records) == Postcopy::Over))
+}
+
+/// Who keeps the committed guest that no session serves; `None` while a session runs it.
+fn held(service: &Arc<Service>, id: MigrationId) -> Option<Arc<Migration>> {
+    match live(service, id) {
+        Some(migration) => Some(migration).filter(|it| it.shown().state == State::InDoubt),
+        None => {
+            let records = service.store.journals.read(id, Side::Destination);
+            held::take_up(service, id, &records.ok().flatten()?)
+        }
+    }
+}
+
+async fn withdraw(held: &Migration) -> Standing {
+    let (reply, heard) = oneshot::channel();
+    held.request(Request::Withdrawn(reply));
+    // Without an answer it is being decided at this moment: the source says it again.
+    heard.await.unwrap_or(Standing::Committed)
+}
+
+/// The session that serves the migration at this side, if one does.
+fn live(service: &Service, id: MigrationId) -> Option<Arc<Migration>> {
+    service
+        .migrations
+        .side(Uuid::from_bytes(id.0), Side::Destination)
+        .filter(|migration| !migration.is_over())
+}
+
+/// A source that asks has lost its connection: a session that has not committed has nothing to wait for.
+async fn end_uncommitted(service: &Service, id: MigrationId) {
+    let Some(migration) = live(service, id) else {
+        return;
+    };
+    // The engine takes this as a lost link: before the commit it gives up, after it nothing changes.
+    migration.request(Request::Disconnect);
+    let records = service
+        .store
+        .journals
+        .read(id, Side::Destination)
+        .ok()
+        .flatten();
+    let undecided = records.is_none_or(|records| outcome(&records) == Outcome::Open);
+    if undecided && timeout(END_LIMIT, migration.wait_over()).await.is_err() {
+        tracing::warn!(id = %Uuid::from_bytes(id.0), "the session that was asked about does not end");
+    }
+}
+
+/// What the journal says. An open one that no session serves is aborted first, for good.
+pub(super) fn standing(service: &Service, id: MigrationId) -> Standing {
+    let journals = &service.store.journals;
+    let read = || {
+        let records = journals.read(id, Side::Destination)?;
+        let open = records
+            .as_ref()
+            .is_some_and(|records| outcome(records) == Outcome::Open);
+        if open && live(service, id).is_none() {
+            let mut journal = journals.reopen(id, Side::Destination)?;
+            journal.append(&Record::Aborted)?;
+            return Ok(standing_for(Some(journal.records())));
+        }
+        Ok(standing_for(records.as_deref()))
+    };
+    read().unwrap_or_else(|error: std::io::Error| {
+        let failure = unreadable(&error);
+        tracing::error!(id = %Uuid::from_bytes(id.0), failure = %Shown(&failure), "a source asks and cannot be told");
+        Standing::Unknown
+    })
+}
+
+fn unreadable(error: &std::io::Error) -> Failure {
+    host(
+        format!("the journal cannot be read: {error}"),
+        "see to the disk under state-dir",
+    )
+}
+
+fn close_journal(service: &Service, id: MigrationId) {
+    let journals = &service.store.journals;
+    let close = || {
+        let mut journal = journals.reopen(id, Side::Destination)?;
+        if outcome(journal.records()) == Outcome::Here {
+            journal.append(&Record::Closed)?;
+        }
+        Ok::<(), std::io::Error>(())
+    };
+    if let Err(error) = close() {
+        tracing::warn!(id = %Uuid::from_bytes(id.0), %error, "the journal could not be closed");
+    }
+}
