@@ -49,6 +49,8 @@ pub(crate) enum Request {
     /// At the destination: the source asks about a committed guest, or serves the memory of one in post-copy, on this
     /// connection.
     Serve(Box<Visit>),
+    /// At the destination of a post-copy: the source does not have what the guest lacks any more, and why.
+    Lost(String),
     /// At the destination, of a committed guest: the source's operator has taken it back.
     Withdrawn(oneshot::Sender<Standing>),
 }
@@ -129,6 +131,8 @@ pub struct Shown {
     pub qmp: PathBuf,
     /// Its state.
     pub state: State,
+    /// Why it is paused, while it is.
+    pub reason: Option<String>,
     /// The last progress event.
     pub progress: Option<Value>,
     /// How it ended.
@@ -156,10 +160,11 @@ impl Inner {
     /// Adds an event. Notices may come for as long as a peer cannot be asked: the oldest of them makes room.
     fn keep(&mut self, event: Value) {
         if self.history.len() >= MAX_HISTORY {
-            let oldest = self
-                .history
-                .iter()
-                .position(|event| event.get("event") == Some(&json!("notice")));
+            let oldest = self.history.iter().position(|event| {
+                ["notice", "paused"]
+                    .map(|name| Some(json!(name)))
+                    .contains(&event.get("event").cloned())
+            });
             self.history.remove(oldest.unwrap_or(0));
         }
         self.history.push(event);
@@ -183,6 +188,7 @@ impl Migration {
             peer: peer.to_owned(),
             qmp,
             state: State::Pending,
+            reason: None,
             progress: None,
             finished: None,
         };
@@ -217,7 +223,11 @@ impl Migration {
         let value = serde_json::to_value(report).unwrap_or(Value::Null);
         let mut inner = self.lock();
         match report {
-            Report::State { state } => inner.shown.state = *state,
+            Report::State { state } => {
+                inner.shown.state = *state;
+                inner.shown.reason = None;
+            }
+            Report::Paused { reason } => inner.shown.reason = Some(reason.clone()),
             Report::Progress { .. } | Report::Postcopy { .. } => {
                 inner.shown.progress = Some(value.clone());
             }
@@ -235,6 +245,7 @@ impl Migration {
         let value = serde_json::to_value(&finished).unwrap_or(Value::Null);
         let mut inner = self.lock();
         inner.shown.state = finished.status;
+        inner.shown.reason = None;
         inner.shown.finished = Some(finished);
         // A late reader of a resolved migration must not stop at its doubt.
         inner

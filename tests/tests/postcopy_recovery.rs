@@ -70,6 +70,20 @@ impl Gone {
         .unwrap_or_else(|shown| panic!("not {state}: {shown}"));
     }
 
+    /// It is paused, and the reason has all of `words`.
+    fn wait_reason(&self, side: Side, words: &[&str]) {
+        eventually(PATIENCE, || {
+            let shown = self.shown(side).unwrap_or_default();
+            let reason = shown["reason"].as_str().unwrap_or_default();
+            if shown["state"] == "paused" && words.iter().all(|word| reason.contains(word)) {
+                Ok(())
+            } else {
+                Err(shown.to_string())
+            }
+        })
+        .unwrap_or_else(|shown| panic!("the reason is not {words:?}: {shown}"));
+    }
+
     /// Everything has come, by itself, and nothing is wrong.
     fn assert_whole(mut self) {
         self.wait_state(Side::B, "completed");
@@ -199,6 +213,74 @@ fn a_source_that_is_gone_for_good() {
     gone.destination.serial.touch_all();
     gone.destination.wait_end();
     gone.destination.serial.assert_whole();
+}
+
+/// A source's host that was started anew has no RAM file any more: both sides say so, and what can be done.
+#[test]
+fn a_source_that_has_lost_the_memory() {
+    let mut gone = Gone::with("rate=0 set=16 sweep=0");
+    gone.world.daemon_mut(Side::A).kill();
+    gone.source.kill();
+    std::fs::remove_file(gone.source.ram()).unwrap();
+    gone.world.restart(Side::A);
+    gone.wait_reason(
+        Side::B,
+        &[
+            "does not have the guest's memory any more",
+            "resolve ID --poison --peer-fenced",
+        ],
+    );
+    gone.wait_reason(
+        Side::A,
+        &["cannot be opened", "the destination knows", "--abandon"],
+    );
+    let cli = gone.world.cli(Side::B);
+    let text = cli.run(&["status", &gone.id]);
+    assert!(
+        String::from_utf8_lossy(&text.stdout).contains("last resort"),
+        "{text:?}"
+    );
+    let done = cli.run(&["resolve", &gone.id, "--poison", "--peer-fenced"]);
+    assert!(done.status.success(), "{done:?}");
+    gone.wait_state(Side::B, "completed");
+    // It asks on, and hears that nothing is needed of it.
+    gone.wait_state(Side::A, "completed");
+    gone.destination.serial.wait_beats(300);
+    gone.destination.serial.assert_whole();
+}
+
+/// The same, and the file comes back, or its operator lets go.
+#[test]
+fn a_source_whose_memory_comes_back() {
+    let mut gone = Gone::begin();
+    gone.world.daemon_mut(Side::A).kill();
+    let (ram, aside) = (
+        gone.source.ram().to_owned(),
+        gone.source.ram().with_extension("aside"),
+    );
+    std::fs::rename(&ram, &aside).unwrap();
+    gone.world.restart(Side::A);
+    gone.wait_reason(Side::B, &["does not have the guest's memory any more"]);
+    std::fs::rename(&aside, &ram).unwrap();
+    gone.assert_whole();
+}
+
+#[test]
+fn a_source_that_lets_go_of_what_it_has_lost() {
+    let mut gone = Gone::with("rate=0 set=16 sweep=0");
+    gone.world.daemon_mut(Side::A).kill();
+    std::fs::remove_file(gone.source.ram()).unwrap();
+    gone.world.restart(Side::A);
+    gone.wait_reason(Side::A, &["cannot be opened"]);
+    let done = gone
+        .world
+        .cli(Side::A)
+        .run(&["resolve", &gone.id, "--abandon"]);
+    assert!(done.status.success(), "{done:?}");
+    gone.wait_state(Side::A, "failed");
+    gone.wait_state(Side::B, "paused");
+    gone.world.restart(Side::A);
+    gone.wait_state(Side::A, "completed");
 }
 
 /// The destination has moved to another address meanwhile.

@@ -117,6 +117,7 @@ fn line(report: &Report) -> Option<String> {
             ms / 1e3
         )),
         Report::Notice { text } => Some(text.clone()),
+        Report::Paused { reason } => Some(reason.clone()),
         Report::Postcopy { .. } => Some(postcopy_words(report)),
         Report::Progress { .. } => None,
     }

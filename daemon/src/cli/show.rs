@@ -37,6 +37,9 @@ pub(super) fn status(one: &Value) -> String {
     for key in ["vm", "state", "side", "peer", "qmp"] {
         out += &format!("  {key:<22} {}\n", word(one, key));
     }
+    if let Some(reason) = one.get("reason").filter(|reason| !reason.is_null()) {
+        out += &format!("  {:<22} {}\n", "reason", plain(reason));
+    }
     let details = one
         .get("finished")
         .filter(|end| !end.is_null())

@@ -152,6 +152,11 @@ pub struct Moved {
 }
 
 impl Moved {
+    /// Bytes on the wire, to the peer.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
     /// Bytes on the wire, both ways.
     pub fn bytes(&self) -> u64 {
         self.sent.load(Ordering::Relaxed) + self.received.load(Ordering::Relaxed)

@@ -35,11 +35,15 @@ impl Visit {
         loop {
             if let Some(asked) = asked.take() {
                 let id = asked.id();
-                if let Some(standing) = self.refuse_foreign(asked) {
+                if let Some(standing) = self.refuse_foreign(&asked) {
                     self.control.give(Message::Answer { id, standing });
                     continue;
                 }
                 own = Some(id);
+                if let Asked::Lost(_, reason) = asked {
+                    self.lost(id, reason);
+                    continue;
+                }
                 if !matches!(asked, Asked::Serve(_)) {
                     end_uncommitted(&self.service, id).await;
                 }
@@ -72,6 +76,8 @@ impl Visit {
                             return;
                         }
                         Asked::Withdrawn(_) => standing = withdraw(&held).await,
+                        // Was answered above.
+                        Asked::Lost(..) => {}
                     }
                 }
                 if standing == Standing::Running && matches!(asked, Asked::Withdrawn(_)) {
@@ -105,9 +111,22 @@ impl Visit {
         }
     }
 
+    /// What the guest here lacks is gone: people here must know.
+    fn lost(&self, id: MigrationId, reason: String) {
+        tracing::warn!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, reason, "the source has lost the guest's memory");
+        if is_whole(&self.service, id) {
+            return self.control.give(Message::Whole { id });
+        }
+        if let Some(fetching) = fetching(&self.service, id) {
+            fetching.request(Request::Lost(reason));
+        }
+        let standing = standing(&self.service, id);
+        self.control.give(Message::Answer { id, standing });
+    }
+
     /// What a peer is answered that does not speak for the migration, by its certificate: it must not end a session, nor run
     /// a guest, nor be fetched from. Nothing is known of who does while the journal cannot be read.
-    fn refuse_foreign(&self, asked: Asked) -> Option<Standing> {
+    fn refuse_foreign(&self, asked: &Asked) -> Option<Standing> {
         let id = asked.id();
         let journals = &self.service.store.journals;
         let records = match journals.read(id, Side::Destination) {
@@ -131,7 +150,7 @@ impl Visit {
 }
 
 /// What a source came to say about a migration.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Asked {
     /// What became of it?
     Query(MigrationId),
@@ -139,12 +158,14 @@ pub(super) enum Asked {
     Serve(MigrationId),
     /// Its operator has taken the guest back.
     Withdrawn(MigrationId),
+    /// Its memory, of which the guest here lacks some, is gone.
+    Lost(MigrationId, String),
 }
 
 impl Asked {
-    fn id(self) -> MigrationId {
+    fn id(&self) -> MigrationId {
         match self {
-            Asked::Query(id) | Asked::Serve(id) | Asked::Withdrawn(id) => id,
+            Asked::Query(id) | Asked::Serve(id) | Asked::Withdrawn(id) | Asked::Lost(id, _) => *id,
         }
     }
 }

@@ -115,6 +115,9 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
             visit.receive(hello).await;
         }
         Ok(Some(LaneEvent::Message(Message::Serve { id }))) => visit.answer(Asked::Serve(id)).await,
+        Ok(Some(LaneEvent::Message(Message::Lost { id, reason }))) => {
+            visit.answer(Asked::Lost(id, reason)).await;
+        }
         Ok(Some(LaneEvent::Message(other))) => {
             visit.refuse(
                 AbortCode::Protocol,

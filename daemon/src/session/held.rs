@@ -112,6 +112,9 @@ pub(crate) async fn hold(
             }
             // It is too late to cancel, and there is no connection.
             Some(Request::Cancel | Request::Disconnect) => {}
+            Some(Request::Lost(reason)) => {
+                tracing::error!(id = %Uuid::from_bytes(id.0), reason, "what the guest lacks is not at its source any more");
+            }
         }
     }
 }

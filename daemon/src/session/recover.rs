@@ -131,13 +131,12 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         Ok(journal) => journal,
         Err(error) => return tracing::error!(id = %uuid, %error, "the journal cannot be written"),
     };
-    // A guest that went first is lost without this memory: a person has to see to it, and the journal stays as it is.
+    // A guest that went first is lost without this memory: the session tells its destination, and tries again.
     let memory = match depends.then(|| served(records)).transpose() {
         Ok(memory) => memory,
         Err(failure) => {
             tracing::error!(id = %uuid, failure = %Shown(&failure), "the guest's memory cannot be served");
-            let figures = Figures::default();
-            return migration.finish(Finished::new(id, State::Failed, Some(&failure), figures));
+            None
         }
     };
     let clock = Clock::start();
@@ -170,7 +169,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
 }
 
 /// The memory that a guest in post-copy depends on, from its files: QEMU may have ended.
-fn served(records: &[Record]) -> Result<Memory, Failure> {
+pub(super) fn served(records: &[Record]) -> Result<Memory, Failure> {
     let found = records.iter().find_map(|record| match record {
         Record::Serving { blocks, ram } => Some((blocks, ram)),
         _ => None,
@@ -185,8 +184,8 @@ fn served(records: &[Record]) -> Result<Memory, Failure> {
     let mapped = mapped.map_err(|error| {
         host(
             format!("a guest that was moved depends on its memory here, which cannot be opened: {error}"),
-            "bring the RAM file back, then start pagecopyd anew; if it is gone for good, run `pagecopy resolve ID --poison \
-             --peer-fenced` at the destination",
+            "bring the RAM file back: it is looked for again and again. If it is gone for good, run `pagecopy resolve ID --poison \
+             --peer-fenced` at the destination, or `pagecopy resolve ID --abandon` here",
         )
     })?;
     Ok(Memory {

@@ -33,6 +33,7 @@ pub(crate) fn tell(migration: &Migration, report: &Report) {
                 %id, round, ms, pages_sent, pages_zero, pages_dirty, pages_held, scan_us, predicted_ms, decision, "round"
             );
         }
+        Report::Paused { reason } => tracing::warn!(%id, reason, "paused"),
         Report::Notice { text } => tracing::info!(%id, text, "notice"),
         Report::Progress { .. } | Report::Postcopy { .. } => {}
     }

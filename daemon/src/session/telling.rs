@@ -51,6 +51,18 @@ pub(crate) async fn tell(service: Arc<Service>, id: MigrationId, target: Target)
 
 /// Says so once.
 async fn say(id: MigrationId, target: &Target, patience: Duration) -> Result<Standing, Failure> {
+    match ask(Message::Withdrawn { id }, target, patience).await? {
+        Message::Answer { id: of, standing } if of == id => Ok(standing),
+        other => Err(unheard(&format!("it says {}", other.name()))),
+    }
+}
+
+/// Says one thing at a destination, on a connection of its own; its answer.
+pub(crate) async fn ask(
+    question: Message,
+    target: &Target,
+    patience: Duration,
+) -> Result<Message, Failure> {
     let channel = dial_control(target).await?;
     let (sender, mut events) = unbounded_channel();
     let to_us = move |told: Told| {
@@ -59,13 +71,15 @@ async fn say(id: MigrationId, target: &Target, patience: Duration) -> Result<Sta
     };
     let control = Control::default();
     let lane = Lane::start("control", ChannelId(0), channel, control, (), to_us)?;
-    lane.give(Message::Withdrawn { id });
+    lane.give(question);
     let answer = async {
         while let Some(told) = events.recv().await {
             match told.take() {
-                LaneEvent::Message(Message::Answer { id: of, standing }) if of == id => {
-                    return Some(standing);
-                }
+                LaneEvent::Message(
+                    answer @ (Message::Answer { .. }
+                    | Message::Whole { .. }
+                    | Message::Abort { .. }),
+                ) => return Some(answer),
                 LaneEvent::Lost(..) | LaneEvent::Misbehaved(_) => return None,
                 _ => {}
             }
@@ -74,7 +88,15 @@ async fn say(id: MigrationId, target: &Target, patience: Duration) -> Result<Sta
     };
     let answer = timeout(patience, answer).await.ok().flatten();
     lane.close();
-    answer.ok_or_else(|| Failure::new(Fault::PeerHost, "the destination does not answer", ""))
+    answer.ok_or_else(|| unheard("it does not answer"))
+}
+
+fn unheard(why: &str) -> Failure {
+    Failure::new(
+        Fault::PeerHost,
+        format!("the destination was not heard: {why}"),
+        "",
+    )
 }
 
 fn record(service: &Service, id: MigrationId) {

@@ -25,7 +25,8 @@ pub enum State {
     /// At the source: the destination may run the guest; the source keeps everything and asks. At the destination: the
     /// guest is committed to it and not known to run; it is run when the source asks.
     InDoubt,
-    /// The guest runs at the destination, lacks pages, and its source is away: what touches one of them waits.
+    /// The guest runs at the destination, lacks pages, and gets none, for its source is away or nobody fetches: what touches
+    /// one of them waits.
     Paused,
 }
 
@@ -54,6 +55,11 @@ pub enum Report {
     State {
         /// The new state.
         state: State,
+    },
+    /// Why a post-copy is paused, behind that state and when the reason changes.
+    Paused {
+        /// In words, with what to do where there is something.
+        reason: String,
     },
     /// Where a round stands. At most ten a second.
     Progress {

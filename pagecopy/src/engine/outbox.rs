@@ -8,6 +8,8 @@ use super::event::{Report, State};
 #[derive(Debug)]
 pub(super) struct Outbox<Output> {
     state: State,
+    /// Why it is `Paused`, as told last.
+    paused: String,
     outputs: VecDeque<Output>,
 }
 
@@ -16,6 +18,7 @@ impl<Output: From<Report>> Outbox<Output> {
     pub(super) fn new() -> Outbox<Output> {
         Outbox {
             state: State::Pending,
+            paused: String::new(),
             outputs: VecDeque::new(),
         }
     }
@@ -45,7 +48,18 @@ impl<Output: From<Report>> Outbox<Output> {
     pub(super) fn enter(&mut self, state: State) {
         if self.state != state {
             self.state = state;
+            self.paused.clear();
             self.push(Report::State { state }.into());
+        }
+    }
+
+    /// Tells people that it is paused, and why.
+    pub(super) fn pause(&mut self, reason: impl Into<String>) {
+        self.enter(State::Paused);
+        let reason = reason.into();
+        if self.paused != reason {
+            self.paused.clone_from(&reason);
+            self.push(Report::Paused { reason }.into());
         }
     }
 }

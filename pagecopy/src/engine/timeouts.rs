@@ -31,6 +31,8 @@ pub struct Timeouts {
     pub serve_first: Duration,
     /// …up to this.
     pub serve_most: Duration,
+    /// In post-copy: a destination that lacks pages, says so, and has read none for so long does not go on.
+    pub unread: Duration,
     /// The destination, committed: wait this long before the next attempt to run the guest.
     pub run_again: Duration,
     /// The destination, committed: after so long without success, leave it to the operator.
@@ -52,6 +54,7 @@ impl Default for Timeouts {
             reconnect_most: Duration::from_secs(30),
             serve_first: Duration::from_millis(100),
             serve_most: Duration::from_secs(5),
+            unread: Duration::from_secs(10),
             run_again: Duration::from_secs(1),
             run_most: Duration::from_secs(30),
         }

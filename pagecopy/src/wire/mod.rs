@@ -265,6 +265,13 @@ pub enum Message {
         /// The migration.
         id: MigrationId,
     },
+    /// Source → destination, first on a new connection: the guest's memory is not there any more, and cannot be served.
+    Lost {
+        /// The migration.
+        id: MigrationId,
+        /// Why, for people.
+        reason: String,
+    },
     /// Either way, any time before `Commit`: given up.
     Abort {
         /// Why, for tools.

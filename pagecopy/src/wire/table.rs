@@ -97,4 +97,5 @@ messages! {
     26 Resumed;
     27 Lacks { bytes: u64 };
     28 Whole { id: Id };
+    29 Lost { id: Id, reason: Reason };
 }

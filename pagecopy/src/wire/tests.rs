@@ -156,6 +156,13 @@ fn samples() -> Vec<(Message, String)> {
             "1b00 0020000000000000".into(),
         ),
         (Message::Whole { id: ID }, format!("1c00 {ID_HEX}")),
+        (
+            Message::Lost {
+                id: ID,
+                reason: "no".into(),
+            },
+            format!("1d00 {ID_HEX} 02000000 6e6f"),
+        ),
     ]
 }
 
@@ -207,7 +214,7 @@ fn a_message_cut_short_or_with_bytes_behind_it_is_refused() {
 
 #[test]
 fn an_unknown_type_is_refused() {
-    for number in [0, 29, u16::MAX] {
+    for number in [0, 30, u16::MAX] {
         assert_eq!(
             Message::decode(&number.to_le_bytes()),
             Err(WireError::UnknownType(number))
@@ -410,6 +417,10 @@ fn with_payload() -> impl Strategy<Value = Message> {
         }),
         (0..AbortCode::ALL.len(), name()).prop_map(|(code, reason)| Message::Abort {
             code: AbortCode::ALL[code],
+            reason
+        }),
+        (any::<[u8; 16]>(), name()).prop_map(|(id, reason)| Message::Lost {
+            id: MigrationId(id),
             reason
         }),
         (any::<[u8; 16]>(), 0..Standing::ALL.len()).prop_map(|(id, s)| Message::Answer {

@@ -147,6 +147,10 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
             bytes: u64::arbitrary(input)?,
         },
         26 => Message::Whole { id: id(input)? },
+        27 => Message::Lost {
+            id: id(input)?,
+            reason: "gone".to_owned(),
+        },
         _ => Message::Abort {
             code: *input.choose(&AbortCode::ALL)?,
             reason: "because".to_owned(),

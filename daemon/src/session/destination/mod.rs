@@ -205,6 +205,7 @@ impl Session {
                         None
                     }
                     Some(Request::Disconnect) => Some(Input::LinkLost(superseded())),
+                    Some(Request::Lost(reason)) => Some(Input::SourceLost { reason }),
                     // For a guest that no session serves. Whoever asked, asks again.
                     Some(Request::Withdrawn(_)) => None,
                 },

@@ -38,6 +38,9 @@ use crate::qmp::{Qmp, QmpError};
 use crate::service::Service;
 use crate::store::JournalFile;
 
+/// In post-copy, what the destination has read is counted so often.
+const COUNT_EVERY: Duration = Duration::from_secs(1);
+
 /// What the session waits for.
 enum Incoming {
     Engine(Input),
@@ -97,6 +100,8 @@ pub(crate) struct Session {
     journal: Arc<Mutex<JournalFile>>,
     target: Target,
     ram: Option<(Arc<dyn Ram>, usize)>,
+    /// The destination may read.
+    serves: bool,
     /// What is served in post-copy.
     served: Option<Served>,
     regions: Regions,
@@ -135,6 +140,7 @@ impl Session {
             journal: Arc::new(Mutex::new(parts.journal)),
             target: parts.target,
             ram: None,
+            serves: false,
             served: None,
             regions: Regions::new(),
             tracker: None,
@@ -156,16 +162,20 @@ impl Session {
             session.start_control(control)?;
         }
         if let Some(memory) = parts.memory {
-            session.ram = Some((memory.ram, memory.specs.len()));
-            session.served = Some(Served {
-                mapped: memory.mapped,
-                specs: memory.specs,
-            });
-            session.regions = memory.regions;
-            session.tracker = memory.tracker.map(|tracker| Arc::new(Mutex::new(tracker)));
+            session.take_memory(memory);
             session.start_data(channels)?;
         }
         Ok(session)
+    }
+
+    fn take_memory(&mut self, memory: Memory) {
+        self.ram = Some((memory.ram, memory.specs.len()));
+        self.served = Some(Served {
+            mapped: memory.mapped,
+            specs: memory.specs,
+        });
+        self.regions = memory.regions;
+        self.tracker = memory.tracker.map(|tracker| Arc::new(Mutex::new(tracker)));
     }
 
     fn start_control(&mut self, channel: Box<dyn Channel>) -> Result<(), Failure> {
@@ -216,6 +226,7 @@ impl Session {
     ) {
         let mut end = self.carry_out(&mut engine).await;
         let mut watched = self.qmp.clone();
+        let mut every_second = tokio::time::interval(COUNT_EVERY);
         while end.is_none() {
             let broken = self.broken.overdue();
             let input = tokio::select! {
@@ -240,7 +251,7 @@ impl Session {
                         None
                     }
                     // For a destination.
-                    Some(Request::Disconnect | Request::Serve(_) | Request::Withdrawn(_)) => None,
+                    Some(Request::Disconnect | Request::Serve(_) | Request::Lost(_) | Request::Withdrawn(_)) => None,
                     Some(Request::Shutdown) if engine.outlives_the_daemon() => return self.leave().await,
                     Some(Request::Shutdown) => Some(Input::Cancel),
                 },
@@ -253,6 +264,7 @@ impl Session {
                     Some(Input::QemuFailed(QmpError::Gone.into()))
                 },
                 () = broken => self.broken.take().map(Input::LinkLost),
+                _ = every_second.tick(), if self.serves => Some(self.read()),
                 () = self.clock.sleep_until(engine.poll_timeout()) => Some(Input::Tick),
             };
             if let Some(input) = input {

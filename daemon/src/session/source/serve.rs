@@ -3,15 +3,20 @@
 
 use std::sync::Arc;
 
+use pagecopy::engine::Timeouts;
+use pagecopy::engine::source::Input;
 use pagecopy::host::ram::MappedRam;
 use pagecopy::memory::{BlockId, BlockSpec};
+use pagecopy::wire::Message;
 use transport::{Access, Address, Channel, RegionId};
 
 use super::{Incoming, Session};
 use crate::dial::dial;
 use crate::failure::Failure;
 use crate::nic::{POSTCOPY_CHANNELS, default_channels};
-use crate::session::Broken;
+use crate::session::recover::served;
+use crate::session::telling::ask;
+use crate::session::{Broken, lock};
 use crate::sys;
 
 /// The guest's memory, to be read by the destination.
@@ -22,8 +27,9 @@ pub(super) struct Served {
 
 impl Session {
     /// From now on the destination may read all RAM, what somebody waits for over the first data channel.
-    pub(super) fn open_reads(&self) {
+    pub(super) fn open_reads(&mut self) {
         let Some(served) = &self.served else { return };
+        self.serves = true;
         self.data.first().inspect(|lane| lane.hurry());
         let access = Access {
             peer_writes: false,
@@ -37,11 +43,24 @@ impl Session {
         }
     }
 
-    /// Makes control and data channels anew.
+    /// What has gone out on the data channels.
+    pub(super) fn read(&self) -> Input {
+        let moved = self.data.iter().map(|lane| lane.moved().sent());
+        Input::Read { bytes: moved.sum() }
+    }
+
+    /// Makes control and data channels anew. Where the memory is not there, the destination is told instead.
     pub(super) fn connect_all(&mut self) {
         self.connection += 1;
         self.control = None;
         self.broken = Broken::default();
+        if self.served.is_none() {
+            let found = tokio::task::block_in_place(|| served(lock(&self.journal).records()));
+            match found {
+                Ok(memory) => self.take_memory(memory),
+                Err(failure) => return self.tell_lost(failure),
+            }
+        }
         let lanes = std::mem::take(&mut self.data);
         self.open_reads();
         let (target, sender, regions) = (
@@ -59,6 +78,29 @@ impl Session {
                 attempt,
                 dialled.map(|(channels, _)| channels),
             ));
+        });
+    }
+
+    /// Says at the destination that the memory is gone, which then knows what to tell its people.
+    fn tell_lost(&self, failure: Failure) {
+        let (target, sender, id) = (self.target.clone(), self.sender.clone(), self.id);
+        let attempt = self.connection;
+        tokio::spawn(async move {
+            let reason = failure.what.clone();
+            let silence = Timeouts::default().silence;
+            let heard = match ask(Message::Lost { id, reason }, &target, silence).await {
+                Ok(Message::Whole { id }) => {
+                    // Nothing lacks there any more: its operator has given up what did, perhaps.
+                    let _ = sender.send(Incoming::Engine(Input::Message(Message::Whole { id })));
+                    return;
+                }
+                Ok(_) => "the destination knows".to_owned(),
+                Err(unheard) => unheard.what,
+            };
+            let what = format!("{}; {heard}; what to do: {}", failure.what, failure.remedy);
+            let told = Incoming::ConnectedAll(attempt, Err(Failure { what, ..failure }));
+            // A session that has ended needs no word.
+            let _ = sender.send(told);
         });
     }
 

@@ -60,7 +60,7 @@ fn after_commit(core: &mut Core, input: Input) {
         Input::Cancel => core
             .out
             .notice("too late to cancel: the guest is committed to this host"),
-        Input::LinkLost(_) => core.link_lost(),
+        Input::LinkLost(_) | Input::SourceLost { .. } => core.link_lost(),
         Input::PullFailed(failure) => {
             core.out.notice(format!(
                 "fetching has stopped, what the guest touches and lacks waits: {}",

@@ -77,9 +77,9 @@ impl Core {
     }
 
     /// The connection is gone, or of no use. The guest goes on, and waits for what it lacks.
-    pub(super) fn stop_pulling(&mut self) {
+    pub(super) fn stop_pulling(&mut self, why: impl Into<String>) {
         self.stop_serving();
-        self.out.enter(State::Paused);
+        self.out.pause(why);
     }
 
     /// The connection is gone, or of no use.

@@ -37,11 +37,12 @@ impl Fetching {
     }
 
     fn enter(core: &mut Core) -> Phase {
-        core.out.enter(if core.pulls {
-            State::Migrating
+        if core.pulls {
+            core.out.enter(State::Migrating);
         } else {
-            State::Paused
-        });
+            core.out
+                .pause("the source is not connected: it dials until it gets through");
+        }
         Phase::Fetching(Fetching { poisoning: false })
     }
 
@@ -57,17 +58,21 @@ impl Fetching {
                 }
             }
             Input::PullFailed(failure) => {
-                core.out.notice(format!(
+                core.stop_pulling(format!(
                     "fetching has stopped, what the guest touches and lacks waits: {}; {}",
                     failure.what, failure.remedy
                 ));
-                core.stop_pulling();
             }
-            Input::LinkLost(_) => core.stop_pulling(),
+            Input::LinkLost(failure) => core.stop_pulling(format!(
+                "the source is away, and dials until it gets through: {}",
+                failure.what
+            )),
             Input::PeerMisbehaved(what) => {
-                core.out
-                    .notice(format!("the source broke the protocol: {what}"));
-                core.stop_pulling();
+                core.stop_pulling(format!("the source broke the protocol: {what}"));
+            }
+            Input::SourceLost { reason } => {
+                let why = source_lost(core.lacks, &reason);
+                core.stop_pulling(why);
             }
             Input::QemuFailed(failure) => {
                 return Ok(Ending::begin(core, Some(guest_lost(&failure))));
@@ -99,8 +104,7 @@ impl Fetching {
             _ => {}
         }
         if core.pulls && core.now >= core.next_watch() {
-            core.out.notice("the source has been silent for too long");
-            core.stop_pulling();
+            core.stop_pulling("the source has been silent for too long: it dials when it is there");
         }
         Ok(Phase::Fetching(self))
     }
@@ -115,11 +119,10 @@ impl Fetching {
             Message::Ping { nonce } => core.send(Message::Pong { nonce }),
             Message::Pong { .. } => {}
             other => {
-                core.out.notice(format!(
+                core.stop_pulling(format!(
                     "the source sent {} while its pages were being fetched",
                     other.name()
                 ));
-                core.stop_pulling();
             }
         }
     }
@@ -172,6 +175,15 @@ pub(super) fn fetch_on(core: &mut Core) {
     core.send(Message::Resumed);
     core.out.push(Output::Pull);
     core.out.enter(State::Migrating);
+}
+
+/// The source's host is there, and the guest's memory is not.
+fn source_lost(lacks: u64, reason: &str) -> String {
+    format!(
+        "the source's host does not have the guest's memory any more, of which {lacks} bytes are missing here: {reason}; what to \
+         do: bring its RAM file back there. If it is gone for good (that host was started anew, say), `pagecopy resolve ID \
+         --poison --peer-fenced` is the last resort: the guest goes on without it"
+    )
 }
 
 fn guest_lost(why: &Failure) -> Failure {

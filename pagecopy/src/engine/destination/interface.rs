@@ -87,6 +87,11 @@ pub enum Input {
     PullFailed(Failure),
     /// Post-copy: the source has come with a new connection, whose data channels the driver holds.
     Served,
+    /// Post-copy: the source has come, on a connection of its own, to say that it does not have the guest's memory any more.
+    SourceLost {
+        /// Why, in its words.
+        reason: String,
+    },
     /// Post-copy: the operator wants the guest to go on without what it lacks. Answer: [`Output::Decided`].
     Poison {
         /// The operator's word that the source's memory is gone for good.

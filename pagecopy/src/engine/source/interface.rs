@@ -173,6 +173,12 @@ pub enum Input {
         /// Of every page in it.
         digests: Vec<[u8; 16]>,
     },
+    /// Post-copy, about once a second: so many bytes have gone out on this connection's data channels, all of them replies to
+    /// the destination's reads.
+    Read {
+        /// Since the connection was made.
+        bytes: u64,
+    },
     /// The operator wants the guest switched over now, before its memory. Answer: [`Output::Decided`].
     StartPostcopy,
     /// The operator wants the destination of a paused post-copy dialled now. Answer: [`Output::Decided`].
@@ -237,7 +243,8 @@ pub enum Output {
     Connect,
     /// Post-copy: let go of the connection that there was and of an attempt under way, and make control and data channels
     /// anew, with RAM open to the peer's reads. Answer: `Reconnected` or `ReconnectFailed`; the latter, too, when a daemon
-    /// that was started anew cannot open the RAM files: people may see to that, or let go.
+    /// that was started anew cannot open the RAM files: it tells the destination so (`Lost`), and people may see to that, or
+    /// let go. Should the destination answer `Whole`, that is an input.
     ConnectAll,
     /// Answer to [`Input::Resolve`], `StartPostcopy`, `Recover`: what is done, or why it is refused.
     Decided(Result<String, Failure>),

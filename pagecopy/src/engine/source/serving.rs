@@ -29,9 +29,11 @@ pub(super) struct Serving {
     /// How long to wait after the next failure.
     backoff: Duration,
     since: Time,
-    /// Since when the destination is away.
+    /// Since when nobody fetches: the destination is away, or reads nothing.
     away: Option<Time>,
     paused: Duration,
+    /// What had gone out on this connection, and when that was different the last time.
+    read: Option<(u64, Time)>,
 }
 
 /// Where the connection stands.
@@ -56,6 +58,7 @@ impl Serving {
             since: core.now,
             away: None,
             paused: Duration::ZERO,
+            read: None,
         };
         // Then there is nobody to dial.
         if let Some(message) = early
@@ -68,7 +71,7 @@ impl Serving {
             core.link.heard(core.now);
             core.out.enter(State::Migrating);
         } else {
-            serving.away(core);
+            serving.away(core, "the destination is being dialled");
             serving.dial(core);
         }
         Phase::Serving(serving)
@@ -90,12 +93,12 @@ impl Serving {
                 };
             }
             Input::ReconnectFailed(why) if self.contact == Contact::Connecting => {
-                core.out
-                    .notice(format!("the destination cannot be reached yet: {why}"));
+                core.out.pause(why);
                 self.wait(core);
             }
             Input::Recover => self.recover(core),
-            Input::Resolve(Resolution::Abandon) if self.away.is_some() => {
+            Input::Read { bytes } if self.contact == Contact::Up => self.read(core, bytes),
+            Input::Resolve(Resolution::Abandon) if self.contact != Contact::Up => {
                 core.decided(Ok(
                     "the guest's memory here is let go of; QEMU keeps it until it is ended",
                 ));
@@ -137,6 +140,7 @@ impl Serving {
                     faults: None,
                 };
                 core.out.push(Output::Report(report));
+                self.lacks(core, bytes);
             }
             Message::Resumed if matches!(self.contact, Contact::Asked { .. }) => {
                 self.contact = Contact::Up;
@@ -158,23 +162,51 @@ impl Serving {
         None
     }
 
+    /// A destination that answers and lacks pages also reads them: otherwise its threads are stuck, and a person must know.
+    fn lacks(&mut self, core: &mut Core, bytes: u64) {
+        let unread = core.setup.timeouts.unread;
+        let Some((_, since)) = self.read.filter(|_| bytes > 0) else {
+            return;
+        };
+        if self.contact == Contact::Up && core.now >= since.after(unread) {
+            self.away.get_or_insert(core.now);
+            core.out.pause(format!(
+                "the destination answers and lacks memory, and has read none for {:.0} s: see its log; started anew, its \
+                 pagecopyd reads on",
+                unread.as_secs_f64()
+            ));
+        }
+    }
+
+    fn read(&mut self, core: &mut Core, bytes: u64) {
+        if self.read.is_some_and(|(before, _)| before == bytes) {
+            return;
+        }
+        self.read = Some((bytes, core.now));
+        if self.away.is_some() {
+            self.end_of_pause(core);
+            core.out.enter(State::Migrating);
+        }
+    }
+
     fn is_connected(&self) -> bool {
         matches!(self.contact, Contact::Up | Contact::Asked { .. })
     }
 
     /// The connection is of no use any more.
     fn lost(&mut self, core: &mut Core, why: &str) {
-        core.out.notice(format!(
-            "the destination is away: what the guest touches and lacks waits: {why}"
-        ));
-        self.away(core);
+        self.away(
+            core,
+            format!("the destination is away: what the guest touches and lacks waits: {why}"),
+        );
         self.wait(core);
     }
 
-    fn away(&mut self, core: &mut Core) {
+    fn away(&mut self, core: &mut Core, why: impl Into<String>) {
         core.link_lost();
+        self.read = None;
         self.away.get_or_insert(core.now);
-        core.out.enter(State::Paused);
+        core.out.pause(why);
     }
 
     fn end_of_pause(&mut self, core: &Core) {

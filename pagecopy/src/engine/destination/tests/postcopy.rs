@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::engine::bitmap::Bitmap;
-use crate::engine::event::FaultFigures;
+use crate::engine::event::{FaultFigures, Report};
 
 fn armed_input() -> Input {
     Input::Armed {
@@ -383,4 +383,48 @@ fn a_destination_that_cannot_says_why_when_it_accepts() {
     assert!(outputs.contains(&Output::Send(accept)), "{outputs:?}");
     destination.handle(NOW, lacking(vec![5]));
     assert_eq!(phase(&destination), "Aborting");
+}
+
+/// What the operator reads, and that it ends when the memory is there after all.
+#[test]
+fn a_source_without_the_memory_is_a_pause_with_a_reason() {
+    let reason_of = |outputs: &[Output]| {
+        outputs.iter().rev().find_map(|output| match output {
+            Output::Report(Report::Paused { reason }) => Some(reason.clone()),
+            _ => None,
+        })
+    };
+    let lost = || Input::SourceLost {
+        reason: "no such file".into(),
+    };
+    // Also over a connection that nobody has noticed to be dead.
+    for mut destination in [paused(), fetching()] {
+        destination.handle(NOW, lacks(8192));
+        destination.handle(NOW, lost());
+        let said = outputs(&mut destination);
+        let reason = reason_of(&said).unwrap();
+        for words in ["no such file", "8192 bytes", "--poison --peer-fenced"] {
+            assert!(reason.contains(words), "{reason}");
+        }
+        assert_eq!(destination.state(), State::Paused);
+        // It comes again and again.
+        destination.handle(NOW, lost());
+        assert_eq!(outputs(&mut destination), []);
+        destination.handle(NOW, Input::Served);
+        let served = outputs(&mut destination);
+        assert!(served.contains(&Output::Pull) && reason_of(&served).is_none());
+        assert_eq!(destination.state(), State::Migrating);
+    }
+    // Before the guest runs here it only says that the connection is of no use.
+    for (mut destination, expected) in [
+        (arming().0, vec![]),
+        (starting(), vec![Output::StopPulling]),
+    ] {
+        let before = destination.state();
+        destination.handle(NOW, lost());
+        assert_eq!(
+            (outputs(&mut destination), destination.state()),
+            (expected, before)
+        );
+    }
 }

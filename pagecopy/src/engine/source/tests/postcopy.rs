@@ -272,3 +272,82 @@ fn what_the_destination_cannot_is_refused_or_done_without() {
     let warned = |output: &Output| matches!(output, Output::Report(Report::Notice { text }) if text.ends_with("no device"));
     assert!(asked.iter().any(warned), "{asked:?}");
 }
+
+/// How long a person waits to be told that a destination which answers does not fetch.
+#[test]
+fn a_destination_that_reads_nothing_though_it_lacks_pages_is_a_pause() {
+    let mut source = serving();
+    let unread = Timeouts::default().unread;
+    let start = NOW.after(Duration::from_secs(2));
+    let lacks = |bytes| Input::Message(Message::Lacks { bytes });
+    let told = |source: &mut Source| -> Vec<Output> {
+        let mut told = outputs(source);
+        told.retain(|output| {
+            matches!(
+                output,
+                Output::Report(Report::State { .. } | Report::Paused { .. })
+            )
+        });
+        told
+    };
+    // It reads, however little, and as long as it does nothing is wrong.
+    let mut now = start;
+    for bytes in 0..60 {
+        now = now.after(Duration::from_secs(1));
+        source.handle(now, Input::Read { bytes });
+        source.handle(now, lacks(8192));
+    }
+    assert_eq!(told(&mut source), []);
+    let read_last = now;
+    while now < read_last.after(unread) {
+        assert_eq!(told(&mut source), []);
+        now = now.after(Duration::from_secs(1));
+        source.handle(now, Input::Read { bytes: 59 });
+        source.handle(now, lacks(8192));
+    }
+    let said = told(&mut source);
+    assert!(
+        matches!(&said[..], [Output::Report(Report::State { state: State::Paused }), Output::Report(Report::Paused { reason })]
+            if reason.contains("has read none for 10 s")),
+        "{said:?}"
+    );
+    // It is said once, and the destination is connected: its memory is not let go of.
+    now = now.after(Duration::from_secs(5));
+    source.handle(now, lacks(8192));
+    assert_eq!(told(&mut source), []);
+    source.handle(now, Input::Resolve(Resolution::Abandon));
+    assert!(matches!(
+        &outputs(&mut source)[..],
+        [Output::Decided(Err(_))]
+    ));
+    // It reads on.
+    let read_on = read_last.after(unread + Duration::from_secs(20));
+    source.handle(read_on, Input::Message(Message::Pong { nonce: 1 }));
+    assert_eq!(told(&mut source), []);
+    source.handle(read_on, Input::Read { bytes: 60 });
+    let state = State::Migrating;
+    assert_eq!(told(&mut source), [Output::Report(Report::State { state })]);
+    let id = MigrationId([3; 16]);
+    source.handle(read_on, Input::Message(Message::Whole { id }));
+    source.handle(read_on, Input::Journaled(Record::Released));
+    let end = outputs(&mut source);
+    let figures = end.iter().find_map(|output| match output {
+        Output::Finished(finished) => Some(finished.figures.clone()),
+        _ => None,
+    });
+    assert_eq!(figures.unwrap().paused_ms, Some(20_000.0));
+}
+
+/// One that lacks nothing, or says nothing of it, has nothing to read.
+#[test]
+fn a_destination_that_lacks_nothing_reads_nothing() {
+    let mut source = serving();
+    let start = NOW.after(Duration::from_secs(2));
+    source.handle(start, Input::Read { bytes: 9 });
+    let late = start.after(Timeouts::default().unread * 3);
+    source.handle(late, Input::Message(Message::Pong { nonce: 1 }));
+    source.handle(late, Input::Read { bytes: 9 });
+    source.handle(late, Input::Message(Message::Lacks { bytes: 0 }));
+    let paused = |output: &Output| matches!(output, Output::Report(Report::Paused { .. }));
+    assert!(!outputs(&mut source).iter().any(paused));
+}
