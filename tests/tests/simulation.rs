@@ -232,6 +232,8 @@ fn assert_happened(survey: &Survey) {
         (WentFirst, 10_000),
         (WentByHand, 500),
         (BecameWhole, 5_000),
+        (SaidLost, 1),
+        (HeardOfLoss, 1),
         (Waited, 1_000),
         (WaitedOnItsWay, 1_000),
         (DevicesWaited, 1_000),

@@ -52,6 +52,11 @@ impl Lane {
         self.submit()
     }
 
+    /// Bytes that have gone out.
+    pub(super) fn sent(&self) -> u64 {
+        self.channel.stats().sent
+    }
+
     /// The next report, if there is one.
     pub(super) fn poll(&mut self) -> Result<Option<Report>, Error> {
         while let Some(event) = self.channel.poll(Some(Duration::ZERO))? {

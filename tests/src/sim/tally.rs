@@ -89,6 +89,10 @@ pub enum Happened {
     ServedOn,
     /// The source's QEMU was gone, and its memory was served all the same.
     ServedWithoutQemu,
+    /// The source's host came back without the memory, and said so to the destination.
+    SaidLost,
+    /// The destination heard of that and was paused.
+    HeardOfLoss,
     /// The guest lacked nothing any more.
     BecameWhole,
     /// `Serve` was answered by `Whole`, from the journal.

@@ -64,6 +64,7 @@ impl DestinationSide {
                 }
             }
             Message::Serve { id } => self.serve(env, lane, *id),
+            Message::Lost { id, reason } => self.lost(env, lane, *id, reason),
             Message::Ping { nonce } => {
                 self.answer_question(env, lane, Message::Pong { nonce: *nonce })
             }
@@ -208,6 +209,21 @@ impl DestinationSide {
             }
             standing => self.answer_question(env, lane, Message::Answer { id, standing }),
         }
+    }
+
+    fn lost(&mut self, env: &mut Env, lane: usize, id: MigrationId, reason: &str) {
+        if journal::postcopy(&self.records()) == Postcopy::Over {
+            return self.answer_question(env, lane, Message::Whole { id });
+        }
+        let reason = reason.to_owned();
+        if !self.unserved() {
+            self.input(env, Input::SourceLost { reason });
+            if self.state() == Some(State::Paused) {
+                env.tally.note(Happened::HeardOfLoss);
+            }
+        }
+        let standing = self.standing(id);
+        self.answer_question(env, lane, Message::Answer { id, standing });
     }
 
     fn has_run_apart(&self) -> bool {

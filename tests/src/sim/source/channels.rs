@@ -20,7 +20,14 @@ impl SourceSide {
                 Ok(Report::BatchSent(batch)) => self.batch_sent(env, batch),
                 Ok(Report::Fetched(_)) => env.checker.violate("the source has read".into()),
                 Ok(Report::Message(bytes)) if channel == 0 => match Message::decode(&bytes) {
-                    Ok(message) => self.input(env, Input::Message(message)),
+                    Ok(message) => {
+                        // Both come about once a second.
+                        if matches!(message, Message::Lacks { .. }) {
+                            let bytes = self.sent();
+                            self.input(env, Input::Read { bytes });
+                        }
+                        self.input(env, Input::Message(message));
+                    }
                     Err(error) => env
                         .checker
                         .violate(format!("the source cannot read a message: {error}")),
@@ -30,6 +37,12 @@ impl SourceSide {
                     .violate("the source got a message on a data channel".into()),
             }
         }
+    }
+
+    /// What has gone out on this connection's data channels.
+    fn sent(&self) -> u64 {
+        let data = self.daemon.iter().flat_map(|daemon| &daemon.data);
+        data.map(|data| data.lane.sent()).sum()
     }
 
     fn next_report(&mut self, env: &mut Env) -> Option<(usize, Result<Report, Error>)> {

@@ -230,7 +230,7 @@ impl SourceSide {
         }
     }
 
-    fn send(&mut self, env: &mut Env, message: &Message) {
+    pub(super) fn send(&mut self, env: &mut Env, message: &Message) {
         let spoiled = self.forget_one(env, message);
         let message = spoiled.as_ref().unwrap_or(message);
         if *message == Message::Commit {

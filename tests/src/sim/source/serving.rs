@@ -79,8 +79,7 @@ impl SourceSide {
     /// A new connection is tried. Before it is one with all channels, a daemon that was started again opens the RAM files.
     pub(super) fn connect(&mut self, env: &mut Env, attempt: u32, all: bool) {
         if all && self.files_gone {
-            let fails = SourceEvent::ConnectFails(attempt, "the RAM files went with the host");
-            return self.event_after(env, Duration::ZERO, fails);
+            return self.say_lost(env, attempt);
         }
         if !env.wires.passable() || !env.destination_listens {
             env.tally.note(Happened::ReconnectFailed);
@@ -112,5 +111,23 @@ impl SourceSide {
             daemon.data = lanes.map(DataLane::of).collect();
         }
         self.input(env, Input::Reconnected);
+    }
+
+    /// What would be served is gone: that is said, on a connection of its own.
+    fn say_lost(&mut self, env: &mut Env, attempt: u32) {
+        let mut delay = Duration::ZERO;
+        if env.wires.passable() && env.destination_listens {
+            let (ours, theirs) = env.wires.connect(&self.regions[..1], &Regions::new());
+            env.incoming.push_back(theirs);
+            if let Some(daemon) = &mut self.daemon {
+                daemon.control = ours.into_iter().map(Lane::new).next();
+            }
+            let (id, reason) = (self.setup.id, "the host was started anew".to_owned());
+            self.send(env, &Message::Lost { id, reason });
+            env.tally.note(Happened::SaidLost);
+            delay = env.delay(1_000_000);
+        }
+        let fails = SourceEvent::ConnectFails(attempt, "the RAM files went with the host");
+        self.event_after(env, delay, fails);
     }
 }
