@@ -27,6 +27,11 @@ struct Doubt {
 impl Doubt {
     /// The destination stands at `step`.
     fn at(step: &str) -> Doubt {
+        Doubt::with(step, &[])
+    }
+
+    /// The same, migrated with `options`.
+    fn with(step: &str, options: &[&str]) -> Doubt {
         let scratch = Scratch::new();
         let steps = Steps::listen(
             &scratch.files().join("steps.sock"),
@@ -47,7 +52,7 @@ impl Doubt {
         let machine = Machine::new(Version::V10_0, 64, "rate=5 set=8");
         let source = world.guest("source", &machine);
         let destination = world.waiting("destination", &machine);
-        let migration = world.begin(Side::A, "vm", &source, &destination, &[]);
+        let migration = world.begin(Side::A, "vm", &source, &destination, options);
         let held = steps.wait(Duration::from_secs(60)).unwrap();
         let id = world.cli(Side::A).id_of("vm");
         Doubt {
@@ -251,6 +256,42 @@ fn a_guest_that_the_destination_lets_go_of_is_taken_back() {
     doubt.world.net.mend();
     doubt.wait_state(Side::A, "failed");
     doubt.assert_runs_only_at_source();
+}
+
+/// The guest goes first, and its QEMU dies before it has run, while its page faults were served and the source had asked:
+/// the source has served, and let go of nothing.
+#[test]
+fn a_guest_that_went_first_and_never_ran_is_taken_back() {
+    let mut doubt = Doubt::with("RunGuest", &["--mode", "postcopy"]);
+    doubt.world.net.cut();
+    doubt.wait_in_doubt();
+    doubt.world.net.mend();
+    doubt.world.daemon(Side::B).assert_logs(&[
+        "a source asks",
+        "asked=Serve",
+        "standing=Committed",
+    ]);
+    doubt.destination.kill();
+    doubt.held.take().unwrap().go();
+    doubt.wait_state(Side::B, "in-doubt");
+    assert_eq!(doubt.state(Side::A), "in-doubt");
+    let done = doubt.resolve(Side::B, &["--abandon"]).unwrap();
+    assert_says(&done, &["never will run here"]);
+    doubt.wait_state(Side::A, "failed");
+    doubt.assert_runs_only_at_source();
+}
+
+/// The same, and nothing is the matter but the link: it runs there.
+#[test]
+fn a_guest_that_went_first_runs_when_its_source_serves_in_doubt() {
+    let mut doubt = Doubt::with("RunGuest", &["--mode", "postcopy"]);
+    doubt.world.net.cut();
+    doubt.wait_in_doubt();
+    doubt.world.net.mend();
+    doubt.held.take().unwrap().go();
+    doubt.wait_state(Side::B, "completed");
+    doubt.wait_state(Side::A, "completed");
+    doubt.assert_runs_only_at_destination();
 }
 
 #[test]

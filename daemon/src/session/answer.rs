@@ -14,7 +14,6 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::arrive::Visit;
-use super::destination::has_its_qemu;
 use super::{held, resume};
 use crate::failure::{Shown, host};
 use crate::lane::{LaneEvent, Told};
@@ -49,11 +48,6 @@ impl Visit {
                 }
                 let mut standing = standing(&self.service, id);
                 tracing::info!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, ?asked, ?standing, "a source asks");
-                // It is being started, or the disk has refused that it runs: with post-copy QEMU may not be able to say so
-                // before the source serves what the guest lacks.
-                if standing == Standing::Committed && is_starting_postcopy(&self.service, id) {
-                    standing = Standing::Running;
-                }
                 if let Asked::Serve(id) = asked {
                     if let Some(fetching) = fetching(&self.service, id) {
                         // If it is over by now, the connection ends and the source comes again.
@@ -117,10 +111,15 @@ impl Visit {
         if is_whole(&self.service, id) {
             return self.control.give(Message::Whole { id });
         }
-        if let Some(fetching) = fetching(&self.service, id) {
-            fetching.request(Request::Lost(reason));
-        }
         let standing = standing(&self.service, id);
+        let served = fetching(&self.service, id);
+        let here = served.or_else(|| match standing {
+            Standing::Committed => held(&self.service, id),
+            _ => None,
+        });
+        if let Some(here) = here {
+            here.request(Request::Lost(reason));
+        }
         self.control.give(Message::Answer { id, standing });
     }
 
@@ -179,16 +178,6 @@ fn fetching(service: &Arc<Service>, id: MigrationId) -> Option<Arc<Migration>> {
             resume::take_up(service, id, &records.ok().flatten()?)
         }
     }
-}
-
-/// Whether a session starts a guest that went first, and its QEMU is there.
-fn is_starting_postcopy(service: &Service, id: MigrationId) -> bool {
-    let records = service.store.journals.read(id, Side::Destination);
-    let open = records.is_ok_and(|records| {
-        records
-            .is_some_and(|records| postcopy(&records) == Postcopy::Open && has_its_qemu(&records))
-    });
-    open && live(service, id).is_some_and(|it| it.shown().state != State::InDoubt)
 }
 
 /// Whether a guest that went first needs nothing more of its source.

@@ -112,9 +112,7 @@ pub(crate) async fn hold(
             }
             // It is too late to cancel, and there is no connection.
             Some(Request::Cancel | Request::Disconnect) => {}
-            Some(Request::Lost(reason)) => {
-                tracing::error!(id = %Uuid::from_bytes(id.0), reason, "what the guest lacks is not at its source any more");
-            }
+            Some(Request::Lost(reason)) => held.source_lost(&reason).await,
         }
     }
 }
@@ -207,15 +205,29 @@ impl Held {
         self.standing()
     }
 
+    /// A source without the guest's memory has not taken the guest back, and cannot serve it: it is run with what is here, and
+    /// waits for the rest.
+    async fn source_lost(&self, reason: &str) {
+        let (found, qmp) = look(&self.qmp).await;
+        tracing::error!(id = %Uuid::from_bytes(self.id.0), reason, ?found, "what the guest lacks is not at its source any more");
+        let step = match found {
+            Found::Runs => Step::RecordRunning,
+            Found::StandsStill => Step::Run,
+            Found::Gone | Found::Unclear(_) => return,
+        };
+        if let Err(failure) = self.take(step, qmp).await {
+            tracing::error!(failure = %Shown(&failure), "the guest is not run");
+        }
+    }
+
     /// QEMU's monitor, of a guest that can be run; or what the source is told.
     ///
     /// A guest that went first may have touched a page that lacks while QEMU held its big lock: then nobody can ask QEMU
-    /// whether it runs before that page is here. A source that asks is told that it does, since it is committed to this host
-    /// and is run as soon as that source serves what it lacks.
+    /// whether it runs before that page is here. It is run when the source serves.
     async fn monitor(&self, serves: bool, armed: bool) -> Result<Arc<Qmp>, Standing> {
         if armed {
             if !serves {
-                return Err(Standing::Running);
+                return Err(Standing::Committed);
             }
             return Qmp::connect_unheard(&self.qmp)
                 .await

@@ -112,7 +112,7 @@ impl Pair {
     }
 
     /// What the destination's daemon does with a `Query`.
-    fn answer_query(&mut self, id: MigrationId) {
+    pub(super) fn answer_query(&mut self, id: MigrationId) {
         assert_eq!(id, ID);
         if self.destination.is_some() && self.destination_finished.is_none() {
             let lost = Failure::new(Fault::Network, "the source has made a new connection", "");

@@ -8,6 +8,7 @@ use pagecopy::engine::destination::{self, Destination};
 use pagecopy::engine::event::FaultFigures;
 use pagecopy::engine::journal::{self, Postcopy, Record};
 use pagecopy::engine::{Failure, Fault, source};
+use pagecopy::wire::Standing;
 
 use super::{Event, LATENCY, PAGE, Pair, WORK};
 
@@ -141,7 +142,21 @@ impl Pair {
         }
         let lost = Failure::new(Fault::Network, "the source has a new connection", "");
         self.tell_destination(destination::Input::LinkLost(lost));
-        self.tell_destination(destination::Input::Served);
+        let served = self.destination.is_some() && self.destination_finished.is_none();
+        if !served && journal::standing_for(Some(&records)) == Standing::Committed {
+            self.destination = Some(Destination::recover(self.arriving.clone(), true, self.now));
+            self.destination_finished = None;
+            self.stop_pulling();
+        }
+        if self
+            .destination
+            .as_ref()
+            .is_some_and(Destination::takes_serve)
+        {
+            self.tell_destination(destination::Input::Served);
+        } else {
+            self.answer_query(self.setup.id);
+        }
     }
 
     /// A daemon that is started anew and finds a guest that lacks pages.

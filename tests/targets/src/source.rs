@@ -20,7 +20,7 @@ use pagecopy::engine::{ChannelId, Time, Timeouts};
 use pagecopy::limits::{
     DIGEST_CHUNK, MAX_BATCH_BYTES, MAX_BATCHES_PER_CHANNEL, MAX_DEVICE_STATE_CHUNK, MAX_RUNS,
 };
-use pagecopy::wire::{Message, Standing};
+use pagecopy::wire::{AbortCode, Message, Standing};
 
 use crate::orders::Orders;
 use crate::words::{self, blocks, digests, failure, message, pause};
@@ -68,6 +68,8 @@ struct Facts {
     /// The destination runs it, or the operator said so.
     gone: bool,
     moved_recorded: bool,
+    /// It was in doubt: from then on nobody but the destination's answer, and the operator, gives the guest back.
+    doubted: bool,
     finished: bool,
     /// Post-copy was offered.
     offered: bool,
@@ -366,18 +368,28 @@ impl World {
                 facts.may_release |= facts.gone;
                 facts.gone |= facts.commits > 0;
             }
-            Input::Message(Message::Whole { id: words::ID }) => facts.may_release |= facts.gone,
+            // It says that the guest has run, to a source in doubt, too.
+            Input::Message(
+                Message::Whole { id: words::ID }
+                | Message::Abort {
+                    code: AbortCode::Qemu,
+                    ..
+                },
+            ) => {
+                facts.given_back |=
+                    !facts.doubted && matches!(input, Input::Message(Message::Abort { .. }));
+                facts.gone |= facts.doubted && facts.serves;
+                facts.may_release |= facts.gone;
+            }
+            // It ends a connection, and decides nothing any more.
+            Input::Message(Message::Abort { .. }) => facts.given_back |= !facts.doubted,
             Input::Journaled(Record::Released) | Input::JournalFailed(Record::Released, _) => {
                 facts.released |= facts.may_release;
             }
-            Input::Message(Message::Abort { .. })
-            | Input::Message(Message::Answer {
+            Input::Message(Message::Answer {
                 id: words::ID,
                 standing: Standing::Aborted,
-            }) => {
-                facts.given_back = true;
-                facts.may_release |= facts.gone;
-            }
+            }) => facts.given_back = true,
             // Without the word that the destination is fenced the operator's wish is not enough.
             Input::Resolve(Resolution::ResumeHere { peer_fenced: true }) => {
                 facts.given_back |= facts.commits > 0;
@@ -425,7 +437,7 @@ impl World {
                 facts.serves = true;
             }
             Output::Send(Message::Serve { .. }) => {
-                assert!(facts.serves && facts.gone, "{facts:?}");
+                assert!(facts.serves && facts.commits > 0, "{facts:?}");
             }
             Output::Detach => assert!(
                 !(facts.serves && facts.gone) || facts.released || facts.resume_ordered,
@@ -438,7 +450,7 @@ impl World {
                 facts.reads_open = true;
             }
             Output::ConnectAll => {
-                assert!(facts.serves && facts.gone, "{facts:?}");
+                assert!(facts.serves && facts.commits > 0, "{facts:?}");
                 // An attempt under way is given up.
                 while self.orders.take_first(is_connect).is_some() {}
                 self.orders.add(Order::ConnectAll);
@@ -551,6 +563,7 @@ impl World {
             ),
         }
         facts.finished = state != State::InDoubt;
+        facts.doubted |= state == State::InDoubt;
     }
 }
 

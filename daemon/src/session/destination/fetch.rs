@@ -379,11 +379,6 @@ impl TakenOver {
     }
 }
 
-/// Whether the QEMU whose page faults wait, by the journal, is there.
-pub(crate) fn has_its_qemu(records: &[Record]) -> bool {
-    Armed::by(records).is_ok()
-}
-
 /// The QEMU whose page faults wait, by the journal.
 struct Armed<'a> {
     pid: i32,

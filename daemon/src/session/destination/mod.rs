@@ -25,7 +25,7 @@ use transport::{Channel, Regions};
 
 use self::device_state::DeviceState;
 use self::fetch::Fetch;
-pub(crate) use self::fetch::{TakenOver, has_its_qemu};
+pub(crate) use self::fetch::TakenOver;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::failure::operator;
 use crate::lane::destination::Command;

@@ -89,12 +89,11 @@ impl Session {
             let reason = failure.what.clone();
             let silence = Timeouts::default().silence;
             let heard = match ask(Message::Lost { id, reason }, &target, silence).await {
-                Ok(Message::Whole { id }) => {
-                    // Nothing lacks there any more: its operator has given up what did, perhaps.
-                    let _ = sender.send(Incoming::Engine(Input::Message(Message::Whole { id })));
-                    return;
+                Ok(answer) => {
+                    // It may end the matter: nothing lacks there any more, say. A session that has ended needs no word.
+                    let _ = sender.send(Incoming::Engine(Input::Message(answer)));
+                    "the destination knows".to_owned()
                 }
-                Ok(_) => "the destination knows".to_owned(),
                 Err(unheard) => unheard.what,
             };
             let what = format!("{}; {heard}; what to do: {}", failure.what, failure.remedy);

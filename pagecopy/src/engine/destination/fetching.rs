@@ -55,6 +55,8 @@ impl Fetching {
                 // What the guest goes on without is not fetched any more; then it is whole, and says so.
                 if !self.poisoning {
                     fetch_on(core);
+                    // A source that is in doubt has not heard it.
+                    core.send(Message::Running);
                 }
             }
             Input::PullFailed(failure) => {

@@ -132,13 +132,11 @@ impl Destination {
     ///
     /// Also while it is being started: QEMU may not be able to say whether it runs before it has a page that lacks.
     pub fn takes_serve(&self) -> bool {
-        self.has_run_apart() || self.core.armed && matches!(self.phase, Phase::Starting(_))
-    }
-
-    /// Whether the guest of a post-copy runs here, or did: a `Query` is answered with `Running` then, also when the disk has
-    /// refused the record.
-    pub fn has_run_apart(&self) -> bool {
-        matches!(self.phase, Phase::Fetching(_) | Phase::Ending(_))
+        match self.phase {
+            Phase::Fetching(_) | Phase::Ending(_) => true,
+            Phase::Starting(_) => self.core.armed,
+            _ => false,
+        }
     }
 
     /// Whether a daemon that is told to end leaves this migration to its journal and the next daemon: the guest runs here, and

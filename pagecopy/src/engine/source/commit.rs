@@ -110,6 +110,15 @@ impl Moved {
         })
     }
 
+    /// It runs there, or did, as the destination says by this message.
+    pub(super) fn with(core: &mut Core, early: Message) -> Phase {
+        core.journal(Record::GuestMoved);
+        Phase::Moved(Moved {
+            said_by_peer: true,
+            early: Some(early),
+        })
+    }
+
     /// The operator said so.
     pub(super) fn by_word(core: &mut Core) -> Phase {
         core.journal(Record::GuestMoved);

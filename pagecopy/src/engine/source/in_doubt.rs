@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! Connecting ──▶ Asking ──▶ Running: record it, done        Aborted: take the guest back
+//!     ▲  ▲        ▲ │ └──▶ Served (post-copy): until it is said that the guest runs, or the connection is gone
 //!     ▲  ▲          │
 //!     │  └─ Waiting ◀┘  Unknown, Committed, NoJournal, Foreign, no answer, no connection
 //!     │        │
@@ -10,6 +11,9 @@
 //!     │        │     committed guest when it is asked
 //!     └────────┘     (not recorded)
 //! ```
+//!
+//! A post-copy's question is `Serve`: its destination cannot say that the guest runs before it has pages that lack. It is served in
+//! doubt, and the doubt ends when the guest has run: until then everything here is as it was, and can be taken back.
 //!
 //! A decision of the operator makes the next question come at once; what the destination answers, or that it does not,
 //! goes through [`doubt::at_source`].
@@ -46,6 +50,8 @@ enum Contact {
     Connecting,
     /// `Query` was sent; no answer by then is no answer.
     Asking { deadline: Time },
+    /// Post-copy: the destination fetches, and has not said yet that the guest runs.
+    Served,
     /// Until the next attempt. With a connection, `Query` goes again on it.
     Waiting { until: Time },
     /// Nobody is asked: that the operator has taken the guest back is being recorded.
@@ -67,12 +73,13 @@ impl InDoubt {
             }),
         );
         core.link_lost();
-        core.out.push(Output::Connect);
-        Phase::InDoubt(InDoubt {
+        let mut doubt = InDoubt {
             contact: Contact::Connecting,
-            backoff: core.setup.timeouts.reconnect_first,
+            backoff: pauses(core).0,
             wish: None,
-        })
+        };
+        doubt.connect(core);
+        Phase::InDoubt(doubt)
     }
 
     pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
@@ -86,13 +93,11 @@ impl InDoubt {
                     .notice(format!("the destination cannot be asked yet: {why}"));
                 return Ok(self.answered(core, None));
             }
-            Input::LinkLost(_) if core.link.is_up() => {
-                core.link.lost();
-                if matches!(self.contact, Contact::Asking { .. }) {
-                    return Ok(self.answered(core, None));
-                }
+            Input::LinkLost(_) if core.link.is_up() => return Ok(self.link_lost(core)),
+            Input::Message(message) => {
+                core.link.heard(core.now);
+                return Ok(self.message(core, message));
             }
-            Input::Message(message) => return Ok(self.message(core, message)),
             Input::Resolve(resolution) => self.resolve(core, resolution),
             Input::Cancel => refuse_cancel(core),
             Input::StartPostcopy | Input::Recover => core.nothing_to_resolve(
@@ -127,22 +132,75 @@ impl InDoubt {
             // One that was not asked for and decides nothing is passed over: it may come any number of times.
             Message::Answer { id, standing }
                 if id == core.setup.id
-                    && (matches!(self.contact, Contact::Asking { .. })
+                    && (self.waits_for_an_answer(core)
                         || matches!(standing, Standing::Running | Standing::Aborted)) =>
             {
+                if core.serves {
+                    // The connection was for serving, and is of no use.
+                    core.link_lost();
+                }
                 self.answered(core, Some(standing))
             }
+            Message::Resumed if core.serves && matches!(self.contact, Contact::Asking { .. }) => {
+                self.served(core)
+            }
+            // It has run there, whatever became of it since: a destination whose guest lacks nothing, or is lost with its QEMU.
+            Message::Whole { id } if core.serves && id == core.setup.id => {
+                self.has_run(core, Message::Whole { id })
+            }
+            Message::Abort {
+                code: AbortCode::Qemu,
+                reason,
+            } if core.serves && core.link.is_up() => {
+                let code = AbortCode::Qemu;
+                self.has_run(core, Message::Abort { code, reason })
+            }
+            // It says that the destination wants no more questions on this connection, and decides nothing: what the
+            // destination has decided, it answers.
+            Message::Abort { .. } => self.link_lost(core),
             // The first connection may come to life again with the answer to `Commit` itself.
             Message::Running => self.answered(core, Some(Standing::Running)),
-            Message::Abort { code, reason } => {
-                self.tell_operator(core, Standing::Aborted);
-                Rollback::begin(core, by_peer(code, &reason))
-            }
             Message::Ping { nonce } => {
                 core.send(Message::Pong { nonce });
                 Phase::InDoubt(self)
             }
             _ => self.on_time(core),
+        }
+    }
+
+    /// Whether an answer is due. Where the memory is gone, the driver brings the answer to that, without a connection.
+    fn waits_for_an_answer(&self, core: &Core) -> bool {
+        match self.contact {
+            Contact::Asking { .. } => true,
+            Contact::Connecting => core.serves,
+            Contact::Served | Contact::Waiting { .. } | Contact::Silent => false,
+        }
+    }
+
+    /// The destination fetches. It was committed, so that nothing here is decided by a word against it.
+    fn served(mut self, core: &mut Core) -> Phase {
+        self.contact = Contact::Served;
+        self.backoff = pauses(core).0;
+        core.has_data = true;
+        self.look_into_wish(core, Some(Standing::Committed))
+            .unwrap_or(Phase::InDoubt(self))
+    }
+
+    fn has_run(self, core: &mut Core, early: Message) -> Phase {
+        self.tell_operator(core, Standing::Running);
+        Moved::with(core, early)
+    }
+
+    /// The connection is gone, or of no use.
+    fn link_lost(mut self, core: &mut Core) -> Phase {
+        core.link_lost();
+        match self.contact {
+            Contact::Asking { .. } => self.answered(core, None),
+            Contact::Served => {
+                self.wait(core);
+                Phase::InDoubt(self)
+            }
+            _ => Phase::InDoubt(self),
         }
     }
 
@@ -172,18 +230,28 @@ impl InDoubt {
             Some(Standing::Foreign) => core.out.notice(foreign()),
             None => {}
         }
+        if let Some(ended) = self.look_into_wish(core, answer) {
+            return ended;
+        }
+        if self.contact != Contact::Silent {
+            self.wait(core);
+        }
+        Phase::InDoubt(self)
+    }
+
+    /// What the answer makes of the operator's wish, if there is one. Returns the phase that it leads to.
+    fn look_into_wish(&mut self, core: &mut Core, answer: Option<Standing>) -> Option<Phase> {
         match self.wish.map(|wish| (wish, doubt::at_source(wish, answer))) {
             None => {}
             Some((Resolution::Abandon, AtSource::Granted)) => {
                 core.decided(Ok(
                     "the guest is let go of here; QEMU keeps it, stopped, until it is ended",
                 ));
-                return Moved::by_word(core);
+                return Some(Moved::by_word(core));
             }
             Some((_, AtSource::Granted)) => {
                 self.contact = Contact::Silent;
                 core.journal(Record::TakenBack);
-                return Phase::InDoubt(self);
             }
             Some((_, AtSource::Decided(_))) => {}
             Some((_, AtSource::Refused(why))) => {
@@ -191,8 +259,7 @@ impl InDoubt {
                 core.decided(Err(why));
             }
         }
-        self.wait(core);
-        Phase::InDoubt(self)
+        None
     }
 
     /// The destination's answer has ended the doubt: says what became of the operator's wish, if there is one.
@@ -218,13 +285,22 @@ impl InDoubt {
             return core.decided(Err(why));
         }
         self.wish = Some(resolution);
-        if matches!(self.contact, Contact::Waiting { .. }) {
-            self.contact = Contact::Waiting { until: core.now };
+        match self.contact {
+            Contact::Waiting { .. } => self.contact = Contact::Waiting { until: core.now },
+            // It answers, by fetching.
+            Contact::Served => {
+                self.look_into_wish(core, Some(Standing::Committed));
+            }
+            Contact::Connecting | Contact::Asking { .. } | Contact::Silent => {}
         }
     }
 
     fn ask(&mut self, core: &mut Core) {
-        core.send(Message::Query { id: core.setup.id });
+        let id = core.setup.id;
+        core.send(match core.serves {
+            true => Message::Serve { id },
+            false => Message::Query { id },
+        });
         self.contact = Contact::Asking {
             deadline: core.now.after(core.setup.timeouts.silence),
         };
@@ -234,10 +310,15 @@ impl InDoubt {
         self.contact = Contact::Waiting {
             until: core.now.after(self.backoff),
         };
-        self.backoff = self
-            .backoff
-            .saturating_mul(2)
-            .min(core.setup.timeouts.reconnect_most);
+        self.backoff = self.backoff.saturating_mul(2).min(pauses(core).1);
+    }
+
+    fn connect(&mut self, core: &mut Core) {
+        self.contact = Contact::Connecting;
+        core.out.push(match core.serves {
+            true => Output::ConnectAll,
+            false => Output::Connect,
+        });
     }
 
     fn on_time(mut self, core: &mut Core) -> Phase {
@@ -246,24 +327,39 @@ impl InDoubt {
                 if core.link.is_up() {
                     self.ask(core);
                 } else {
-                    self.contact = Contact::Connecting;
-                    core.out.push(Output::Connect);
+                    self.connect(core);
                 }
             }
-            Contact::Asking { deadline } if core.now >= deadline => {
-                core.link.lost();
-                return self.answered(core, None);
+            Contact::Asking { deadline } if core.now >= deadline => return self.link_lost(core),
+            Contact::Served => {
+                let timeouts = core.setup.timeouts;
+                if core.now >= core.link.deadline(timeouts.silence) {
+                    return self.link_lost(core);
+                }
+                if let Some(ping) = core.link.ping(core.now, timeouts.ping_every) {
+                    core.send(ping);
+                }
             }
             _ => {}
         }
         Phase::InDoubt(self)
     }
 
-    pub(super) fn next(&self) -> Option<Time> {
+    pub(super) fn next(&self, core: &Core) -> Option<Time> {
         match self.contact {
             Contact::Connecting | Contact::Silent => None,
+            Contact::Served => Some(core.next_watch()),
             Contact::Asking { deadline: at } | Contact::Waiting { until: at } => Some(at),
         }
+    }
+}
+
+/// The first pause between two attempts, and the longest. A guest in post-copy waits meanwhile.
+fn pauses(core: &Core) -> (Duration, Duration) {
+    let timeouts = &core.setup.timeouts;
+    match core.serves {
+        true => (timeouts.serve_first, timeouts.serve_most),
+        false => (timeouts.reconnect_first, timeouts.reconnect_most),
     }
 }
 

@@ -129,7 +129,7 @@ impl Source {
             Phase::Round(phase) => watched(phase.next(core)),
             Phase::Switchover(phase) => watched(phase.next(core)),
             Phase::Commit(phase) => Some(phase.next()),
-            Phase::InDoubt(phase) => phase.next(),
+            Phase::InDoubt(phase) => phase.next(&self.core),
             Phase::Rollback(phase) => phase.next(),
             Phase::Serving(phase) => phase.next(core),
             Phase::Moved(_) | Phase::Releasing(_) | Phase::Ended => None,

@@ -20,7 +20,7 @@ use super::{Phase, Step};
 use crate::engine::event::{Report, State};
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
-use crate::wire::{Message, Standing};
+use crate::wire::{AbortCode, Message, Standing};
 
 /// The memory is served.
 #[derive(Debug)]
@@ -127,12 +127,20 @@ impl Serving {
         core.link.heard(core.now);
         match message {
             Message::Whole { id } if id == core.setup.id => return Some(None),
-            Message::Abort { code, reason } => {
+            Message::Abort {
+                code: AbortCode::Qemu,
+                reason,
+            } => {
                 return Some(Some(Failure {
                     remedy: "the guest has ended with its QEMU at the destination: start it anew"
                         .to_owned(),
-                    ..by_peer(code, &reason).failure
+                    ..by_peer(AbortCode::Qemu, &reason).failure
                 }));
+            }
+            // Only the end of its guest ends that it needs the memory here.
+            Message::Abort { code, reason } if self.is_connected() => {
+                let why = by_peer(code, &reason).failure.what;
+                self.lost(core, &why);
             }
             Message::Lacks { bytes } => {
                 let report = Report::Postcopy {

@@ -11,7 +11,7 @@ use crate::engine::event::{Report, State};
 use crate::engine::journal::{Outcome, Postcopy, Record};
 use crate::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
 use crate::memory::{BlockId, BlockSpec, Run};
-use crate::wire::{AbortCode, Message, tests::one_of_each};
+use crate::wire::{AbortCode, Message, Standing, tests::one_of_each};
 
 const ID: MigrationId = MigrationId([3; 16]);
 /// Later than the pause between two scans.

@@ -50,11 +50,6 @@ impl DestinationSide {
                 self.end_session(env);
                 self.give_up_unserved(env);
                 match self.standing(*id) {
-                    // It runs here, whatever the disk says.
-                    _ if self.has_run_apart() => {
-                        let (id, standing) = (*id, Standing::Running);
-                        self.answer_question(env, lane, Message::Answer { id, standing });
-                    }
                     Standing::Committed if self.holds() && self.has_guest() => {
                         self.run_committed(env, lane)
                     }
@@ -185,10 +180,8 @@ impl DestinationSide {
 
     /// The source has come to serve what the guest lacks.
     fn serve(&mut self, env: &mut Env, lane: usize, id: MigrationId) {
-        if self.takes_serve() {
-            // It has lost the connection that there was, though this side may not know it yet.
-            self.end_session(env);
-        }
+        self.end_session(env);
+        self.give_up_unserved(env);
         if self.takes_serve() {
             let Some(daemon) = &mut self.daemon else {
                 return;
@@ -223,15 +216,15 @@ impl DestinationSide {
             }
         }
         let standing = self.standing(id);
+        if self.holds() {
+            // It has not been taken back there, and is run with what is here.
+            match self.found() {
+                Found::Runs => self.runs_after_all(env),
+                Found::StandsStill => self.run_guest(env),
+                Found::Gone | Found::Unclear(_) => {}
+            }
+        }
         self.answer_question(env, lane, Message::Answer { id, standing });
-    }
-
-    fn has_run_apart(&self) -> bool {
-        let engine = self
-            .daemon
-            .as_ref()
-            .and_then(|daemon| daemon.engine.as_ref());
-        self.ended.is_none() && engine.is_some_and(Destination::has_run_apart)
     }
 
     fn takes_serve(&self) -> bool {
@@ -261,12 +254,19 @@ impl DestinationSide {
         self.host.disk.reopen();
         let engine = Destination::recover(self.setup.clone(), armed, env.clock(Side::Destination));
         if let Some(daemon) = &mut self.daemon {
-            daemon.control = Some(daemon.questions.remove(lane).control);
+            let Question { control, data } = daemon.questions.remove(lane);
+            let serves = !data.is_empty();
+            daemon.control = Some(control);
+            daemon.served = data;
             daemon.engine = Some(engine);
             self.session += 1;
             self.ended = None;
             self.carry_out_all(env);
             self.tell_again(env, armed);
+            if armed && serves {
+                self.close_to_writes(env);
+                self.input(env, Input::Served);
+            }
         }
     }
 

@@ -125,7 +125,8 @@ impl SourceSide {
             let (id, reason) = (self.setup.id, "the host was started anew".to_owned());
             self.send(env, &Message::Lost { id, reason });
             env.tally.note(Happened::SaidLost);
-            delay = env.delay(1_000_000);
+            // The answer is waited for.
+            delay = Duration::from_secs(10);
         }
         let fails = SourceEvent::ConnectFails(attempt, "the RAM files went with the host");
         self.event_after(env, delay, fails);

@@ -257,7 +257,7 @@ fn a_source_that_comes_again_is_fetched_from_on() {
     assert!(destination.takes_serve() && !arming().0.takes_serve());
     destination.handle(NOW, Input::Served);
     let asked = outputs(&mut destination);
-    assert_eq!(sent(&asked), ["Resumed"]);
+    assert_eq!(sent(&asked), ["Resumed", "Running"]);
     assert!(asked.contains(&Output::Pull));
     assert_eq!(destination.state(), State::Migrating);
 }

@@ -215,18 +215,121 @@ fn a_restarted_daemon_serves_on() {
     let mut source = Source::recover(setup_of(Mode::Postcopy), Outcome::Here, Postcopy::Open, NOW);
     assert!(outputs(&mut source).contains(&Output::ConnectAll));
     assert_eq!(source.state(), State::Paused);
-    // In doubt it asks first.
+}
+
+/// In doubt, and the destination has taken what serves it.
+fn served_in_doubt() -> Source {
     let mut doubt = Source::recover(setup_of(Mode::Postcopy), Outcome::Open, Postcopy::Open, NOW);
-    assert!(outputs(&mut doubt).contains(&Output::Connect));
-    for input in [
-        Input::Reconnected,
-        Input::Message(Message::Running),
-        Input::Journaled(Record::GuestMoved),
-    ] {
-        doubt.handle(NOW, input);
+    assert!(outputs(&mut doubt).contains(&Output::ConnectAll));
+    doubt.handle(NOW, Input::Reconnected);
+    assert_eq!(sent(&outputs(&mut doubt)), ["Serve"]);
+    doubt.handle(NOW, Input::Message(Message::Resumed));
+    assert_eq!(phase(&doubt), "InDoubt");
+    assert_eq!(outputs(&mut doubt), []);
+    doubt
+}
+
+/// The destination may need pages to run the guest: it gets them, and the guest is let go of when it has run and not before.
+#[test]
+fn a_source_in_doubt_serves_and_lets_go_of_nothing() {
+    let mut doubt = served_in_doubt();
+    let later = NOW.after(Duration::from_secs(5));
+    doubt.handle(later, Input::Tick);
+    assert!(matches!(
+        &outputs(&mut doubt)[..],
+        [Output::Send(Message::Ping { .. })]
+    ));
+    // Who fetches answers: the operator cannot take the guest back over that.
+    doubt.handle(
+        later,
+        Input::Resolve(Resolution::ResumeHere { peer_fenced: true }),
+    );
+    assert!(matches!(
+        &outputs(&mut doubt)[..],
+        [Output::Decided(Err(_))]
+    ));
+    doubt.handle(later, Input::Message(Message::Running));
+    assert_eq!(outputs(&mut doubt), [Output::Journal(Record::GuestMoved)]);
+    doubt.handle(later, Input::Journaled(Record::GuestMoved));
+    assert_eq!(
+        (phase(&doubt).as_str(), doubt.state()),
+        ("Serving", State::Migrating)
+    );
+    // Over the same connection.
+    assert!(!outputs(&mut doubt).contains(&Output::ConnectAll));
+}
+
+/// Its QEMU may die before the guest has run there: the destination never runs it then, and it is whole here.
+#[test]
+fn a_guest_that_never_ran_is_taken_back_from_a_source_that_served() {
+    let mut doubt = served_in_doubt();
+    doubt.handle(NOW, lost());
+    let again = doubt.poll_timeout().unwrap();
+    assert!(
+        again <= NOW.after(Duration::from_secs(1)),
+        "the guest waits"
+    );
+    doubt.handle(again, Input::Tick);
+    assert_eq!(outputs(&mut doubt), [Output::ConnectAll]);
+    doubt.handle(again, Input::Reconnected);
+    let id = MigrationId([3; 16]);
+    let standing = Standing::Aborted;
+    doubt.handle(again, Input::Message(Message::Answer { id, standing }));
+    assert!(outputs(&mut doubt).contains(&Output::ResumeGuest));
+}
+
+/// What only follows when the guest has run says so.
+#[test]
+fn a_guest_that_has_run_is_let_go_of_however_it_ended() {
+    let id = MigrationId([3; 16]);
+    let ends = [
+        (Message::Whole { id }, State::Completed),
+        (
+            Message::Abort {
+                code: AbortCode::Qemu,
+                reason: "it has ended".into(),
+            },
+            State::Failed,
+        ),
+    ];
+    for (message, state) in ends {
+        let mut doubt = served_in_doubt();
+        doubt.handle(NOW, Input::Message(message));
+        assert_eq!(outputs(&mut doubt), [Output::Journal(Record::GuestMoved)]);
+        doubt.handle(NOW, Input::Journaled(Record::GuestMoved));
+        assert!(outputs(&mut doubt).contains(&Output::Journal(Record::Released)));
+        doubt.handle(NOW, Input::Journaled(Record::Released));
+        assert!(!outputs(&mut doubt).contains(&Output::ResumeGuest));
+        assert_eq!(doubt.state(), state);
     }
-    let asked = outputs(&mut doubt);
-    assert!(asked.contains(&Output::ConnectAll) && !asked.contains(&Output::Detach));
+}
+
+/// A destination that ends a connection has decided nothing by it: the guest may run there.
+#[test]
+fn an_abort_decides_nothing_when_the_guest_may_run() {
+    for code in AbortCode::ALL {
+        let abort = Message::Abort {
+            code,
+            reason: "no question has come for too long".into(),
+        };
+        let mut doubt = Source::recover(setup(), Outcome::Open, Postcopy::No, NOW);
+        doubt.handle(NOW, Input::Reconnected);
+        outputs(&mut doubt);
+        doubt.handle(NOW, Input::Message(abort.clone()));
+        assert_eq!(outputs(&mut doubt), [], "{code:?}");
+        assert_eq!(phase(&doubt), "InDoubt");
+        let again = doubt.poll_timeout().unwrap();
+        doubt.handle(again, Input::Tick);
+        assert_eq!(outputs(&mut doubt), [Output::Connect]);
+        if code != AbortCode::Qemu {
+            let mut serving = serving();
+            serving.handle(NOW.after(Duration::from_secs(1)), Input::Message(abort));
+            assert_eq!(
+                (phase(&serving).as_str(), serving.state()),
+                ("Serving", State::Paused)
+            );
+        }
+    }
 }
 
 #[test]
