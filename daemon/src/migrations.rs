@@ -74,7 +74,7 @@ pub struct Finished {
     pub fault: Option<Fault>,
     /// What to do about it, unless completed.
     pub remedy: Option<String>,
-    /// At the destination of a post-copy: what its page faults cost.
+    /// At the destination of a post-copy: what its page faults cost, in detail.
     #[serde(flatten)]
     pub faults: Option<FaultReport>,
     /// The engine's figures.

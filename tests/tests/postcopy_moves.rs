@@ -27,7 +27,6 @@ fn the_guest_goes_first() {
     let world = World::tls();
     let moved = world.move_and_check(&machine(), &["--mode", "postcopy"]);
     assert_postcopy(&moved, "postcopy");
-    // What the faults cost is the destination's to tell.
     let id = world.cli(Side::B).id_of("vm");
     let shown = world.cli(Side::B).status(&id);
     let end = &shown["finished"];
@@ -36,6 +35,14 @@ fn the_guest_goes_first() {
     let [p50, max] = ["p50", "max"].map(|name| end["fault_us"][name].as_u64().unwrap());
     assert!(0 < p50 && p50 <= max, "{shown}");
     assert!(end["prefetch_windows"].as_u64().unwrap() > 0, "{shown}");
+    assert!(end["postcopy_ms"].as_f64().unwrap() > 0.0, "{shown}");
+    // The source has them from the destination, in its last event and for who asks later.
+    let asked = world.cli(Side::A).status(&id);
+    for told in [moved.outcome.finished(), &asked["finished"]] {
+        for figure in ["faults", "fault_us"] {
+            assert_eq!(told[figure], end[figure], "{told} {shown}");
+        }
+    }
 }
 
 #[test]

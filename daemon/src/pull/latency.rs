@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use pagecopy::engine::event::FaultFigures;
+use pagecopy::engine::event::{FaultFigures, Quantiles};
 use serde::{Deserialize, Serialize};
 
 /// Digits that a figure is right to.
@@ -19,14 +19,10 @@ pub struct Stage {
     pub p99: u64,
 }
 
-/// What the faults of a post-copy cost.
+/// What the faults of a post-copy cost, in more detail than [`FaultFigures`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultReport {
-    /// Faults that waited for a page to be fetched.
-    pub faults: u64,
-    /// How long they waited.
-    pub fault_us: Quantiles,
-    /// Of that, until the page was asked for.
+    /// Of the wait, until the page was asked for.
     pub queue_us: Stage,
     /// Of that, until its bytes were here.
     pub wire_us: Stage,
@@ -38,19 +34,6 @@ pub struct FaultReport {
     pub prefetch_windows: u64,
     /// Those of them that the guest then got to.
     pub prefetch_hits: u64,
-}
-
-/// Microseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Quantiles {
-    /// Half of them.
-    pub p50: u64,
-    /// 99 of 100.
-    pub p99: u64,
-    /// 999 of 1000.
-    pub p999: u64,
-    /// All.
-    pub max: u64,
 }
 
 /// The moments of one fault.
@@ -97,12 +80,9 @@ impl Latency {
 
     pub(super) fn figures(&self, waiting: u64) -> FaultFigures {
         FaultFigures {
-            count: self.all.len(),
-            waiting,
-            p50_us: self.all.value_at_quantile(0.5),
-            p99_us: self.all.value_at_quantile(0.99),
-            p999_us: self.all.value_at_quantile(0.999),
-            max_us: self.all.max(),
+            faults: self.all.len(),
+            faults_waiting: waiting,
+            fault_us: quantiles(&self.all),
         }
     }
 
@@ -111,15 +91,7 @@ impl Latency {
             p50: histogram.value_at_quantile(0.5),
             p99: histogram.value_at_quantile(0.99),
         };
-        let figures = self.figures(0);
         FaultReport {
-            faults: figures.count,
-            fault_us: Quantiles {
-                p50: figures.p50_us,
-                p99: figures.p99_us,
-                p999: figures.p999_us,
-                max: figures.max_us,
-            },
             queue_us: stage(&self.queue),
             wire_us: stage(&self.wire),
             place_us: stage(&self.place),
@@ -131,6 +103,16 @@ impl Latency {
             prefetch_windows: 0,
             prefetch_hits: 0,
         }
+    }
+}
+
+fn quantiles(histogram: &Histogram<u64>) -> Quantiles {
+    let at = |quantile| histogram.value_at_quantile(quantile);
+    Quantiles {
+        p50: at(0.5),
+        p99: at(0.99),
+        p999: at(0.999),
+        max: histogram.max(),
     }
 }
 
@@ -149,10 +131,10 @@ mod tests {
             });
         }
         let figures = latency.figures(3);
-        assert_eq!((figures.count, figures.waiting), (1000, 3));
+        assert_eq!((figures.faults, figures.faults_waiting), (1000, 3));
         // Two digits: within a hundredth.
-        assert!((1490..=1520).contains(&figures.p50_us), "{figures:?}");
-        assert!((2960..=3000).contains(&figures.p99_us), "{figures:?}");
+        assert!((1490..=1520).contains(&figures.fault_us.p50), "{figures:?}");
+        assert!((2960..=3000).contains(&figures.fault_us.p99), "{figures:?}");
         let report = latency.report();
         assert!((495..=505).contains(&report.queue_us.p50), "{report:?}");
         assert_eq!(report.fault_us_log2.iter().sum::<u64>(), 1000);

@@ -36,7 +36,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use transport::{Channel, Error};
 
 use self::lane::{Lane, Role};
-pub use self::latency::{FaultReport, Quantiles, Stage};
+pub use self::latency::{FaultReport, Stage};
 use self::shared::Shared;
 use crate::failure::host;
 
@@ -208,15 +208,20 @@ impl Pull {
         channels
     }
 
-    /// Lets go of QEMU's memory: every page is here, or the guest never runs here. Gives the channels back.
-    pub(crate) fn release(mut self) -> Vec<Box<dyn Channel>> {
+    /// Lets go of QEMU's memory: every page is here, or the guest never runs here. Gives back what is left of it.
+    pub(crate) fn release(mut self) -> Released {
         let channels = self.end();
+        let (faults, report) = (self.progress().1, self.report());
         let shared = Arc::clone(&self.shared);
         drop(self);
         if let Some(shared) = Arc::into_inner(shared) {
             release(shared.pagers);
         }
-        channels
+        Released {
+            channels,
+            faults,
+            report,
+        }
     }
 
     /// Poisons what lacks. Returns bytes.
@@ -253,6 +258,16 @@ impl Drop for Pull {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// What is left of fetching.
+pub(crate) struct Released {
+    /// Those that are not broken.
+    pub(crate) channels: Vec<Box<dyn Channel>>,
+    /// All page faults.
+    pub(crate) faults: FaultFigures,
+    /// What they cost.
+    pub(crate) report: FaultReport,
 }
 
 /// What is fetched into, and where that is recorded.

@@ -179,7 +179,7 @@ fn assert_all_here(events: &mut UnboundedReceiver<PullEvent>) {
 
 fn wait_waiting(pull: &Pull, count: u64) {
     let begun = Instant::now();
-    while pull.progress().1.waiting != count {
+    while pull.progress().1.faults_waiting != count {
         assert!(begun.elapsed() < LIMIT, "{:?}", pull.progress());
         thread::sleep(Duration::from_millis(1));
     }
@@ -209,7 +209,7 @@ fn everything_comes_and_who_waits_comes_first() {
     // Who waited goes on before it is counted.
     wait_waiting(&pull, 0);
     let report = pull.report();
-    assert_eq!(report.faults, 3, "{report:?}");
+    assert_eq!(pull.progress().1.faults, 3, "{report:?}");
     assert_eq!(report.fault_us_log2.iter().sum::<u64>(), 3);
     assert!(report.prefetch_windows >= 3, "{report:?}");
     assert_eq!(pull.progress().0, (PAGES - 2 - 3) * PAGE);
@@ -227,7 +227,7 @@ fn everything_comes_and_who_waits_comes_first() {
         }
     }
     assert_eq!(pull.progress().0, 0);
-    assert_eq!(pull.release().len(), 3, "the channels come back");
+    assert_eq!(pull.release().channels.len(), 3, "the channels come back");
     destination.target.write(0, PAGES - 2, 1);
     destination.assert_whole(&[PAGES - 2]);
 }
@@ -238,7 +238,7 @@ fn a_guest_that_lacks_nothing_is_whole_at_once() {
     let destination = Destination::new();
     let (pull, mut events) = destination.arm(1, &[]);
     assert_all_here(&mut events);
-    assert_eq!(pull.release().len(), 0);
+    assert_eq!(pull.release().channels.len(), 0);
     assert!(!is_registered(destination.target.pid()));
 }
 
@@ -261,7 +261,7 @@ fn who_waits_outlives_connections() {
         wait_waiting(&pull, 1);
         assert_eq!(pull.stop().len(), 1, "a silent channel is not broken");
         drop(silent);
-        assert_eq!(pull.progress().1.waiting, 1);
+        assert_eq!(pull.progress().1.faults_waiting, 1);
 
         // The next one breaks before it has answered.
         let (ours, theirs) = source.connection(1, &regions);

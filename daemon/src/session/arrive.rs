@@ -272,7 +272,7 @@ impl Visit {
                         return;
                     }
                     if is_whole(&self.service, id) {
-                        self.control.give(Message::Whole { id });
+                        self.control.give(Message::Whole { id, cost: None });
                         continue;
                     }
                 }

@@ -5,6 +5,7 @@
 
 mod codec;
 mod fields;
+mod figures;
 mod table;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -14,6 +15,7 @@ pub use codec::WireError;
 use bytes::Bytes;
 
 use crate::engine::MigrationId;
+use crate::engine::event::{FaultFigures, PostcopyCost};
 use crate::memory::{BlockSpec, Run};
 
 /// Lowest protocol version that this build speaks.
@@ -254,11 +256,15 @@ pub enum Message {
     Lacks {
         /// Bytes.
         bytes: u64,
+        /// What has waited for pages so far.
+        faults: FaultFigures,
     },
     /// Destination → source: recorded; nothing more is needed of the source.
     Whole {
         /// The migration.
         id: MigrationId,
+        /// What it cost; not known any more to a daemon that was started anew since.
+        cost: Option<PostcopyCost>,
     },
     /// Either way, any time before `Commit`: given up.
     Abort {

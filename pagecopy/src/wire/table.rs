@@ -8,6 +8,7 @@ use super::codec::{Reader, WireError, Writer};
 use super::fields::{
     Blocks, Chunk, Code, Codec, Digests, Flag, Id, Name, Reason, Runs, Stand, Words,
 };
+use super::figures::{Cost, Faults};
 
 macro_rules! messages {
     ($($number:literal $name:ident
@@ -95,6 +96,6 @@ messages! {
     24 LackingEnd { pages: u64 };
     25 Serve { id: Id };
     26 Resumed;
-    27 Lacks { bytes: u64 };
-    28 Whole { id: Id };
+    27 Lacks { bytes: u64, faults: Faults };
+    28 Whole { id: Id, cost: Cost };
 }

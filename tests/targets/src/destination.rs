@@ -197,7 +197,9 @@ impl World {
                 bytes: u64::arbitrary(input)?,
                 faults: FaultFigures::default(),
             },
-            1 => Input::Whole,
+            1 => Input::Whole {
+                faults: words::faults(input)?,
+            },
             2 => Input::PullFailed(failure("fetching")),
             3 => Input::Served,
             4 => Input::Poison {
@@ -362,7 +364,7 @@ impl World {
             Input::Journaled(Record::Whole) | Input::JournalFailed(Record::Whole, _) => {
                 facts.whole_answered |= facts.whole_asked;
             }
-            Input::Whole | Input::Poisoned { .. } => facts.needs_nothing = true,
+            Input::Whole { .. } | Input::Poisoned { .. } => facts.needs_nothing = true,
             Input::QemuFailed(_) => {
                 facts.needs_nothing = true;
                 facts.qemu_failed = true;

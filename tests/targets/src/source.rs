@@ -240,9 +240,15 @@ impl World {
             },
             5 => Message::Loaded,
             6 => Message::Running,
-            8 => Message::Lacks { bytes: 4096 },
+            8 => Message::Lacks {
+                bytes: 4096,
+                faults: words::faults(input)?,
+            },
             9 => Message::Resumed,
-            10 => Message::Whole { id: words::ID },
+            10 => Message::Whole {
+                id: words::ID,
+                cost: None,
+            },
             _ => Message::Answer {
                 id: words::ID,
                 standing: *input.choose(&Standing::ALL)?,
@@ -365,7 +371,7 @@ impl World {
                 facts.may_release |= facts.gone;
                 facts.gone |= facts.commits > 0;
             }
-            Input::Message(Message::Whole { id: words::ID }) => facts.may_release |= facts.gone,
+            Input::Message(Message::Whole { id: words::ID, .. }) => facts.may_release |= facts.gone,
             Input::Journaled(Record::Released) | Input::JournalFailed(Record::Released, _) => {
                 facts.released |= facts.may_release;
             }

@@ -19,7 +19,7 @@ use transport::{Access, Channel, RegionId, Regions};
 use super::Session;
 use crate::failure::host;
 use crate::lane::{Lane, Told};
-use crate::pull::{FaultReport, Guest, Pull, PullEvent};
+use crate::pull::{FaultReport, Guest, Pull, PullEvent, Released};
 use crate::qemu::Block;
 use crate::qemu::discover::track_failure;
 use crate::qmp::Qmp;
@@ -38,7 +38,7 @@ pub(super) enum Done {
     /// Page faults wait.
     Armed(Result<Pull, Failure>),
     /// QEMU's memory was let go of. The channels stay open until the source has heard of it.
-    Released(Vec<Box<dyn Channel>>),
+    Released(Released),
     /// So many bytes that lacked were poisoned, and QEMU's memory was let go of.
     Poisoned(u64),
     /// They could not be.
@@ -169,9 +169,15 @@ impl Session {
                 }
             }
             Done::Armed(Err(failure)) => Input::HostFailed(failure),
-            Done::Released(channels) => {
+            Done::Released(released) => {
+                let Released {
+                    channels,
+                    faults,
+                    report,
+                } = released;
                 self.idle = channels;
-                Input::Whole
+                self.fetch.report = Some(report);
+                Input::Whole { faults }
             }
             Done::Poisoned(bytes) => Input::Poisoned { bytes },
             Done::NotPoisoned(pull, failure) => {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pagecopy::engine::destination::{Destination, Input, Output};
-use pagecopy::engine::event::{Figures, Finished as EngineEnd, State};
+use pagecopy::engine::event::{Finished as EngineEnd, State};
 #[cfg(feature = "steps")]
 use pagecopy::engine::journal::Side;
 use pagecopy::engine::journal::{Outcome, Postcopy, outcome, postcopy};
@@ -277,13 +277,14 @@ impl Session {
                     state,
                     failure,
                     qemu_used,
+                    figures,
                 } => {
                     tracing::debug!(id = %self.migration.shown().id, qemu_used, "the destination's engine has ended");
                     self.qemu_used = qemu_used;
                     return Some(EngineEnd {
                         state,
                         failure,
-                        figures: Figures::default(),
+                        figures,
                     });
                 }
                 Output::Send(message) => {

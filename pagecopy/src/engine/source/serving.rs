@@ -16,7 +16,8 @@ use super::core::{Core, millis};
 use super::interface::{Input, Output, Resolution};
 use super::reasons::by_peer;
 use super::{Phase, Step};
-use crate::engine::event::{Report, State};
+use crate::engine::course::Course;
+use crate::engine::event::{PostcopyCost, PostcopyProgress, Report, State};
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
 use crate::wire::Message;
@@ -27,10 +28,9 @@ pub(super) struct Serving {
     contact: Contact,
     /// How long to wait after the next failure.
     backoff: Duration,
-    since: Time,
-    /// Since when the destination is away.
-    away: Option<Time>,
-    paused: Duration,
+    course: Course,
+    /// What the destination said in the end.
+    cost: Option<PostcopyCost>,
 }
 
 /// Where the connection stands.
@@ -52,9 +52,8 @@ impl Serving {
         let mut serving = Serving {
             contact: Contact::Up,
             backoff: core.setup.timeouts.serve_first,
-            since: core.now,
-            away: None,
-            paused: Duration::ZERO,
+            course: Course::begin(core.now),
+            cost: None,
         };
         // Then there is nobody to dial.
         if let Some(message) = early
@@ -94,7 +93,7 @@ impl Serving {
                 self.wait(core);
             }
             Input::Recover => self.recover(core),
-            Input::Resolve(Resolution::Abandon) if self.away.is_some() => {
+            Input::Resolve(Resolution::Abandon) if self.course.is_away() => {
                 core.decided(Ok(
                     "the guest's memory here is let go of; QEMU keeps it until it is ended",
                 ));
@@ -122,7 +121,10 @@ impl Serving {
     fn message(&mut self, core: &mut Core, message: Message) -> Option<Option<Failure>> {
         core.link.heard(core.now);
         match message {
-            Message::Whole { id } if id == core.setup.id => return Some(None),
+            Message::Whole { id, cost } if id == core.setup.id => {
+                self.cost = cost;
+                return Some(None);
+            }
             Message::Abort { code, reason } => {
                 return Some(Some(Failure {
                     remedy: "the guest has ended with its QEMU at the destination: start it anew"
@@ -130,17 +132,21 @@ impl Serving {
                     ..by_peer(code, &reason).failure
                 }));
             }
-            Message::Lacks { bytes } => {
-                let report = Report::Postcopy {
+            Message::Lacks { bytes, faults } => {
+                core.figures.faults = Some(faults);
+                let took = self.course.took(core.now);
+                let report = Report::Postcopy(PostcopyProgress {
                     lacking_bytes: bytes,
-                    faults: None,
-                };
+                    postcopy_ms: millis(took.postcopy),
+                    paused_ms: millis(took.paused),
+                    faults,
+                });
                 core.out.push(Output::Report(report));
             }
             Message::Resumed if matches!(self.contact, Contact::Asked { .. }) => {
                 self.contact = Contact::Up;
                 self.backoff = core.setup.timeouts.serve_first;
-                self.end_of_pause(core);
+                self.course.restored(core.now);
                 core.has_data = true;
                 core.out.enter(State::Migrating);
             }
@@ -169,14 +175,8 @@ impl Serving {
 
     fn away(&mut self, core: &mut Core) {
         core.link_lost();
-        self.away.get_or_insert(core.now);
+        self.course.lost(core.now);
         core.out.enter(State::Paused);
-    }
-
-    fn end_of_pause(&mut self, core: &Core) {
-        if let Some(since) = self.away.take() {
-            self.paused += core.now.since(since);
-        }
     }
 
     fn wait(&mut self, core: &Core) {
@@ -237,9 +237,17 @@ impl Serving {
 
     /// Nothing here is needed any more; that is being recorded.
     fn release(mut self, core: &mut Core, failure: Option<Failure>) -> Phase {
-        self.end_of_pause(core);
-        core.figures.postcopy_ms = Some(millis(core.now.since(self.since)));
-        core.figures.paused_ms = Some(millis(self.paused));
+        self.course.end(core.now);
+        let took = self.course.took(core.now);
+        let (mut postcopy, mut paused) = (took.postcopy, took.paused);
+        // Either daemon may have been started anew, and have seen the end only.
+        if let Some(cost) = self.cost {
+            core.figures.faults = Some(cost.faults);
+            postcopy = postcopy.max(Duration::from_micros(cost.postcopy_us));
+            paused = paused.max(Duration::from_micros(cost.paused_us));
+        }
+        core.figures.postcopy_ms = Some(millis(postcopy));
+        core.figures.paused_ms = Some(millis(paused));
         core.journal(Record::Released);
         Phase::Releasing(Releasing { failure })
     }

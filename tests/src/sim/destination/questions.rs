@@ -200,7 +200,7 @@ impl DestinationSide {
         }
         if journal::postcopy(&self.records()) == Postcopy::Over {
             env.tally.note(Happened::WasWholeBefore);
-            return self.answer_question(env, lane, Message::Whole { id });
+            return self.answer_question(env, lane, Message::Whole { id, cost: None });
         }
         match self.standing(id) {
             Standing::Committed if self.holds() && self.has_guest() => {

@@ -1,8 +1,10 @@
 //! Post-copy at the destination: what must come before what, and what the operator may do about pages that never come.
 
+use std::time::Duration;
+
 use super::*;
 use crate::engine::bitmap::Bitmap;
-use crate::engine::event::FaultFigures;
+use crate::engine::event::{FaultFigures, PostcopyCost};
 
 fn armed_input() -> Input {
     Input::Armed {
@@ -40,6 +42,18 @@ fn device_state() -> [Input; 2] {
         Input::Message(Message::DeviceState(bytes)),
         Input::Message(Message::DeviceStateEnd { bytes: 5, crc }),
     ]
+}
+
+fn whole() -> Input {
+    Input::Whole { faults: some() }
+}
+
+/// Page faults that are no others.
+fn some() -> FaultFigures {
+    FaultFigures {
+        faults: 5,
+        ..FaultFigures::default()
+    }
 }
 
 fn lacks(bytes: u64) -> Input {
@@ -210,7 +224,7 @@ fn what_lacks_is_said_once_and_in_its_place() {
 #[test]
 fn a_guest_that_is_whole_before_it_runs_ends_at_once() {
     let mut early = starting();
-    early.handle(NOW, Input::Whole);
+    early.handle(NOW, whole());
     early.handle(NOW, Input::GuestRunning);
     assert_eq!(
         outputs(&mut early)
@@ -226,7 +240,7 @@ fn a_guest_that_is_whole_before_it_runs_ends_at_once() {
     let (mut earlier, _) = arming();
     for input in [
         armed_input(),
-        Input::Whole,
+        whole(),
         Input::Journaled(armed()),
         Input::DeviceStateLoaded,
         Input::Message(Message::Commit),
@@ -238,10 +252,43 @@ fn a_guest_that_is_whole_before_it_runs_ends_at_once() {
     assert!(outputs(&mut earlier).contains(&Output::Journal(Record::Whole)));
 }
 
+/// Pauses count; what comes behind the end does not.
+#[test]
+fn the_source_and_people_are_told_what_it_cost() {
+    let at = |seconds| NOW.after(Duration::from_secs(seconds));
+    let mut destination = fetching();
+    let cut = Failure::new(Fault::Network, "cut", "");
+    destination.handle(at(2), Input::LinkLost(cut));
+    destination.handle(at(5), Input::Served);
+    destination.handle(at(6), lacks(4096));
+    destination.handle(at(7), whole());
+    destination.handle(at(9), Input::Journaled(Record::Whole));
+    let cost = outputs(&mut destination)
+        .into_iter()
+        .find_map(|output| match output {
+            Output::Send(Message::Whole { cost, .. }) => Some(cost),
+            _ => None,
+        });
+    let expected = PostcopyCost {
+        faults: some(),
+        postcopy_us: 7_000_000,
+        paused_us: 3_000_000,
+    };
+    assert_eq!(cost, Some(Some(expected)));
+    destination.handle(at(10), Input::Message(Message::Closed));
+    destination.handle(at(11), Input::Journaled(Record::Closed));
+    let Some(Output::Finished { figures, .. }) = outputs(&mut destination).pop() else {
+        panic!()
+    };
+    assert_eq!(figures.faults, Some(some()));
+    let times = [figures.postcopy_ms, figures.paused_ms];
+    assert_eq!(times, [Some(7000.0), Some(3000.0)]);
+}
+
 #[test]
 fn the_source_is_told_only_when_it_is_on_disk() {
     let mut destination = fetching();
-    destination.handle(NOW, Input::Whole);
+    destination.handle(NOW, whole());
     assert_eq!(outputs(&mut destination), [Output::Journal(Record::Whole)]);
     destination.handle(NOW, Input::Journaled(Record::Whole));
     assert_eq!(sent(&outputs(&mut destination)), ["Whole"]);
@@ -324,7 +371,7 @@ fn a_disk_that_refuses_the_end_is_tried_again_until_the_source_has_let_go() {
     };
     let lost = || Input::LinkLost(Failure::new(Fault::Network, "cut", ""));
     let mut destination = fetching();
-    destination.handle(NOW, Input::Whole);
+    destination.handle(NOW, whole());
     outputs(&mut destination);
     destination.handle(NOW, refused());
     assert_eq!(sent(&outputs(&mut destination)), ["Whole"]);
