@@ -131,6 +131,8 @@ pub struct Shown {
     pub state: State,
     /// The last progress event.
     pub progress: Option<Value>,
+    /// At the destination of a post-copy that is under way: what its page faults cost, in detail.
+    pub faults: Option<FaultReport>,
     /// How it ended.
     pub finished: Option<Finished>,
 }
@@ -184,6 +186,7 @@ impl Migration {
             qmp,
             state: State::Pending,
             progress: None,
+            faults: None,
             finished: None,
         };
         let inner = Mutex::new(Inner {
@@ -230,11 +233,17 @@ impl Migration {
         let _ = self.live.send(value);
     }
 
+    /// What the page faults of a post-copy that is under way cost so far.
+    pub(crate) fn measured(&self, faults: FaultReport) {
+        self.lock().shown.faults = Some(faults);
+    }
+
     /// The migration ended so (an in-doubt one may end once more).
     pub fn finish(&self, finished: Finished) {
         let value = serde_json::to_value(&finished).unwrap_or(Value::Null);
         let mut inner = self.lock();
         inner.shown.state = finished.status;
+        inner.shown.faults = None;
         inner.shown.finished = Some(finished);
         // A late reader of a resolved migration must not stop at its doubt.
         inner

@@ -49,8 +49,17 @@ fn the_guest_goes_first() {
 fn in_the_clear_with_qemu_7_2_and_two_vcpus() {
     let mut machine = Machine::new(Version::V7_2, 128, "rate=50 set=32 cpus=2");
     machine.vcpus = 2;
-    let moved = World::plain().move_and_check(&machine, &["--mode", "postcopy"]);
+    let world = World::plain();
+    let moved = world.move_and_check(&machine, &["--mode", "postcopy"]);
     assert_postcopy(&moved, "postcopy");
+    // Both run the guest's work, and each has its own figures.
+    let end = world.cli(Side::B).last_finished("vm").unwrap();
+    let vcpus = end["vcpu_faults"].as_array().unwrap();
+    let named: Vec<_> = vcpus.iter().map(|one| one["vcpu"].as_u64()).collect();
+    assert_eq!(named, [Some(0), Some(1)], "{end}");
+    let others = vcpus.iter().chain([&end["other_faults"]]);
+    let all: u64 = others.map(|one| one["faults"].as_u64().unwrap()).sum();
+    assert_eq!(Some(all), end["faults"].as_u64(), "{end}");
 }
 
 /// It writes too much for 10 ms of downtime, so the rounds do not pay.

@@ -16,6 +16,7 @@ mod latency;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod unread;
 
 use std::io;
 use std::sync::Arc;
@@ -36,7 +37,8 @@ use tokio::sync::mpsc::UnboundedSender;
 use transport::{Channel, Error};
 
 use self::lane::{Lane, Role};
-pub use self::latency::{FaultReport, Stage};
+pub use self::latency::{FaultReport, Stage, ThreadFaults, VcpuFaults};
+pub(crate) use self::latency::{Vcpu, Vcpus};
 use self::shared::Shared;
 use crate::failure::host;
 
@@ -245,6 +247,11 @@ impl Pull {
     /// Bytes that lack, and what waited for them.
     pub(crate) fn progress(&self) -> (u64, FaultFigures) {
         (self.shared.lacks(), self.shared.figures())
+    }
+
+    /// To say whose faults are whose.
+    pub(crate) fn vcpus(&self) -> Vcpus {
+        self.shared.vcpus()
     }
 
     /// What the faults cost so far.

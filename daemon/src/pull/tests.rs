@@ -202,6 +202,8 @@ fn everything_comes_and_who_waits_comes_first() {
     // One channel is for faults alone: only these come, and what they cost is known.
     let (ours, theirs) = source.connection(1, &destination.memory.regions());
     let serving = Serving::new(theirs);
+    let thread = u32::try_from(destination.target.pid()).unwrap();
+    pull.vcpus().name(vec![Vcpu { index: 7, thread }]);
     pull.start(ours).unwrap();
     for page in FAR {
         assert_eq!(destination.get(page), byte(page));
@@ -211,6 +213,12 @@ fn everything_comes_and_who_waits_comes_first() {
     let report = pull.report();
     assert_eq!(pull.progress().1.faults, 3, "{report:?}");
     assert_eq!(report.fault_us_log2.iter().sum::<u64>(), 3);
+    // The kernel names the thread as the child itself does, which has only one.
+    let [vcpu] = &report.vcpu_faults[..] else {
+        panic!("{report:?}")
+    };
+    assert_eq!((vcpu.vcpu, vcpu.waited.faults), (7, 3), "{report:?}");
+    assert_eq!(report.other_faults.faults, 0, "{report:?}");
     assert!(report.prefetch_windows >= 3, "{report:?}");
     assert_eq!(pull.progress().0, (PAGES - 2 - 3) * PAGE);
     drop(serving);

@@ -1,6 +1,7 @@
 //! Post-copy at the destination's session: who serves the guest's page faults, over which connection.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pagecopy::engine::bitmap::Bitmap;
 use pagecopy::engine::destination::{Destination, Input};
@@ -12,6 +13,7 @@ use pagecopy::host::ram::MappedRam;
 use pagecopy::host::received::Received;
 use pagecopy::host::track::TrackedBlock;
 use pagecopy::memory::{BlockId, BlockSpec};
+use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Access, Channel, RegionId, Regions};
@@ -19,7 +21,7 @@ use transport::{Access, Channel, RegionId, Regions};
 use super::Session;
 use crate::failure::host;
 use crate::lane::{Lane, Told};
-use crate::pull::{FaultReport, Guest, Pull, PullEvent, Released};
+use crate::pull::{FaultReport, Guest, Pull, PullEvent, Released, Vcpu};
 use crate::qemu::Block;
 use crate::qemu::discover::track_failure;
 use crate::qmp::Qmp;
@@ -30,6 +32,8 @@ use crate::sys;
 
 /// A pager serves so many vCPUs.
 const VCPUS_A_PAGER: usize = 32;
+/// How long a QEMU may take to name its vCPUs.
+const NAMING_LIMIT: Duration = Duration::from_secs(30);
 /// Pagers of the largest guest.
 const MOST_PAGERS: usize = 8;
 
@@ -128,7 +132,7 @@ impl Session {
         let (service, blocks) = (Arc::clone(&self.service), memory.blocks);
         let (events, finished) = (self.fetch.sender.clone(), self.fetch.finished.clone());
         tokio::spawn(async move {
-            let pagers = pagers(&qmp).await;
+            let vcpus = vcpus(&qmp).await;
             let armed = blocking(move || {
                 let received = service
                     .store
@@ -136,13 +140,14 @@ impl Session {
                     .create_received(id)
                     .and_then(|file| Received::create(&file, id, &memory.specs))
                     .map_err(|error| received_failure(&error))?;
-                let shares = share_out(&tracked(&blocks), pagers);
+                let shares = share_out(&tracked(&blocks), pagers(vcpus.len()));
                 let guest = Guest {
                     specs: memory.specs,
                     ram: memory.mapped,
                     received,
                 };
                 let mut pull = Pull::arm(pid, shares, guest, lacking, events)?;
+                pull.vcpus().name(vcpus);
                 pull.start(channels)?;
                 Ok(pull)
             });
@@ -214,9 +219,23 @@ impl Session {
         }
     }
 
+    /// After a takeover: learns which threads are the guest's vCPUs, as soon as QEMU can say so. It may wait for a page.
+    pub(super) fn name_vcpus(&self) {
+        if let Some(pull) = &self.fetch.pull {
+            let (qmp, names) = (Arc::clone(&self.qmp), pull.vcpus());
+            tokio::spawn(async move {
+                if let Ok(vcpus) = tokio::time::timeout(NAMING_LIMIT, vcpus(&qmp)).await {
+                    names.name(vcpus);
+                }
+            });
+        }
+    }
+
     /// How fetching stands.
     pub(super) fn lacks(&self) -> Option<Input> {
-        let (bytes, faults) = self.fetch.pull.as_ref()?.progress();
+        let pull = self.fetch.pull.as_ref()?;
+        self.migration.measured(pull.report());
+        let (bytes, faults) = pull.progress();
         Some(Input::Lacks { bytes, faults })
     }
 
@@ -428,15 +447,26 @@ fn find(pid: i32, spec: &BlockSpec, file: &RamFile) -> Result<Block, Failure> {
     })
 }
 
+/// The guest's vCPUs, and the threads that run them; none where QEMU does not say.
+async fn vcpus(qmp: &Qmp) -> Vec<Vcpu> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Cpu {
+        cpu_index: u32,
+        thread_id: u32,
+    }
+    let cpus = qmp.query("query-cpus-fast", json!({})).await;
+    let cpus: Vec<Cpu> = cpus.unwrap_or_default();
+    let vcpu = |cpu: Cpu| Vcpu {
+        index: cpu.cpu_index,
+        thread: cpu.thread_id,
+    };
+    cpus.into_iter().map(vcpu).collect()
+}
+
 /// How many pagers serve a guest.
-async fn pagers(qmp: &Qmp) -> usize {
-    // A QEMU that does not say has one.
-    let vcpus = qmp.execute("query-cpus-fast", json!({})).await;
-    let vcpus = vcpus.ok().and_then(|cpus| Some(cpus.as_array()?.len()));
-    vcpus
-        .unwrap_or(1)
-        .div_ceil(VCPUS_A_PAGER)
-        .clamp(1, MOST_PAGERS)
+fn pagers(vcpus: usize) -> usize {
+    vcpus.div_ceil(VCPUS_A_PAGER).clamp(1, MOST_PAGERS)
 }
 
 fn tracked(blocks: &[Block]) -> Vec<TrackedBlock> {

@@ -162,6 +162,7 @@ impl Session {
         mut control: UnboundedReceiver<Told>,
         requests: &mut UnboundedReceiver<Request>,
     ) {
+        self.name_vcpus();
         if self.served_at_once() {
             engine.handle(self.clock.now(), Input::Served);
         }
