@@ -136,9 +136,12 @@ impl Pull {
             specs,
             ram,
             received,
+            background,
         } = guest;
         let puller = puller(&specs);
-        let shared = Arc::new(Shared::new(&specs, puller, received, pagers, ram, events));
+        let shared = Arc::new(Shared::new(
+            &specs, puller, received, pagers, ram, background, events,
+        ));
         let mut pull = Pull {
             shared: Arc::clone(&shared),
             specs,
@@ -285,6 +288,8 @@ pub(crate) struct Guest {
     pub(crate) ram: MappedRam,
     /// What has come.
     pub(crate) received: Received,
+    /// Bytes a second of what nobody waits for; none is unlimited.
+    pub(crate) background: Option<u64>,
 }
 
 /// Everything has come but what lacks.

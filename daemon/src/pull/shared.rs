@@ -7,6 +7,7 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use pagecopy::engine::event::FaultFigures;
+use pagecopy::engine::pacing::Pacer;
 use pagecopy::engine::pull::pace::Pace;
 use pagecopy::engine::pull::{Answer, Arrival, Class, Puller, Request};
 use pagecopy::engine::{Failure, Time};
@@ -28,7 +29,9 @@ pub(super) struct Shared {
     state: Mutex<State>,
     /// Of the connection that there is, if it has channels for what nobody waits for.
     pace: Mutex<Option<Pace>>,
-    /// When the clock of `pace` began.
+    /// The operator's limit of what nobody waits for.
+    limit: Mutex<Pacer>,
+    /// When the clock of both began.
     begun: Instant,
     page_bytes: u64,
     pub(super) received: Received,
@@ -66,11 +69,13 @@ impl Shared {
         received: Received,
         pagers: Vec<UffdPager>,
         ram: MappedRam,
+        background: Option<u64>,
         events: UnboundedSender<PullEvent>,
     ) -> Shared {
         let page_bytes = specs.iter().map(|spec| spec.page_size).max().unwrap_or(0);
         Shared {
             pace: Mutex::new(None),
+            limit: Mutex::new(Pacer::new(background, Time::default())),
             begun: Instant::now(),
             page_bytes,
             state: Mutex::new(State {
@@ -156,14 +161,32 @@ impl Shared {
     /// A page that nobody waits for, to see what one takes now that somebody does.
     pub(super) fn probe(&self) -> Option<Request> {
         let now = self.time(Instant::now());
+        if !lock(&self.limit).may_send(now) {
+            return None;
+        }
         let due = lock(&self.pace).as_mut()?.probe(now);
         due.then(|| self.state().puller.next_ahead(0)).flatten()
     }
 
     /// What to fetch next, of what nobody waits for, on a channel on which so many bytes are on their way.
     pub(super) fn next_ahead(&self, under_way: u64) -> Option<Request> {
+        if !lock(&self.limit).may_send(self.time(Instant::now())) {
+            return None;
+        }
         let bytes = lock(&self.pace).as_mut()?.may_request(under_way)?;
         self.state().puller.next_ahead(bytes)
+    }
+
+    /// So many bytes that nobody waits for are being asked for.
+    pub(super) fn spend(&self, bytes: u64) {
+        lock(&self.limit).spend(bytes);
+    }
+
+    /// How long a channel for what nobody waits for may sleep when nothing comes.
+    pub(super) fn idle(&self) -> Duration {
+        let again = lock(&self.limit).next();
+        let wait = again.map(|at| at.since(self.time(Instant::now())));
+        wait.map_or(super::LOOK_EVERY, |wait| wait.min(super::LOOK_EVERY))
     }
 
     /// A page came on the channel for those that somebody waits for.

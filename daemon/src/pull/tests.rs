@@ -45,6 +45,8 @@ struct Memory {
     file: RamFile,
     specs: Arc<[BlockSpec]>,
     record: Record,
+    /// Bytes a second that nobody waits for.
+    background: Option<u64>,
 }
 
 /// The file of what has come, removed on drop.
@@ -70,6 +72,7 @@ impl Memory {
             specs: Arc::clone(&self.specs),
             ram: open_ram(&[&self.file]),
             received,
+            background: self.background,
         }
     }
 
@@ -120,6 +123,7 @@ impl Destination {
                 file,
                 specs,
                 record,
+                background: None,
             },
         }
     }
@@ -238,6 +242,45 @@ fn everything_comes_and_who_waits_comes_first() {
     assert_eq!(pull.release().channels.len(), 3, "the channels come back");
     destination.target.write(0, PAGES - 2, 1);
     destination.assert_whole(&[PAGES - 2]);
+}
+
+/// The limit's first burst and what was under way comes, then next to nothing but what somebody waits for.
+#[test]
+fn a_limit_holds_back_what_nobody_waits_for_and_nothing_else() {
+    skip_unless!(is_root(), "needs root");
+    let (mut destination, source) = (Destination::new(), Source::new(PAGES));
+    destination.memory.background = Some(1);
+    let (mut pull, _events) = destination.arm(1, &[(0, PAGES)]);
+    let (ours, theirs) = source.connection(3, &destination.memory.regions());
+    let _serving = Serving::new(theirs);
+    pull.start(ours).unwrap();
+    let begun = Instant::now();
+    let held_back = loop {
+        let lacks = pull.progress().0;
+        thread::sleep(A_WHILE);
+        if pull.progress().0 == lacks {
+            break lacks;
+        }
+        assert!(begun.elapsed() < LIMIT, "it goes on: {lacks}");
+    };
+    let burst = pagecopy::limits::MAX_BATCH_BYTES;
+    let came = PAGES * PAGE - held_back;
+    assert!((burst..2 * burst).contains(&came), "{came} bytes came");
+    let mut missing = Vec::new();
+    let received = destination.memory.record.open(false);
+    let received = Received::open(&received, ID, &destination.memory.specs).unwrap();
+    received.missing(&mut missing);
+    let lacks: Vec<_> = missing
+        .iter()
+        .flat_map(|run| run.first..run.end())
+        .collect();
+    for page in lacks.iter().step_by(lacks.len() / 8) {
+        let begun = Instant::now();
+        assert_eq!(destination.get(*page), byte(*page));
+        assert!(begun.elapsed() < A_WHILE, "{:?}", begun.elapsed());
+    }
+    wait_waiting(&pull, 0);
+    assert!(pull.progress().0 > 0);
 }
 
 #[test]

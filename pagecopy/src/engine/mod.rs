@@ -21,6 +21,7 @@ pub mod event;
 pub mod journal;
 mod liveness;
 mod outbox;
+pub mod pacing;
 pub mod pull;
 pub mod source;
 pub mod split;

@@ -243,6 +243,8 @@ pub enum Message {
     LackingEnd {
         /// Pages in all.
         pages: u64,
+        /// Bytes a second that the destination may fetch while nobody waits for them; 0: as many as it can.
+        background: u64,
     },
     /// Source → destination, first message of a new connection with data channels: the pages that the guest lacks are
     /// served here.

@@ -162,8 +162,11 @@ fn samples() -> Vec<(Message, String)> {
             "1700 0100 4000000000000000 02000000 0100000000000000 0000000000000080".into(),
         ),
         (
-            Message::LackingEnd { pages: 2 },
-            "1800 0200000000000000".into(),
+            Message::LackingEnd {
+                pages: 2,
+                background: 1 << 20,
+            },
+            "1800 0200000000000000 0000100000000000".into(),
         ),
         (Message::Serve { id: ID }, format!("1900 {ID_HEX}")),
         (Message::Resumed, "1a00".into()),
@@ -565,7 +568,10 @@ fn of_numbers() -> impl Strategy<Value = Message> {
             8 => Message::Commit,
             9 => Message::Running,
             10 => Message::Closed,
-            11 => Message::LackingEnd { pages: a },
+            11 => Message::LackingEnd {
+                pages: a,
+                background: b.into(),
+            },
             12 => Message::Serve {
                 id: MigrationId(id),
             },

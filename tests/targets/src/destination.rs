@@ -269,6 +269,7 @@ impl World {
                     .values()
                     .map(|word| u64::from(word.count_ones()))
                     .sum(),
+                background: 0,
             },
             _ => {
                 let block = u16::from(u8::arbitrary(input)? % 2);

@@ -110,6 +110,7 @@ fn setup(flags: u8, mode: Mode) -> Setup {
         options: Options {
             downtime_limit: Duration::from_millis(300),
             bandwidth_limit: (flags & 2 != 0).then_some(100 << 20),
+            background_limit: (flags & 2 != 0).then_some(1 << 20),
             max_rounds: 1 + u32::from(flags >> 5),
             timeout: (flags & 4 != 0).then_some(Duration::from_secs(20)),
             mode,

@@ -117,7 +117,7 @@ impl Fetch {
 
 impl Session {
     /// Makes page faults wait, and begins to serve them and to fetch over the data channels that there are.
-    pub(super) fn arm(&mut self, lacking: Bitmap) {
+    pub(super) fn arm(&mut self, lacking: Bitmap, background: Option<u64>) {
         let Some(memory) = self.memory.clone() else {
             return;
         };
@@ -145,6 +145,7 @@ impl Session {
                     specs: memory.specs,
                     ram: memory.mapped,
                     received,
+                    background,
                 };
                 let mut pull = Pull::arm(pid, shares, guest, lacking, events)?;
                 pull.vcpus().name(vcpus);
@@ -348,6 +349,7 @@ impl TakenOver {
             inside,
             specs,
             blocks,
+            background,
         } = Armed::by(records)?;
         let mapped = crate::qemu::discover::map_ram(&blocks, true)?;
         let specs: Arc<[BlockSpec]> = specs.into();
@@ -363,6 +365,7 @@ impl TakenOver {
             specs: Arc::clone(&specs),
             ram: mapped.clone(),
             received,
+            background,
         };
         let pull = Pull::adopt(pid, shares, inside, guest, sender.clone())?;
         Ok(TakenOver {
@@ -398,6 +401,8 @@ struct Armed<'a> {
     specs: &'a [BlockSpec],
     /// Where it has its RAM now.
     blocks: Vec<Block>,
+    /// Bytes a second that nobody waits for.
+    background: Option<u64>,
 }
 
 impl<'a> Armed<'a> {
@@ -411,10 +416,11 @@ impl<'a> Armed<'a> {
                 inside,
                 ram,
                 blocks,
-            } => Some((*pid, inside, ram, blocks)),
+                background,
+            } => Some((*pid, inside, ram, blocks, *background)),
             _ => None,
         });
-        let (pid, inside, ram, specs) =
+        let (pid, inside, ram, specs, background) =
             armed.ok_or_else(|| host("the journal names no userfaultfd", "report this"))?;
         let blocks = specs
             .iter()
@@ -426,6 +432,7 @@ impl<'a> Armed<'a> {
             inside,
             specs,
             blocks,
+            background,
         })
     }
 }

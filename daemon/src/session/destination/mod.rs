@@ -301,7 +301,10 @@ impl Session {
                 Output::PageDigests { block, chunk } => self.page_digests(block, chunk),
                 Output::LoadDeviceState => self.load(),
                 Output::RunGuest => self.run_guest(),
-                Output::Arm { lacking } => self.arm(lacking),
+                Output::Arm {
+                    lacking,
+                    background,
+                } => self.arm(lacking, background),
                 Output::StopPulling => self.stop_pulling(),
                 Output::Pull => self.pull(),
                 Output::Poison => self.poison(),

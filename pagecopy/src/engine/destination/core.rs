@@ -32,6 +32,8 @@ pub(super) struct Core {
     pub(super) pulls: bool,
     /// Bytes that lack, as last heard.
     pub(super) lacks: u64,
+    /// Bytes a second of them that may be fetched while nobody waits for them.
+    pub(super) background: Option<u64>,
     /// Page faults, as last heard.
     pub(super) faults: FaultFigures,
     /// From the guest's first moment here on.
@@ -58,6 +60,7 @@ impl Core {
             armed: false,
             pulls: false,
             lacks: 0,
+            background: None,
             faults: FaultFigures::default(),
             course: None,
             whole: false,

@@ -142,6 +142,8 @@ pub enum Output {
     Arm {
         /// Pages that are not here.
         lacking: Bitmap,
+        /// Bytes a second of those that nobody waits for; none is unlimited. Who waits is never limited.
+        background: Option<u64>,
     },
     /// Post-copy: let go of the connection. Page faults go on to wait.
     StopPulling,

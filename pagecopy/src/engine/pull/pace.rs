@@ -314,6 +314,7 @@ mod tests {
     use std::collections::VecDeque;
 
     use super::*;
+    use crate::engine::pacing::Pacer;
 
     /// Reads over a link: each takes half a round trip to the source, waits until the link has carried the replies before
     /// its own, is carried, and takes the other half.
@@ -321,6 +322,8 @@ mod tests {
         bytes_s: f64,
         round_trip: Duration,
         free_at: Time,
+        /// Of the background.
+        limit: Pacer,
         noise: u64,
         /// A host is busy for up to so long with a reply.
         jitter: Duration,
@@ -332,6 +335,7 @@ mod tests {
                 bytes_s: gbit_s * 1e9 / 8.0,
                 round_trip,
                 free_at: Time(0),
+                limit: Pacer::new(None, Time(0)),
                 noise: 1,
                 jitter: Duration::ZERO,
             }
@@ -376,35 +380,43 @@ mod tests {
         let mut next_fault = from.after(every);
         let mut most_window = 0;
         while now < until {
-            while let Some(bytes) = pace.may_request(in_flight) {
+            while link.limit.may_send(now)
+                && let Some(bytes) = pace.may_request(in_flight)
+            {
+                link.limit.spend(bytes);
                 let here = link.read(now, bytes);
                 let last = replies.back().map_or(here, |(last, ..)| here.max(*last));
                 replies.push_back((last, now, bytes));
                 in_flight += bytes;
             }
             most_window = most_window.max(pace.window_bytes());
-            if pace.probe(now) {
+            if link.limit.may_send(now) && pace.probe(now) {
+                link.limit.spend(4096);
                 pages.push_back((link.read(now, 4096), now));
             }
-            let (reply_here, sent_at, bytes) = *replies.front().unwrap();
             let page_here = pages.front().map(|(here, _)| *here);
-            if next_fault < reply_here && page_here.is_none_or(|here| next_fault < here) {
+            let reply_here = replies.front().map(|(here, ..)| *here);
+            let comes = [page_here, reply_here, link.limit.next()];
+            let soonest = comes.into_iter().flatten().min();
+            if soonest.is_none_or(|soonest| next_fault < soonest) {
                 now = next_fault;
                 let here = link.read(now, 4096);
                 let here = pages.back().map_or(here, |(last, _)| here.max(*last));
                 pages.push_back((here, now));
                 faults.push(here.since(now));
                 next_fault = now.after(every);
-            } else if page_here.is_some_and(|here| here <= reply_here) {
+            } else if page_here == soonest {
                 let (here, sent_at) = pages.pop_front().unwrap();
                 now = here;
                 pace.on_probe(now, sent_at);
-            } else {
-                replies.pop_front();
-                now = reply_here;
+            } else if reply_here == soonest {
+                let (here, sent_at, bytes) = replies.pop_front().unwrap();
+                now = here;
                 in_flight -= bytes;
                 done += bytes;
                 pace.on_reply(now, sent_at, bytes);
+            } else {
+                now = soonest.unwrap();
             }
         }
         // What is still under way is let go of.
@@ -443,6 +455,25 @@ mod tests {
             let seen = drive(&mut pace, &mut link, Time(2 * SECOND), Time(6 * SECOND));
             assert!(seen.used > 0.95, "{seen:?}");
             assert!(seen.p99 < seen.alone * 3, "{seen:?}");
+        }
+    }
+
+    #[test]
+    fn a_limit_is_kept_by_the_background_and_a_fault_waits_for_none() {
+        let seconds = 4;
+        for share in [0.1, 1e-3, 1e-6] {
+            for mut link in links() {
+                let rate = part(1, link.bytes_s * share).max(1);
+                link.limit = Pacer::new(Some(rate), Time(0));
+                let mut pace = unknown();
+                let seen = drive(&mut pace, &mut link, Time(0), Time(seconds * SECOND));
+                // The burst that a bucket begins with: a batch, or 20 ms, and a request that overdraws it.
+                let burst = (rate / 50).max(MAX_BATCH_BYTES) + MAX_BATCH_BYTES;
+                let most = (rate * seconds + burst) as f64 / (link.bytes_s * seconds as f64);
+                let least = share * 0.9;
+                assert!((least..=most).contains(&seen.used), "{share}: {seen:?}");
+                assert!(seen.p99 < seen.alone * 2, "{share}: {seen:?}");
+            }
         }
     }
 

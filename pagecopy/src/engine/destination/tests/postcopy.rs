@@ -6,6 +6,9 @@ use super::*;
 use crate::engine::bitmap::Bitmap;
 use crate::engine::event::{FaultFigures, PostcopyCost};
 
+/// Of what nobody waits for: said by the source, and kept for a daemon that is started anew.
+const LIMIT: u64 = 1 << 20;
+
 fn armed_input() -> Input {
     Input::Armed {
         pid: 1,
@@ -24,7 +27,10 @@ fn lacking(words: Vec<u64>) -> Input {
 }
 
 fn lacking_end(pages: u64) -> Input {
-    Input::Message(Message::LackingEnd { pages })
+    Input::Message(Message::LackingEnd {
+        pages,
+        background: LIMIT,
+    })
 }
 
 fn barrier(channel: u16) -> Input {
@@ -85,6 +91,7 @@ fn armed() -> Record {
         ram: Vec::new(),
         inside: vec![7],
         blocks: vec![ram("a", 8), ram("b", 4)],
+        background: Some(LIMIT),
     }
 }
 
@@ -154,7 +161,10 @@ fn qemu_loads_only_when_page_faults_wait_and_that_is_on_disk() {
         };
         expected.insert(run).unwrap();
     }
-    assert!(asked.contains(&Output::Arm { lacking: expected }));
+    assert!(asked.contains(&Output::Arm {
+        lacking: expected,
+        background: Some(LIMIT),
+    }));
     assert!(!asked.contains(&Output::LoadDeviceState));
     destination.handle(NOW, armed_input());
     assert_eq!(outputs(&mut destination), [Output::Journal(armed())]);
