@@ -1,5 +1,7 @@
 //! What the benchmarks share: medians, and tables that people and programs can read.
 
+pub mod faults;
+
 use serde_json::{Map, Value, json};
 
 /// One measured migration: figures by name.

@@ -76,7 +76,7 @@ pub struct Finished {
     pub fault: Option<Fault>,
     /// What to do about it, unless completed.
     pub remedy: Option<String>,
-    /// At the destination of a post-copy: what its page faults cost.
+    /// At the destination of a post-copy: what its page faults cost, in detail.
     #[serde(flatten)]
     pub faults: Option<FaultReport>,
     /// The engine's figures.
@@ -135,6 +135,8 @@ pub struct Shown {
     pub reason: Option<String>,
     /// The last progress event.
     pub progress: Option<Value>,
+    /// At the destination of a post-copy that is under way: what its page faults cost, in detail.
+    pub faults: Option<FaultReport>,
     /// How it ended.
     pub finished: Option<Finished>,
 }
@@ -190,6 +192,7 @@ impl Migration {
             state: State::Pending,
             reason: None,
             progress: None,
+            faults: None,
             finished: None,
         };
         let inner = Mutex::new(Inner {
@@ -240,12 +243,18 @@ impl Migration {
         let _ = self.live.send(value);
     }
 
+    /// What the page faults of a post-copy that is under way cost so far.
+    pub(crate) fn measured(&self, faults: FaultReport) {
+        self.lock().shown.faults = Some(faults);
+    }
+
     /// The migration ended so (an in-doubt one may end once more).
     pub fn finish(&self, finished: Finished) {
         let value = serde_json::to_value(&finished).unwrap_or(Value::Null);
         let mut inner = self.lock();
         inner.shown.state = finished.status;
         inner.shown.reason = None;
+        inner.shown.faults = None;
         inner.shown.finished = Some(finished);
         // A late reader of a resolved migration must not stop at its doubt.
         inner

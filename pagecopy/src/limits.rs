@@ -26,6 +26,8 @@ pub const MAX_DIGESTS: usize = 2048;
 pub const MAX_WORDS: usize = 4096;
 /// Data channels of one migration.
 pub const MAX_DATA_CHANNELS: u16 = 64;
+/// A time that a peer tells, in microseconds: 35 years.
+pub const MAX_TIME_US: u64 = 1 << 50;
 /// The smallest page.
 pub const MIN_PAGE_SIZE: u64 = 4096;
 /// The largest page: hugetlbfs 1 GiB is above it and is sent in pieces by no batch, so it is refused.

@@ -62,6 +62,7 @@ fn the_guest_goes_first_and_its_memory_follows() {
         assert!(figures.lacking_bytes.unwrap() > 0, "{mode:?}: {figures:?}");
         assert!(figures.postcopy_ms.unwrap() > 0.0, "{mode:?}: {figures:?}");
         assert!(figures.paused_ms.unwrap() < 1e-9, "{mode:?}: {figures:?}");
+        assert_eq!(figures.faults.unwrap().faults, 3, "{mode:?}: {figures:?}");
         assert!(!pair.moved.written.is_empty(), "the guest wrote there");
     }
 }

@@ -27,7 +27,6 @@ fn the_guest_goes_first() {
     let world = World::tls();
     let moved = world.move_and_check(&machine(), &["--mode", "postcopy"]);
     assert_postcopy(&moved, "postcopy");
-    // What the faults cost is the destination's to tell.
     let id = world.cli(Side::B).id_of("vm");
     let shown = world.cli(Side::B).status(&id);
     let end = &shown["finished"];
@@ -36,14 +35,31 @@ fn the_guest_goes_first() {
     let [p50, max] = ["p50", "max"].map(|name| end["fault_us"][name].as_u64().unwrap());
     assert!(0 < p50 && p50 <= max, "{shown}");
     assert!(end["prefetch_windows"].as_u64().unwrap() > 0, "{shown}");
+    assert!(end["postcopy_ms"].as_f64().unwrap() > 0.0, "{shown}");
+    // The source has them from the destination, in its last event and for who asks later.
+    let asked = world.cli(Side::A).status(&id);
+    for told in [moved.outcome.finished(), &asked["finished"]] {
+        for figure in ["faults", "fault_us"] {
+            assert_eq!(told[figure], end[figure], "{told} {shown}");
+        }
+    }
 }
 
 #[test]
 fn in_the_clear_with_qemu_7_2_and_two_vcpus() {
     let mut machine = Machine::new(Version::V7_2, 128, "rate=50 set=32 cpus=2");
     machine.vcpus = 2;
-    let moved = World::plain().move_and_check(&machine, &["--mode", "postcopy"]);
+    let world = World::plain();
+    let moved = world.move_and_check(&machine, &["--mode", "postcopy"]);
     assert_postcopy(&moved, "postcopy");
+    // Both run the guest's work, and each has its own figures.
+    let end = world.cli(Side::B).last_finished("vm").unwrap();
+    let vcpus = end["vcpu_faults"].as_array().unwrap();
+    let named: Vec<_> = vcpus.iter().map(|one| one["vcpu"].as_u64()).collect();
+    assert_eq!(named, [Some(0), Some(1)], "{end}");
+    let others = vcpus.iter().chain([&end["other_faults"]]);
+    let all: u64 = others.map(|one| one["faults"].as_u64().unwrap()).sum();
+    assert_eq!(Some(all), end["faults"].as_u64(), "{end}");
 }
 
 /// It writes too much for 10 ms of downtime, so the rounds do not pay.

@@ -50,6 +50,8 @@ pub struct MigrationRequest {
     pub downtime_limit_ms: Option<f64>,
     /// Bytes a second; unlimited when absent.
     pub bandwidth_limit: Option<u64>,
+    /// Bytes a second for what a guest that has gone first lacks and does not wait for; as `bandwidth_limit` when absent.
+    pub postcopy_bandwidth_limit: Option<u64>,
     /// Rounds without convergence; 30 when absent.
     pub max_rounds: Option<u32>,
     /// Milliseconds without a switchover; unlimited when absent.

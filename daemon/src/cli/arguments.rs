@@ -172,6 +172,9 @@ pub struct MigrateArguments {
     /// Bytes a second for pages, such as 500MB/s [default: unlimited]
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth_limit: Option<u64>,
+    /// The same for a guest that has gone first; pages that it waits for are never limited [default: --bandwidth-limit]
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub postcopy_bandwidth_limit: Option<u64>,
     /// Give up after so many rounds without convergence [default: 30]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_rounds: Option<u32>,
@@ -211,6 +214,7 @@ impl MigrateArguments {
             channels: self.channels,
             downtime_limit_ms: self.downtime_limit.map(millis),
             bandwidth_limit: self.bandwidth_limit,
+            postcopy_bandwidth_limit: self.postcopy_bandwidth_limit,
             max_rounds: self.max_rounds,
             timeout_ms: self
                 .timeout
@@ -250,6 +254,8 @@ mod tests {
             "50ms",
             "--bandwidth-limit",
             "500MB/s",
+            "--postcopy-bandwidth-limit",
+            "1MB/s",
             "--max-rounds",
             "9",
             "--timeout",
@@ -262,6 +268,7 @@ mod tests {
         assert_eq!(request.channels, Some(3));
         assert_eq!(request.downtime_limit_ms, Some(50.0));
         assert_eq!(request.bandwidth_limit, Some(500_000_000));
+        assert_eq!(request.postcopy_bandwidth_limit, Some(1_000_000));
         assert_eq!(request.max_rounds, Some(9));
         assert_eq!(request.timeout_ms, Some(60_000));
         assert!(request.verify && request.quit_source);

@@ -132,6 +132,13 @@ fn tell(vm: &str, finished: &Finished) {
             ms(finished.figures.paused_ms),
         );
     }
+    if let Some(faults) = finished.figures.faults {
+        let took = faults.fault_us;
+        println!(
+            "  page faults      {}; half took up to {} us, 99 % {} us, 99.9 % {} us, all {} us",
+            faults.faults, took.p50, took.p99, took.p999, took.max
+        );
+    }
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // For people.
     let goodput = show_rate((finished.figures.goodput_mbit_s * 1e6 / 8.0) as u64);
     println!("  goodput          {goodput}");

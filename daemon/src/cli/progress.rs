@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use pagecopy::engine::event::Report;
+use pagecopy::engine::event::{PostcopyProgress, Progress as RoundProgress, Report};
 use serde_json::Value;
 
 use crate::units::{show_bytes, show_rate};
@@ -84,11 +84,11 @@ fn report(event: &Value) -> Option<Report> {
 
 fn show_on_bar(bar: &ProgressBar, report: &Report) {
     match report {
-        Report::Progress { percent, .. } => {
-            bar.set_position(u64::from(*percent));
-            bar.set_message(progress_words(report));
+        Report::Progress(progress) => {
+            bar.set_position(u64::from(progress.percent));
+            bar.set_message(progress_words(progress));
         }
-        Report::Postcopy { .. } => bar.set_message(postcopy_words(report)),
+        Report::Postcopy(progress) => bar.set_message(postcopy_words(progress)),
         Report::State { state } => bar.set_message(format!("{state:?}").to_lowercase()),
         other => {
             if let Some(line) = line(other) {
@@ -118,55 +118,38 @@ fn line(report: &Report) -> Option<String> {
         )),
         Report::Notice { text } => Some(text.clone()),
         Report::Paused { reason } => Some(reason.clone()),
-        Report::Postcopy { .. } => Some(postcopy_words(report)),
-        Report::Progress { .. } => None,
+        Report::Postcopy(progress) => Some(postcopy_words(progress)),
+        Report::Progress(_) => None,
     }
 }
 
-fn postcopy_words(report: &Report) -> String {
-    let Report::Postcopy {
-        lacking_bytes,
-        faults,
-    } = report
-    else {
-        return String::new();
-    };
+fn postcopy_words(progress: &PostcopyProgress) -> String {
+    let faults = &progress.faults;
     let mut words = format!(
         "the guest runs at the destination  {} to come",
-        show_bytes(*lacking_bytes)
+        show_bytes(progress.lacking_bytes)
     );
-    if let Some(faults) = faults {
+    if faults.faults + faults.faults_waiting > 0 {
         words += &format!(
             "  {} page faults, {} wait  p99 {} us",
-            faults.count, faults.waiting, faults.p99_us
+            faults.faults, faults.faults_waiting, faults.fault_us.p99
         );
     }
     words
 }
 
-fn progress_words(report: &Report) -> String {
-    let Report::Progress {
-        round,
-        remaining_bytes,
-        goodput_bytes_s,
-        dirty_bytes_s,
-        predicted_downtime_ms,
-        eta_s,
-        ..
-    } = report
-    else {
-        return String::new();
-    };
+fn progress_words(progress: &RoundProgress) -> String {
     let mut words = format!(
-        "round {round}  {} left  {}  dirty {}",
-        show_bytes(*remaining_bytes),
-        show_rate(*goodput_bytes_s),
-        show_rate(*dirty_bytes_s)
+        "round {}  {} left  {}  dirty {}",
+        progress.round,
+        show_bytes(progress.remaining_bytes),
+        show_rate(progress.goodput_bytes_s),
+        show_rate(progress.dirty_bytes_s)
     );
-    if let Some(ms) = predicted_downtime_ms {
+    if let Some(ms) = progress.predicted_downtime_ms {
         words += &format!("  downtime ~{ms:.0} ms");
     }
-    if let Some(seconds) = eta_s {
+    if let Some(seconds) = progress.eta_s {
         words += &format!("  ETA {seconds:.1} s");
     }
     words
@@ -174,11 +157,13 @@ fn progress_words(report: &Report) -> String {
 
 #[cfg(test)]
 mod tests {
+    use pagecopy::engine::event::FaultFigures;
+
     use super::*;
 
     #[test]
     fn progress_has_all_figures() {
-        let words = progress_words(&Report::Progress {
+        let words = progress_words(&RoundProgress {
             round: 2,
             remaining_bytes: 3 << 20,
             total_bytes: 1 << 30,
@@ -192,5 +177,21 @@ mod tests {
             words,
             "round 2  3.0 MiB left  800.0 MB/s  dirty 50.0 MB/s  downtime ~12 ms  ETA 0.5 s"
         );
+    }
+
+    #[test]
+    fn page_faults_are_told_once_there_are_some() {
+        let mut progress = PostcopyProgress {
+            lacking_bytes: 3 << 20,
+            postcopy_ms: 1000.0,
+            paused_ms: 0.0,
+            faults: FaultFigures::default(),
+        };
+        let begin = "the guest runs at the destination  3.0 MiB to come";
+        assert_eq!(postcopy_words(&progress), begin);
+        progress.faults.faults = 7;
+        progress.faults.fault_us.p99 = 300;
+        let faults = "  7 page faults, 0 wait  p99 300 us";
+        assert_eq!(postcopy_words(&progress), format!("{begin}{faults}"));
     }
 }

@@ -44,8 +44,8 @@ pub(super) fn status(one: &Value) -> String {
         .get("finished")
         .filter(|end| !end.is_null())
         .or_else(|| one.get("progress"));
-    let details = details.and_then(Value::as_object);
-    for (key, value) in details.into_iter().flatten() {
+    let details = [details, one.get("faults")].map(|part| part.and_then(Value::as_object));
+    for (key, value) in details.into_iter().flatten().flatten() {
         if !value.is_null() && !["event", "id", "remedy", "fault"].contains(&key.as_str()) {
             out += &format!("  {key:<22} {}\n", plain(value));
         }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use pagecopy::engine::pull::Request;
+use pagecopy::engine::pull::{Class, Request};
 use pagecopy::memory::BlockSpec;
 use transport::{Channel, Error, Event, Extent, Op, RegionId, SubmitError, Token};
 
@@ -95,7 +95,11 @@ impl Lane {
                     Err(SubmitError::Closed) => break,
                 }
             }
-            match self.channel.poll(Some(LOOK_EVERY))? {
+            let idle = match self.role {
+                Role::Demand => LOOK_EVERY,
+                Role::Rest => self.shared.idle(),
+            };
+            match self.channel.poll(Some(idle))? {
                 Some(Event::Fetched(token)) => {
                     if let Some(flight) = flights.remove(&token) {
                         under_way -= flight.bytes;
@@ -125,6 +129,10 @@ impl Lane {
             Role::Rest => self.shared.next_ahead(under_way)?,
             Role::Demand => return None,
         };
+        // Who waits is never limited.
+        if request.class != Class::Demand {
+            self.shared.spend(self.bytes(&request));
+        }
         let op = self.read(&request)?;
         Some((request, op))
     }

@@ -16,6 +16,7 @@ mod latency;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod unread;
 
 use std::io;
 use std::sync::Arc;
@@ -36,7 +37,8 @@ use tokio::sync::mpsc::UnboundedSender;
 use transport::{Channel, Error};
 
 use self::lane::{Lane, Role};
-pub use self::latency::{FaultReport, Quantiles, Stage};
+pub use self::latency::{FaultReport, Stage, ThreadFaults, VcpuFaults};
+pub(crate) use self::latency::{Vcpu, Vcpus};
 use self::shared::Shared;
 use crate::failure::host;
 
@@ -135,9 +137,12 @@ impl Pull {
             specs,
             ram,
             received,
+            background,
         } = guest;
         let puller = puller(&specs);
-        let shared = Arc::new(Shared::new(&specs, puller, received, pagers, ram, events));
+        let shared = Arc::new(Shared::new(
+            &specs, puller, received, pagers, ram, background, events,
+        ));
         let mut pull = Pull {
             shared: Arc::clone(&shared),
             specs,
@@ -209,15 +214,20 @@ impl Pull {
         channels
     }
 
-    /// Lets go of QEMU's memory: every page is here, or the guest never runs here. Gives the channels back.
-    pub(crate) fn release(mut self) -> Vec<Box<dyn Channel>> {
+    /// Lets go of QEMU's memory: every page is here, or the guest never runs here. Gives back what is left of it.
+    pub(crate) fn release(mut self) -> Released {
         let channels = self.end();
+        let (faults, report) = (self.progress().1, self.report());
         let shared = Arc::clone(&self.shared);
         drop(self);
         if let Some(shared) = Arc::into_inner(shared) {
             release(shared.pagers);
         }
-        channels
+        Released {
+            channels,
+            faults,
+            report,
+        }
     }
 
     /// Poisons what lacks. Returns bytes.
@@ -243,6 +253,11 @@ impl Pull {
         (self.shared.lacks(), self.shared.figures())
     }
 
+    /// To say whose faults are whose.
+    pub(crate) fn vcpus(&self) -> Vcpus {
+        self.shared.vcpus()
+    }
+
     /// What the faults cost so far.
     pub(crate) fn report(&self) -> FaultReport {
         self.shared.report()
@@ -256,6 +271,16 @@ impl Drop for Pull {
     }
 }
 
+/// What is left of fetching.
+pub(crate) struct Released {
+    /// Those that are not broken.
+    pub(crate) channels: Vec<Box<dyn Channel>>,
+    /// All page faults.
+    pub(crate) faults: FaultFigures,
+    /// What they cost.
+    pub(crate) report: FaultReport,
+}
+
 /// What is fetched into, and where that is recorded.
 pub(crate) struct Guest {
     /// RAMBlocks, as the source numbers them.
@@ -264,6 +289,8 @@ pub(crate) struct Guest {
     pub(crate) ram: MappedRam,
     /// What has come.
     pub(crate) received: Received,
+    /// Bytes a second of what nobody waits for; none is unlimited.
+    pub(crate) background: Option<u64>,
 }
 
 /// Everything has come but what lacks.

@@ -4,20 +4,22 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pagecopy::engine::event::FaultFigures;
+use pagecopy::engine::pacing::Pacer;
 use pagecopy::engine::pull::pace::Pace;
 use pagecopy::engine::pull::{Answer, Arrival, Class, Puller, Request};
 use pagecopy::engine::{Failure, Time};
 use pagecopy::host::pager::UffdPager;
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::received::Received;
-use pagecopy::host::{Pager, PagerError, Placer};
+use pagecopy::host::{DemandFault, Pager, PagerError, Placer};
 use pagecopy::memory::{BlockId, BlockSpec, Run};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::latency::{FaultReport, Latency, Waited};
+use super::latency::{FaultReport, Latencies, Vcpus, Waited};
+use super::unread::Reader;
 use super::{PullEvent, pager_failure};
 use crate::failure::host;
 use crate::sys;
@@ -27,7 +29,9 @@ pub(super) struct Shared {
     state: Mutex<State>,
     /// Of the connection that there is, if it has channels for what nobody waits for.
     pace: Mutex<Option<Pace>>,
-    /// When the clock of `pace` began.
+    /// The operator's limit of what nobody waits for.
+    limit: Mutex<Pacer>,
+    /// When the clock of both began.
     begun: Instant,
     page_bytes: u64,
     pub(super) received: Received,
@@ -38,15 +42,24 @@ pub(super) struct Shared {
     /// The threads that do not fetch end.
     pub(super) end: AtomicBool,
     events: UnboundedSender<PullEvent>,
+    latencies: Latencies,
 }
 
 struct State {
     puller: Puller,
-    /// Pages that somebody waits for, and since when.
-    waiting: BTreeMap<(BlockId, u64), Instant>,
-    latency: Latency,
+    /// Pages that somebody waits for, and the thread that does.
+    waiting: BTreeMap<(BlockId, u64, u32), Waiting>,
     /// Everything is here, and that was told.
     told_whole: bool,
+}
+
+/// Since when a page is waited for.
+#[derive(Clone, Copy)]
+struct Waiting {
+    /// The fault was read.
+    since: Instant,
+    /// How long it lay unread before.
+    unread: Duration,
 }
 
 impl Shared {
@@ -56,17 +69,18 @@ impl Shared {
         received: Received,
         pagers: Vec<UffdPager>,
         ram: MappedRam,
+        background: Option<u64>,
         events: UnboundedSender<PullEvent>,
     ) -> Shared {
         let page_bytes = specs.iter().map(|spec| spec.page_size).max().unwrap_or(0);
         Shared {
             pace: Mutex::new(None),
+            limit: Mutex::new(Pacer::new(background, Time::default())),
             begun: Instant::now(),
             page_bytes,
             state: Mutex::new(State {
                 puller,
                 waiting: BTreeMap::new(),
-                latency: Latency::new(),
                 told_whole: false,
             }),
             received,
@@ -75,23 +89,24 @@ impl Shared {
             demand: Mutex::new(None),
             end: AtomicBool::new(false),
             events,
+            latencies: Latencies::new(),
         }
     }
 
     /// Reads and answers the page faults of one pager, until the end.
     pub(super) fn serve_faults(&self, pager: &UffdPager) {
         sys::take_short_turns();
-        let mut faults = Vec::new();
+        let (mut reader, mut faults) = (Reader::new(), Vec::new());
         while !self.end.load(Ordering::Relaxed) {
-            match pager.faults(&mut faults, super::LOOK_EVERY) {
-                Ok(()) => {}
+            let unread = match reader.read(pager, &mut faults, super::LOOK_EVERY) {
+                Ok(unread) => unread,
                 // Whoever watches QEMU notices.
                 Err(PagerError::Gone(_)) => return,
                 Err(error) => return self.fail(pager_failure(&error)),
-            }
+            };
             let mut wanted = false;
             for fault in faults.drain(..) {
-                match self.fault(fault.block, fault.page) {
+                match self.fault(fault, unread) {
                     Answer::Map => self.map_here(pager, fault.block, fault.page),
                     Answer::Fetch => wanted = true,
                     Answer::Wait => {}
@@ -103,14 +118,15 @@ impl Shared {
         }
     }
 
-    fn fault(&self, block: BlockId, page: u64) -> Answer {
+    fn fault(&self, fault: DemandFault, unread: Duration) -> Answer {
         let mut state = self.state();
-        let answer = state.puller.fault(block, page);
+        let answer = state.puller.fault(fault.block, fault.page);
         if answer != Answer::Map {
+            let since = Instant::now();
             state
                 .waiting
-                .entry((block, page))
-                .or_insert_with(Instant::now);
+                .entry((fault.block, fault.page, fault.thread))
+                .or_insert(Waiting { since, unread });
         }
         answer
     }
@@ -145,14 +161,32 @@ impl Shared {
     /// A page that nobody waits for, to see what one takes now that somebody does.
     pub(super) fn probe(&self) -> Option<Request> {
         let now = self.time(Instant::now());
+        if !lock(&self.limit).may_send(now) {
+            return None;
+        }
         let due = lock(&self.pace).as_mut()?.probe(now);
         due.then(|| self.state().puller.next_ahead(0)).flatten()
     }
 
     /// What to fetch next, of what nobody waits for, on a channel on which so many bytes are on their way.
     pub(super) fn next_ahead(&self, under_way: u64) -> Option<Request> {
+        if !lock(&self.limit).may_send(self.time(Instant::now())) {
+            return None;
+        }
         let bytes = lock(&self.pace).as_mut()?.may_request(under_way)?;
         self.state().puller.next_ahead(bytes)
+    }
+
+    /// So many bytes that nobody waits for are being asked for.
+    pub(super) fn spend(&self, bytes: u64) {
+        lock(&self.limit).spend(bytes);
+    }
+
+    /// How long a channel for what nobody waits for may sleep when nothing comes.
+    pub(super) fn idle(&self) -> Duration {
+        let again = lock(&self.limit).next();
+        let wait = again.map(|at| at.since(self.time(Instant::now())));
+        wait.map_or(super::LOOK_EVERY, |wait| wait.min(super::LOOK_EVERY))
     }
 
     /// A page came on the channel for those that somebody waits for.
@@ -201,23 +235,25 @@ impl Shared {
     fn account(&self, arrival: &Arrival, asked: Instant, here: Instant) {
         let now = Instant::now();
         let mut state = self.state();
+        let mut over = Vec::new();
         for run in &arrival.runs {
-            let range = (run.block, run.first)..(run.block, run.end());
-            let served: Vec<_> = state
-                .waiting
-                .range(range)
-                .map(|(page, at)| (*page, *at))
-                .collect();
-            for (page, since) in served {
-                state.waiting.remove(&page);
+            let range = (run.block, run.first, 0)..(run.block, run.end(), 0);
+            let served: Vec<_> = state.waiting.range(range).map(|(who, _)| *who).collect();
+            for who in served {
+                let Some(Waiting { since, unread }) = state.waiting.remove(&who) else {
+                    continue;
+                };
                 let asked = asked.max(since);
-                state.latency.record(Waited {
+                over.push(Waited {
+                    thread: who.2,
+                    read: unread,
                     queue: asked - since,
                     wire: here.saturating_duration_since(asked),
-                    place: now - here,
+                    place: now.saturating_duration_since(here.max(since)),
                 });
             }
         }
+        self.latencies.record(over);
         if state.puller.is_whole() && !std::mem::replace(&mut state.told_whole, true) {
             // A session that has ended needs no events.
             let _ = self.events.send(PullEvent::AllHere);
@@ -230,7 +266,9 @@ impl Shared {
         *lock(&self.demand) = None;
         let mut state = self.state();
         state.puller.lost();
-        let waiting: Vec<_> = state.waiting.keys().copied().collect();
+        let waiting = state.waiting.keys().map(|(block, page, _)| (*block, *page));
+        let mut waiting: Vec<_> = waiting.collect();
+        waiting.dedup();
         for (block, page) in waiting {
             state.puller.fault(block, page);
         }
@@ -276,17 +314,20 @@ impl Shared {
     }
 
     pub(super) fn figures(&self) -> FaultFigures {
-        let state = self.state();
-        state.latency.figures(state.waiting.len() as u64)
+        let waiting = self.state().waiting.len() as u64;
+        self.latencies.figures(waiting)
+    }
+
+    pub(super) fn vcpus(&self) -> Vcpus {
+        self.latencies.vcpus()
     }
 
     pub(super) fn report(&self) -> FaultReport {
-        let state = self.state();
-        let prefetched = state.puller.prefetched();
+        let prefetched = self.state().puller.prefetched();
         FaultReport {
             prefetch_windows: prefetched.windows,
             prefetch_hits: prefetched.hits,
-            ..state.latency.report()
+            ..self.latencies.report()
         }
     }
 

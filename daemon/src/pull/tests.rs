@@ -45,6 +45,8 @@ struct Memory {
     file: RamFile,
     specs: Arc<[BlockSpec]>,
     record: Record,
+    /// Bytes a second that nobody waits for.
+    background: Option<u64>,
 }
 
 /// The file of what has come, removed on drop.
@@ -70,6 +72,7 @@ impl Memory {
             specs: Arc::clone(&self.specs),
             ram: open_ram(&[&self.file]),
             received,
+            background: self.background,
         }
     }
 
@@ -120,6 +123,7 @@ impl Destination {
                 file,
                 specs,
                 record,
+                background: None,
             },
         }
     }
@@ -179,7 +183,7 @@ fn assert_all_here(events: &mut UnboundedReceiver<PullEvent>) {
 
 fn wait_waiting(pull: &Pull, count: u64) {
     let begun = Instant::now();
-    while pull.progress().1.waiting != count {
+    while pull.progress().1.faults_waiting != count {
         assert!(begun.elapsed() < LIMIT, "{:?}", pull.progress());
         thread::sleep(Duration::from_millis(1));
     }
@@ -202,6 +206,8 @@ fn everything_comes_and_who_waits_comes_first() {
     // One channel is for faults alone: only these come, and what they cost is known.
     let (ours, theirs) = source.connection(1, &destination.memory.regions());
     let serving = Serving::new(theirs);
+    let thread = u32::try_from(destination.target.pid()).unwrap();
+    pull.vcpus().name(vec![Vcpu { index: 7, thread }]);
     pull.start(ours).unwrap();
     for page in FAR {
         assert_eq!(destination.get(page), byte(page));
@@ -209,8 +215,14 @@ fn everything_comes_and_who_waits_comes_first() {
     // Who waited goes on before it is counted.
     wait_waiting(&pull, 0);
     let report = pull.report();
-    assert_eq!(report.faults, 3, "{report:?}");
+    assert_eq!(pull.progress().1.faults, 3, "{report:?}");
     assert_eq!(report.fault_us_log2.iter().sum::<u64>(), 3);
+    // The kernel names the thread as the child itself does, which has only one.
+    let [vcpu] = &report.vcpu_faults[..] else {
+        panic!("{report:?}")
+    };
+    assert_eq!((vcpu.vcpu, vcpu.waited.faults), (7, 3), "{report:?}");
+    assert_eq!(report.other_faults.faults, 0, "{report:?}");
     assert!(report.prefetch_windows >= 3, "{report:?}");
     assert_eq!(pull.progress().0, (PAGES - 2 - 3) * PAGE);
     drop(serving);
@@ -227,9 +239,48 @@ fn everything_comes_and_who_waits_comes_first() {
         }
     }
     assert_eq!(pull.progress().0, 0);
-    assert_eq!(pull.release().len(), 3, "the channels come back");
+    assert_eq!(pull.release().channels.len(), 3, "the channels come back");
     destination.target.write(0, PAGES - 2, 1);
     destination.assert_whole(&[PAGES - 2]);
+}
+
+/// The limit's first burst and what was under way comes, then next to nothing but what somebody waits for.
+#[test]
+fn a_limit_holds_back_what_nobody_waits_for_and_nothing_else() {
+    skip_unless!(is_root(), "needs root");
+    let (mut destination, source) = (Destination::new(), Source::new(PAGES));
+    destination.memory.background = Some(1);
+    let (mut pull, _events) = destination.arm(1, &[(0, PAGES)]);
+    let (ours, theirs) = source.connection(3, &destination.memory.regions());
+    let _serving = Serving::new(theirs);
+    pull.start(ours).unwrap();
+    let begun = Instant::now();
+    let held_back = loop {
+        let lacks = pull.progress().0;
+        thread::sleep(A_WHILE);
+        if pull.progress().0 == lacks {
+            break lacks;
+        }
+        assert!(begun.elapsed() < LIMIT, "it goes on: {lacks}");
+    };
+    let burst = pagecopy::limits::MAX_BATCH_BYTES;
+    let came = PAGES * PAGE - held_back;
+    assert!((burst..2 * burst).contains(&came), "{came} bytes came");
+    let mut missing = Vec::new();
+    let received = destination.memory.record.open(false);
+    let received = Received::open(&received, ID, &destination.memory.specs).unwrap();
+    received.missing(&mut missing);
+    let lacks: Vec<_> = missing
+        .iter()
+        .flat_map(|run| run.first..run.end())
+        .collect();
+    for page in lacks.iter().step_by(lacks.len() / 8) {
+        let begun = Instant::now();
+        assert_eq!(destination.get(*page), byte(*page));
+        assert!(begun.elapsed() < A_WHILE, "{:?}", begun.elapsed());
+    }
+    wait_waiting(&pull, 0);
+    assert!(pull.progress().0 > 0);
 }
 
 #[test]
@@ -238,7 +289,7 @@ fn a_guest_that_lacks_nothing_is_whole_at_once() {
     let destination = Destination::new();
     let (pull, mut events) = destination.arm(1, &[]);
     assert_all_here(&mut events);
-    assert_eq!(pull.release().len(), 0);
+    assert_eq!(pull.release().channels.len(), 0);
     assert!(!is_registered(destination.target.pid()));
 }
 
@@ -261,7 +312,7 @@ fn who_waits_outlives_connections() {
         wait_waiting(&pull, 1);
         assert_eq!(pull.stop().len(), 1, "a silent channel is not broken");
         drop(silent);
-        assert_eq!(pull.progress().1.waiting, 1);
+        assert_eq!(pull.progress().1.faults_waiting, 1);
 
         // The next one breaks before it has answered.
         let (ours, theirs) = source.connection(1, &regions);

@@ -56,7 +56,7 @@ impl Visit {
                         return;
                     }
                     if is_whole(&self.service, id) {
-                        self.control.give(Message::Whole { id });
+                        self.control.give(Message::Whole { id, cost: None });
                         continue;
                     }
                 }
@@ -109,7 +109,7 @@ impl Visit {
     fn lost(&self, id: MigrationId, reason: String) {
         tracing::warn!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, reason, "the source has lost the guest's memory");
         if is_whole(&self.service, id) {
-            return self.control.give(Message::Whole { id });
+            return self.control.give(Message::Whole { id, cost: None });
         }
         let standing = standing(&self.service, id);
         let served = fetching(&self.service, id);

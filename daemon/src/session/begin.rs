@@ -94,7 +94,12 @@ pub(crate) fn check(request: &MigrationRequest) -> Result<(), Failure> {
             "add --mode hybrid, or leave --postcopy-after out",
         );
     }
-    if request.bandwidth_limit == Some(0) || request.timeout_ms == Some(0) {
+    let limits = [
+        request.bandwidth_limit,
+        request.postcopy_bandwidth_limit,
+        request.timeout_ms,
+    ];
+    if limits.contains(&Some(0)) {
         return refuse(
             "a limit of zero lets nothing pass",
             "leave the limit out, or make it larger",
@@ -363,6 +368,7 @@ fn options(request: &MigrationRequest, postcopy_allowed: bool) -> Options {
             .downtime_limit_ms
             .map_or(DOWNTIME_LIMIT, |ms| Duration::from_secs_f64(ms / 1e3)),
         bandwidth_limit: request.bandwidth_limit,
+        background_limit: request.postcopy_bandwidth_limit.or(request.bandwidth_limit),
         max_rounds: request.max_rounds.unwrap_or(MAX_ROUNDS),
         timeout: request.timeout_ms.map(Duration::from_millis),
         mode: mode(request, postcopy_allowed),

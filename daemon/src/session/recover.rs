@@ -211,6 +211,7 @@ fn setup(service: &Service, id: MigrationId, vm: &str) -> Setup {
         options: Options {
             downtime_limit: DOWNTIME_LIMIT,
             bandwidth_limit: None,
+            background_limit: None,
             max_rounds: MAX_ROUNDS,
             timeout: None,
             mode: Mode::Precopy,

@@ -62,24 +62,7 @@ pub enum Report {
         reason: String,
     },
     /// Where a round stands. At most ten a second.
-    Progress {
-        /// Round, from 0.
-        round: u32,
-        /// Bytes of guest memory still to send, as known now.
-        remaining_bytes: u64,
-        /// Bytes of guest memory in all.
-        total_bytes: u64,
-        /// Share of this round that is done, 0 to 100.
-        percent: u32,
-        /// Bytes a second that left as pages, lately.
-        goodput_bytes_s: u64,
-        /// Bytes a second that the guest dirtied, by the last scan.
-        dirty_bytes_s: u64,
-        /// Predicted downtime in milliseconds if the switchover came now; none before it is known.
-        predicted_downtime_ms: Option<f64>,
-        /// Expected seconds to the end of this round.
-        eta_s: Option<f64>,
-    },
+    Progress(Progress),
     /// A round ended, with what was decided from it and why.
     Round {
         /// Round, from 0.
@@ -102,12 +85,7 @@ pub enum Report {
         decision: String,
     },
     /// Where post-copy stands. About one a second.
-    Postcopy {
-        /// Bytes that the guest lacks: for these it depends on its source.
-        lacking_bytes: u64,
-        /// Page faults so far; the destination's only.
-        faults: Option<FaultFigures>,
-    },
+    Postcopy(PostcopyProgress),
     /// Something that a person should know and that changes no state: a request that was refused, an attempt that failed
     /// and will be made again.
     Notice {
@@ -116,21 +94,75 @@ pub enum Report {
     },
 }
 
-/// Page faults that waited for pages which were not there yet.
+/// Where a round stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Round, from 0.
+    pub round: u32,
+    /// Bytes of guest memory still to send, as known now.
+    pub remaining_bytes: u64,
+    /// Bytes of guest memory in all.
+    pub total_bytes: u64,
+    /// Share of this round that is done, 0 to 100.
+    pub percent: u32,
+    /// Bytes a second that left as pages, lately.
+    pub goodput_bytes_s: u64,
+    /// Bytes a second that the guest dirtied, by the last scan.
+    pub dirty_bytes_s: u64,
+    /// Predicted downtime in milliseconds if the switchover came now; none before it is known.
+    pub predicted_downtime_ms: Option<f64>,
+    /// Expected seconds to the end of this round.
+    pub eta_s: Option<f64>,
+}
+
+/// Where post-copy stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PostcopyProgress {
+    /// Bytes that the guest lacks: for these it depends on its source.
+    pub lacking_bytes: u64,
+    /// Since the guest's first moment at the destination, in milliseconds.
+    pub postcopy_ms: f64,
+    /// How long of that the hosts were not connected, in milliseconds.
+    pub paused_ms: f64,
+    /// Page faults so far; at the source, as the destination told them.
+    #[serde(flatten)]
+    pub faults: FaultFigures,
+}
+
+/// Page faults that waited for pages which were not there yet, as the destination's daemon has counted them since it was
+/// started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultFigures {
-    /// How many.
-    pub count: u64,
+    /// How many are over.
+    pub faults: u64,
     /// How many wait now.
-    pub waiting: u64,
-    /// From the kernel's report until the page was mapped: half of them took no longer, in microseconds.
-    pub p50_us: u64,
+    pub faults_waiting: u64,
+    /// How long they waited, until the page was mapped.
+    pub fault_us: Quantiles,
+}
+
+/// How long things took, in microseconds. Each is at least the one before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quantiles {
+    /// Half of them took no longer.
+    pub p50: u64,
     /// 99 of 100.
-    pub p99_us: u64,
+    pub p99: u64,
     /// 999 of 1000.
-    pub p999_us: u64,
-    /// The longest.
-    pub max_us: u64,
+    pub p999: u64,
+    /// All.
+    pub max: u64,
+}
+
+/// What a post-copy cost, as the destination tells it in the end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PostcopyCost {
+    /// Its page faults.
+    pub faults: FaultFigures,
+    /// From the guest's first moment there until it lacked nothing, in microseconds.
+    pub postcopy_us: u64,
+    /// How long of that the hosts were not connected, in microseconds.
+    pub paused_us: u64,
 }
 
 /// The figures of a migration, complete when it has ended.
@@ -160,10 +192,14 @@ pub struct Figures {
     pub attach_stop_us: Option<u64>,
     /// With post-copy: bytes that the guest lacked when it was switched over.
     pub lacking_bytes: Option<u64>,
-    /// With post-copy: from the guest's first moment at the destination until it lacked nothing, in milliseconds.
+    /// With post-copy: from the guest's first moment at the destination until it lacked nothing, in milliseconds. Each daemon
+    /// counts from when it was started; at the source, the longer of what both have counted.
     pub postcopy_ms: Option<f64>,
     /// With post-copy: how long of that the hosts were not connected, in milliseconds.
     pub paused_ms: Option<f64>,
+    /// With post-copy: its page faults; at the source, as the destination told them, if it did.
+    #[serde(flatten)]
+    pub faults: Option<FaultFigures>,
 }
 
 /// How a migration ended at the source.

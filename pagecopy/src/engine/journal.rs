@@ -84,6 +84,9 @@ pub enum Record {
         ram: Vec<RamFile>,
         /// RAMBlocks, in the source's order.
         blocks: Vec<BlockSpec>,
+        /// Bytes a second that are fetched while nobody waits for them; none is unlimited.
+        #[serde(default)]
+        background: Option<u64>,
     },
     /// Destination: the guest runs here.
     Running,
@@ -407,6 +410,7 @@ mod tests {
             ram: Vec::new(),
             inside: vec![7, 9],
             blocks: Vec::new(),
+            background: None,
         };
         let source = [
             (vec![serving()], Outcome::NotHere, Postcopy::Open, false),

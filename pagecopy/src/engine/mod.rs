@@ -13,6 +13,7 @@
 //! in a call, never panics on an input, and ignores a late answer to something that it has given up.
 
 pub mod bitmap;
+mod course;
 pub mod destination;
 pub mod doubt;
 mod end;
@@ -20,6 +21,7 @@ pub mod event;
 pub mod journal;
 mod liveness;
 mod outbox;
+pub mod pacing;
 pub mod pull;
 pub mod source;
 pub mod split;

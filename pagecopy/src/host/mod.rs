@@ -118,7 +118,7 @@ pub struct DemandFault {
     pub block: BlockId,
     /// Index of the page.
     pub page: u64,
-    /// The thread that waits, by its id; 0 when it is in another pid namespace.
+    /// The thread that waits, by its id in its own pid namespace.
     pub thread: u32,
     /// The file has the page already: it only has to be mapped.
     pub present: bool,

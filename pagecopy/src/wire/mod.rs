@@ -5,6 +5,7 @@
 
 mod codec;
 mod fields;
+mod figures;
 mod table;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -14,6 +15,7 @@ pub use codec::WireError;
 use bytes::Bytes;
 
 use crate::engine::MigrationId;
+use crate::engine::event::{FaultFigures, PostcopyCost};
 use crate::memory::{BlockSpec, Run};
 
 /// Lowest protocol version that this build speaks.
@@ -246,6 +248,8 @@ pub enum Message {
     LackingEnd {
         /// Pages in all.
         pages: u64,
+        /// Bytes a second that the destination may fetch while nobody waits for them; 0: as many as it can.
+        background: u64,
     },
     /// Source → destination, first message of a new connection with data channels: the pages that the guest lacks are
     /// served here.
@@ -259,11 +263,15 @@ pub enum Message {
     Lacks {
         /// Bytes.
         bytes: u64,
+        /// What has waited for pages so far.
+        faults: FaultFigures,
     },
     /// Destination → source: recorded; nothing more is needed of the source.
     Whole {
         /// The migration.
         id: MigrationId,
+        /// What it cost; not known any more to a daemon that was started anew since.
+        cost: Option<PostcopyCost>,
     },
     /// Source → destination, first on a new connection: the guest's memory is not there any more, and cannot be served.
     Lost {

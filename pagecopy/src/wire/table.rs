@@ -8,6 +8,7 @@ use super::codec::{Reader, WireError, Writer};
 use super::fields::{
     Blocks, Chunk, Code, Codec, Digests, Flag, Id, Name, Reason, Runs, Stand, Words,
 };
+use super::figures::{Cost, Faults};
 
 macro_rules! messages {
     ($($number:literal $name:ident
@@ -92,10 +93,10 @@ messages! {
     21 Abort { code: Code, reason: Reason };
     22 Withdrawn { id: Id };
     23 Lacking { block: u16, first: u64, words: Words };
-    24 LackingEnd { pages: u64 };
+    24 LackingEnd { pages: u64, background: u64 };
     25 Serve { id: Id };
     26 Resumed;
-    27 Lacks { bytes: u64 };
-    28 Whole { id: Id };
+    27 Lacks { bytes: u64, faults: Faults };
+    28 Whole { id: Id, cost: Cost };
     29 Lost { id: Id, reason: Reason };
 }

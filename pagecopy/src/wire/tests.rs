@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::table::TABLE;
 use super::{AbortCode, Message, Standing, WireError, capability};
 use crate::engine::MigrationId;
+use crate::engine::event::{FaultFigures, PostcopyCost, Quantiles};
 use crate::limits;
 use crate::memory::{BlockId, BlockSpec, Run};
 
@@ -31,6 +32,22 @@ fn run() -> Run {
 
 const ID: MigrationId = MigrationId([0xab; 16]);
 const ID_HEX: &str = "abababababababababababababababab";
+
+fn faults() -> FaultFigures {
+    FaultFigures {
+        faults: 7,
+        faults_waiting: 1,
+        fault_us: Quantiles {
+            p50: 0x20,
+            p99: 0x40,
+            p999: 0x80,
+            max: 0x100,
+        },
+    }
+}
+
+const FAULTS_HEX: &str = "0700000000000000 0100000000000000 2000000000000000 4000000000000000 8000000000000000 \
+                          0001000000000000";
 
 /// One of every message, for the engines' tables of what is legal when.
 pub(crate) fn one_of_each() -> Vec<Message> {
@@ -146,16 +163,32 @@ fn samples() -> Vec<(Message, String)> {
             "1700 0100 4000000000000000 02000000 0100000000000000 0000000000000080".into(),
         ),
         (
-            Message::LackingEnd { pages: 2 },
-            "1800 0200000000000000".into(),
+            Message::LackingEnd {
+                pages: 2,
+                background: 1 << 20,
+            },
+            "1800 0200000000000000 0000100000000000".into(),
         ),
         (Message::Serve { id: ID }, format!("1900 {ID_HEX}")),
         (Message::Resumed, "1a00".into()),
         (
-            Message::Lacks { bytes: 8192 },
-            "1b00 0020000000000000".into(),
+            Message::Lacks {
+                bytes: 8192,
+                faults: faults(),
+            },
+            format!("1b00 0020000000000000 {FAULTS_HEX}"),
         ),
-        (Message::Whole { id: ID }, format!("1c00 {ID_HEX}")),
+        (
+            Message::Whole {
+                id: ID,
+                cost: Some(PostcopyCost {
+                    faults: faults(),
+                    postcopy_us: 0x10_0000,
+                    paused_us: 0x1000,
+                }),
+            },
+            format!("1c00 {ID_HEX} 01 {FAULTS_HEX} 0000100000000000 0010000000000000"),
+        ),
         (
             Message::Lost {
                 id: ID,
@@ -314,7 +347,37 @@ fn figures_outside_their_rules_are_refused() {
             "words is 4097, above its limit of 4096",
         ),
     ];
-    for (hex, expected) in cases {
+    let quantiles = |faults: u64, p99: u64, max: u64| {
+        let hex = |figure: u64| {
+            figure
+                .to_le_bytes()
+                .map(|byte| format!("{byte:02x}"))
+                .concat()
+        };
+        let [faults, p99, max] = [faults, p99, max].map(hex);
+        format!("{faults} 0000000000000000 0000000000000000 {p99} {p99} {max}")
+    };
+    let times = "0100000000000000 0200000000000000";
+    let figures = [
+        (
+            format!("1b00 0000000000000000 {}", quantiles(1, 0, (1 << 50) + 1)),
+            "faults is 1125899906842625, above its limit of 1125899906842624",
+        ),
+        (
+            format!("1b00 0000000000000000 {}", quantiles(1, 9, 8)),
+            "quantiles are in order",
+        ),
+        (
+            format!("1b00 0000000000000000 {}", quantiles(0, 0, 1)),
+            "zero when there were no faults",
+        ),
+        (
+            format!("1c00 {ID_HEX} 01 {} {times}", quantiles(0, 0, 0)),
+            "no longer than it is",
+        ),
+        (format!("1c00 {ID_HEX} 02"), "a flag is 0 or 1"),
+    ];
+    for (hex, expected) in cases.into_iter().chain(figures) {
         let error = Message::decode(&from_hex(&hex)).unwrap_err().to_string();
         assert!(error.contains(expected), "{hex}: {error}");
     }
@@ -331,6 +394,47 @@ fn a_reason_of_ours_is_cut_and_cleaned_rather_than_refused() {
         panic!()
     };
     assert!(reason.starts_with("line line ü") && reason.len() >= limits::MAX_REASON - 3);
+}
+
+/// A figure beyond its rules would keep the source from hearing that it is not needed any more.
+#[test]
+fn figures_of_ours_are_cut_rather_than_refused() {
+    let wild = FaultFigures {
+        faults: 0,
+        faults_waiting: u64::MAX,
+        fault_us: Quantiles {
+            p50: u64::MAX,
+            p99: 3,
+            p999: 2,
+            max: 1 << 60,
+        },
+    };
+    let cost = PostcopyCost {
+        faults: FaultFigures { faults: 5, ..wild },
+        postcopy_us: u64::MAX,
+        paused_us: u64::MAX,
+    };
+    let lacks = Message::Lacks {
+        bytes: 1,
+        faults: wild,
+    };
+    let Ok(Message::Lacks { faults, .. }) = Message::decode(&lacks.encode()) else {
+        panic!()
+    };
+    assert_eq!(faults.fault_us, Quantiles::default());
+    let whole = Message::Whole {
+        id: ID,
+        cost: Some(cost),
+    };
+    let Ok(Message::Whole {
+        cost: Some(cost), ..
+    }) = Message::decode(&whole.encode())
+    else {
+        panic!()
+    };
+    let Quantiles { p50, p99, max, .. } = cost.faults.fault_us;
+    assert_eq!((p50, p99, max), (2, 2, limits::MAX_TIME_US));
+    assert_eq!(cost.paused_us, limits::MAX_TIME_US);
 }
 
 fn name() -> impl Strategy<Value = String> {
@@ -440,6 +544,23 @@ fn with_payload() -> impl Strategy<Value = Message> {
     ]
 }
 
+fn in_order(faults: u64, b: u32, c: u16) -> FaultFigures {
+    let (b, c) = (u64::from(b), u64::from(c));
+    let most = if faults == 0 { 0 } else { limits::MAX_TIME_US };
+    let [p50, p99, p999, max] =
+        [c, c + b, c + b, (c + b) << 20].map(|figure: u64| figure.min(most));
+    FaultFigures {
+        faults,
+        faults_waiting: c,
+        fault_us: Quantiles {
+            p50,
+            p99,
+            p999,
+            max,
+        },
+    }
+}
+
 fn of_numbers() -> impl Strategy<Value = Message> {
     (
         0..17,
@@ -460,14 +581,25 @@ fn of_numbers() -> impl Strategy<Value = Message> {
             8 => Message::Commit,
             9 => Message::Running,
             10 => Message::Closed,
-            11 => Message::LackingEnd { pages: a },
+            11 => Message::LackingEnd {
+                pages: a,
+                background: b.into(),
+            },
             12 => Message::Serve {
                 id: MigrationId(id),
             },
             13 => Message::Resumed,
-            14 => Message::Lacks { bytes: a },
+            14 => Message::Lacks {
+                bytes: a,
+                faults: in_order(a, b, c),
+            },
             15 => Message::Whole {
                 id: MigrationId(id),
+                cost: (c % 3 > 0).then(|| PostcopyCost {
+                    faults: in_order(a, b, c),
+                    postcopy_us: u64::from(b),
+                    paused_us: u64::from(b.min(c.into())),
+                }),
             },
             _ => Message::Query {
                 id: MigrationId(id),
@@ -602,6 +734,10 @@ fn the_document_and_the_code_have_the_same_limits() {
         ),
         format!("{} GiB in all at most", limits::MAX_DEVICE_STATE >> 30),
         format!("a chunk of {} MiB", limits::DIGEST_CHUNK >> 20),
+        format!(
+            "A time is at most 2^{} microseconds",
+            limits::MAX_TIME_US.ilog2()
+        ),
         data_channels,
     ];
     for limit in expected {

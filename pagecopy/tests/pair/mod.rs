@@ -106,6 +106,7 @@ impl Pair {
             options: source::Options {
                 downtime_limit: Duration::from_millis(300),
                 bandwidth_limit: None,
+                background_limit: None,
                 max_rounds: 30,
                 timeout: None,
                 verify: false,

@@ -212,7 +212,7 @@ impl Pair {
                 self.notices.push(text);
                 return;
             }
-            Output::Arm { lacking } => return self.arm(lacking),
+            Output::Arm { lacking, .. } => return self.arm(lacking),
             Output::Pull => return self.pull(),
             Output::StopPulling => return self.stop_pulling(),
             Output::Poison => return self.poison(),

@@ -87,7 +87,11 @@ impl Pair {
             self.destination_pages[page] = self.source_pages[page];
         }
         if self.moved.lacking.is_empty() {
-            self.tell_destination(destination::Input::Whole);
+            let faults = FaultFigures {
+                faults: 3,
+                ..FaultFigures::default()
+            };
+            self.tell_destination(destination::Input::Whole { faults });
         } else {
             let bytes = self.lacks();
             let faults = FaultFigures::default();
@@ -129,7 +133,7 @@ impl Pair {
         let served = self.destination.is_some() && self.destination_finished.is_none();
         if !served && journal::postcopy(&records) == Postcopy::Over {
             let id = self.setup.id;
-            let whole = pagecopy::wire::Message::Whole { id };
+            let whole = pagecopy::wire::Message::Whole { id, cost: None };
             return self.after(LATENCY, Event::ToSource(source::Input::Message(whole)));
         }
         // A daemon that is started anew looks, and finds the guest running.

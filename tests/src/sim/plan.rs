@@ -274,6 +274,7 @@ impl Plan {
         Options {
             downtime_limit: micros(self.wanted.downtime_limit_us),
             bandwidth_limit: self.wanted.bandwidth_limit,
+            background_limit: None,
             max_rounds: self.wanted.max_rounds,
             timeout: self.wanted.timeout_us.map(micros),
             verify: self.wanted.verify,

@@ -197,7 +197,9 @@ impl World {
                 bytes: u64::arbitrary(input)?,
                 faults: FaultFigures::default(),
             },
-            1 => Input::Whole,
+            1 => Input::Whole {
+                faults: words::faults(input)?,
+            },
             2 => Input::PullFailed(failure("fetching")),
             3 => Input::Served,
             4 => Input::Poison {
@@ -267,6 +269,7 @@ impl World {
                     .values()
                     .map(|word| u64::from(word.count_ones()))
                     .sum(),
+                background: 0,
             },
             _ => {
                 let block = u16::from(u8::arbitrary(input)? % 2);
@@ -362,7 +365,7 @@ impl World {
             Input::Journaled(Record::Whole) | Input::JournalFailed(Record::Whole, _) => {
                 facts.whole_answered |= facts.whole_asked;
             }
-            Input::Whole | Input::Poisoned { .. } => facts.needs_nothing = true,
+            Input::Whole { .. } | Input::Poisoned { .. } => facts.needs_nothing = true,
             Input::QemuFailed(_) => {
                 facts.needs_nothing = true;
                 facts.qemu_failed = true;
@@ -404,7 +407,9 @@ impl World {
             }
             Output::Send(Message::Loaded) => assert_eq!(facts.loads, 1, "{facts:?}"),
             Output::Send(Message::Running) => {
-                assert!(facts.guest_running && facts.runs > 0, "{facts:?}");
+                // One that was taken over may have been run before.
+                let run = facts.runs > 0 || facts.recovered;
+                assert!(facts.guest_running && run, "{facts:?}");
                 // In post-copy it is said again to a source that comes again.
                 assert!(
                     !facts.said_running || facts.armed,

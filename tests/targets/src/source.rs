@@ -112,6 +112,7 @@ fn setup(flags: u8, mode: Mode) -> Setup {
         options: Options {
             downtime_limit: Duration::from_millis(300),
             bandwidth_limit: (flags & 2 != 0).then_some(100 << 20),
+            background_limit: (flags & 2 != 0).then_some(1 << 20),
             max_rounds: 1 + u32::from(flags >> 5),
             timeout: (flags & 4 != 0).then_some(Duration::from_secs(20)),
             mode,
@@ -243,9 +244,15 @@ impl World {
             },
             5 => Message::Loaded,
             6 => Message::Running,
-            8 => Message::Lacks { bytes: 4096 },
+            8 => Message::Lacks {
+                bytes: 4096,
+                faults: words::faults(input)?,
+            },
             9 => Message::Resumed,
-            10 => Message::Whole { id: words::ID },
+            10 => Message::Whole {
+                id: words::ID,
+                cost: None,
+            },
             _ => Message::Answer {
                 id: words::ID,
                 standing: *input.choose(&Standing::ALL)?,
@@ -370,7 +377,7 @@ impl World {
             }
             // It says that the guest has run, to a source in doubt, too.
             Input::Message(
-                Message::Whole { id: words::ID }
+                Message::Whole { id: words::ID, .. }
                 | Message::Abort {
                     code: AbortCode::Qemu,
                     ..

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use bytes::Bytes;
+use pagecopy::engine::event::{FaultFigures, PostcopyCost, Quantiles};
 use pagecopy::engine::{Failure, Fault, MigrationId};
 use pagecopy::memory::{BlockId, BlockSpec, Run};
 use pagecopy::wire::{AbortCode, Message, Standing};
@@ -140,13 +141,22 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
         },
         22 => Message::LackingEnd {
             pages: u64::from(u8::arbitrary(input)?),
+            background: u64::arbitrary(input)?,
         },
         23 => Message::Serve { id: id(input)? },
         24 => Message::Resumed,
         25 => Message::Lacks {
             bytes: u64::arbitrary(input)?,
+            faults: faults(input)?,
         },
-        26 => Message::Whole { id: id(input)? },
+        26 => Message::Whole {
+            id: id(input)?,
+            cost: input.ratio(3, 4)?.then_some(PostcopyCost {
+                faults: faults(input)?,
+                postcopy_us: u64::arbitrary(input)?,
+                paused_us: u64::arbitrary(input)?,
+            }),
+        },
         27 => Message::Lost {
             id: id(input)?,
             reason: "gone".to_owned(),
@@ -154,6 +164,19 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
         _ => Message::Abort {
             code: *input.choose(&AbortCode::ALL)?,
             reason: "because".to_owned(),
+        },
+    })
+}
+
+/// Any figures, in no order.
+pub(crate) fn faults(input: &mut Unstructured<'_>) -> Result<FaultFigures> {
+    Ok(FaultFigures {
+        faults: u64::arbitrary(input)?,
+        faults_waiting: u64::from(u8::arbitrary(input)?),
+        fault_us: Quantiles {
+            p50: u64::arbitrary(input)?,
+            max: u64::arbitrary(input)?,
+            ..Quantiles::default()
         },
     })
 }

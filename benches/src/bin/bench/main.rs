@@ -12,6 +12,8 @@
 //! With `--postcopy`, the guest is switched over at once, or after one round, and how long its own touches of pages took
 //! is asked of it, from its first beat at the destination to the end of the migration.
 //!
+//! With `--faults`, see [`benches::faults`].
+//!
 //! QEMU is set as well as we know how: `max-bandwidth` out of the way, one stream or `multifd` with two channels (ours
 //! has two as well), the same downtime limit, and a destination without `-S` that resumes by itself.
 
@@ -81,6 +83,9 @@ fn options() -> Result<Options, String> {
 }
 
 fn main() -> ExitCode {
+    if std::env::args().any(|word| word == "--faults") {
+        return benches::faults::run(std::env::args().skip(1));
+    }
     let options = match options() {
         Ok(options) => options,
         Err(error) => {

@@ -1,6 +1,7 @@
 //! Post-copy at the destination's session: who serves the guest's page faults, over which connection.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pagecopy::engine::bitmap::Bitmap;
 use pagecopy::engine::destination::{Destination, Input};
@@ -12,6 +13,7 @@ use pagecopy::host::ram::MappedRam;
 use pagecopy::host::received::Received;
 use pagecopy::host::track::TrackedBlock;
 use pagecopy::memory::{BlockId, BlockSpec};
+use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Access, Channel, RegionId, Regions};
@@ -19,7 +21,7 @@ use transport::{Access, Channel, RegionId, Regions};
 use super::Session;
 use crate::failure::host;
 use crate::lane::{Lane, Told};
-use crate::pull::{FaultReport, Guest, Pull, PullEvent};
+use crate::pull::{FaultReport, Guest, Pull, PullEvent, Released, Vcpu};
 use crate::qemu::Block;
 use crate::qemu::discover::track_failure;
 use crate::qemu::faults::take_back;
@@ -31,6 +33,8 @@ use crate::sys;
 
 /// A pager serves so many vCPUs.
 const VCPUS_A_PAGER: usize = 32;
+/// How long a QEMU may take to name its vCPUs.
+const NAMING_LIMIT: Duration = Duration::from_secs(30);
 /// Pagers of the largest guest.
 const MOST_PAGERS: usize = 8;
 
@@ -39,7 +43,7 @@ pub(super) enum Done {
     /// Page faults wait.
     Armed(Result<Pull, Failure>),
     /// QEMU's memory was let go of. The channels stay open until the source has heard of it.
-    Released(Vec<Box<dyn Channel>>),
+    Released(Released),
     /// So many bytes that lacked were poisoned, and QEMU's memory was let go of.
     Poisoned(u64),
     /// They could not be.
@@ -115,7 +119,7 @@ impl Fetch {
 
 impl Session {
     /// Makes page faults wait, and begins to serve them and to fetch over the data channels that there are.
-    pub(super) fn arm(&mut self, lacking: Bitmap) {
+    pub(super) fn arm(&mut self, lacking: Bitmap, background: Option<u64>) {
         let Some(memory) = self.memory.clone() else {
             return;
         };
@@ -130,7 +134,7 @@ impl Session {
         let (service, blocks) = (Arc::clone(&self.service), memory.blocks);
         let (events, finished) = (self.fetch.sender.clone(), self.fetch.finished.clone());
         tokio::spawn(async move {
-            let pagers = pagers(&qmp).await;
+            let vcpus = vcpus(&qmp).await;
             let device = match service.userfaultfd.lend(&qmp, pid).await {
                 Ok(device) => device,
                 Err(failure) => {
@@ -146,13 +150,15 @@ impl Session {
                     .create_received(id)
                     .and_then(|file| Received::create(&file, id, &memory.specs))
                     .map_err(|error| received_failure(&error))?;
-                let shares = share_out(&tracked(&blocks), pagers);
+                let shares = share_out(&tracked(&blocks), pagers(vcpus.len()));
                 let guest = Guest {
                     specs: memory.specs,
                     ram: memory.mapped,
                     received,
+                    background,
                 };
                 let mut pull = Pull::arm((pid, device), shares, guest, lacking, events)?;
+                pull.vcpus().name(vcpus);
                 pull.start(channels)?;
                 Ok(pull)
             });
@@ -181,9 +187,15 @@ impl Session {
                 }
             }
             Done::Armed(Err(failure)) => Input::HostFailed(failure),
-            Done::Released(channels) => {
+            Done::Released(released) => {
+                let Released {
+                    channels,
+                    faults,
+                    report,
+                } = released;
                 self.idle = channels;
-                Input::Whole
+                self.fetch.report = Some(report);
+                Input::Whole { faults }
             }
             Done::Poisoned(bytes) => Input::Poisoned { bytes },
             Done::NotPoisoned(pull, failure) => {
@@ -220,9 +232,23 @@ impl Session {
         }
     }
 
+    /// After a takeover: learns which threads are the guest's vCPUs, as soon as QEMU can say so. It may wait for a page.
+    pub(super) fn name_vcpus(&self) {
+        if let Some(pull) = &self.fetch.pull {
+            let (qmp, names) = (Arc::clone(&self.qmp), pull.vcpus());
+            tokio::spawn(async move {
+                if let Ok(vcpus) = tokio::time::timeout(NAMING_LIMIT, vcpus(&qmp)).await {
+                    names.name(vcpus);
+                }
+            });
+        }
+    }
+
     /// How fetching stands.
     pub(super) fn lacks(&self) -> Option<Input> {
-        let (bytes, faults) = self.fetch.pull.as_ref()?.progress();
+        let pull = self.fetch.pull.as_ref()?;
+        self.migration.measured(pull.report());
+        let (bytes, faults) = pull.progress();
         Some(Input::Lacks { bytes, faults })
     }
 
@@ -336,6 +362,7 @@ impl TakenOver {
             inside,
             specs,
             blocks,
+            background,
         } = Armed::by(records)?;
         let mapped = crate::qemu::discover::map_ram(&blocks, true)?;
         let specs: Arc<[BlockSpec]> = specs.into();
@@ -351,6 +378,7 @@ impl TakenOver {
             specs: Arc::clone(&specs),
             ram: mapped.clone(),
             received,
+            background,
         };
         let pull = Pull::adopt(pid, shares, inside, guest, sender.clone())?;
         Ok(TakenOver {
@@ -387,6 +415,8 @@ struct Armed<'a> {
     specs: &'a [BlockSpec],
     /// Where it has its RAM now.
     blocks: Vec<Block>,
+    /// Bytes a second that nobody waits for.
+    background: Option<u64>,
 }
 
 impl<'a> Armed<'a> {
@@ -400,10 +430,11 @@ impl<'a> Armed<'a> {
                 inside,
                 ram,
                 blocks,
-            } => Some((*pid, inside, ram, blocks)),
+                background,
+            } => Some((*pid, inside, ram, blocks, *background)),
             _ => None,
         });
-        let (pid, inside, ram, specs) =
+        let (pid, inside, ram, specs, background) =
             armed.ok_or_else(|| host("the journal names no userfaultfd", "report this"))?;
         let blocks = specs
             .iter()
@@ -415,6 +446,7 @@ impl<'a> Armed<'a> {
             inside,
             specs,
             blocks,
+            background,
         })
     }
 }
@@ -436,15 +468,26 @@ fn find(pid: i32, spec: &BlockSpec, file: &RamFile) -> Result<Block, Failure> {
     })
 }
 
+/// The guest's vCPUs, and the threads that run them; none where QEMU does not say.
+async fn vcpus(qmp: &Qmp) -> Vec<Vcpu> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Cpu {
+        cpu_index: u32,
+        thread_id: u32,
+    }
+    let cpus = qmp.query("query-cpus-fast", json!({})).await;
+    let cpus: Vec<Cpu> = cpus.unwrap_or_default();
+    let vcpu = |cpu: Cpu| Vcpu {
+        index: cpu.cpu_index,
+        thread: cpu.thread_id,
+    };
+    cpus.into_iter().map(vcpu).collect()
+}
+
 /// How many pagers serve a guest.
-async fn pagers(qmp: &Qmp) -> usize {
-    // A QEMU that does not say has one.
-    let vcpus = qmp.execute("query-cpus-fast", json!({})).await;
-    let vcpus = vcpus.ok().and_then(|cpus| Some(cpus.as_array()?.len()));
-    vcpus
-        .unwrap_or(1)
-        .div_ceil(VCPUS_A_PAGER)
-        .clamp(1, MOST_PAGERS)
+fn pagers(vcpus: usize) -> usize {
+    vcpus.div_ceil(VCPUS_A_PAGER).clamp(1, MOST_PAGERS)
 }
 
 fn tracked(blocks: &[Block]) -> Vec<TrackedBlock> {

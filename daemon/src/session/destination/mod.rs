@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pagecopy::engine::destination::{Destination, Input, Output};
-use pagecopy::engine::event::{Figures, Finished as EngineEnd, State};
+use pagecopy::engine::event::{Finished as EngineEnd, State};
 #[cfg(feature = "steps")]
 use pagecopy::engine::journal::Side;
 use pagecopy::engine::journal::{Outcome, Postcopy, outcome, postcopy};
@@ -162,6 +162,7 @@ impl Session {
         mut control: UnboundedReceiver<Told>,
         requests: &mut UnboundedReceiver<Request>,
     ) {
+        self.name_vcpus();
         if self.served_at_once() {
             engine.handle(self.clock.now(), Input::Served);
         }
@@ -278,13 +279,14 @@ impl Session {
                     state,
                     failure,
                     qemu_used,
+                    figures,
                 } => {
                     tracing::debug!(id = %self.migration.shown().id, qemu_used, "the destination's engine has ended");
                     self.qemu_used = qemu_used;
                     return Some(EngineEnd {
                         state,
                         failure,
-                        figures: Figures::default(),
+                        figures,
                     });
                 }
                 Output::Send(message) => {
@@ -300,7 +302,10 @@ impl Session {
                 Output::PageDigests { block, chunk } => self.page_digests(block, chunk),
                 Output::LoadDeviceState => self.load(),
                 Output::RunGuest => self.run_guest(),
-                Output::Arm { lacking } => self.arm(lacking),
+                Output::Arm {
+                    lacking,
+                    background,
+                } => self.arm(lacking, background),
                 Output::StopPulling => self.stop_pulling(),
                 Output::Pull => self.pull(),
                 Output::Poison => self.poison(),

@@ -69,9 +69,12 @@ fn after_commit(core: &mut Core, input: Input) {
             core.stop_serving();
         }
         Input::Poison { .. } => core.nothing_to_poison(),
-        Input::Lacks { bytes, .. } => core.lacks = bytes,
+        Input::Lacks { bytes, faults } => core.heard_of(bytes, faults),
         // A small guest lacks nothing before it has run for a moment.
-        Input::Whole => core.whole = true,
+        Input::Whole { faults } => {
+            core.heard_of(0, faults);
+            core.whole = true;
+        }
         Input::Message(Message::Ping { nonce }) => core.send(Message::Pong { nonce }),
         _ => {}
     }

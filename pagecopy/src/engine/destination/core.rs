@@ -1,10 +1,13 @@
 //! What every phase of the destination shares, and the rules that hold in every phase before `Commit`.
 
+use std::time::Duration;
+
 use super::interface::{Input, Output, Setup};
 use super::reasons::by_peer;
+use crate::engine::course::Course;
 use crate::engine::doubt::refuse;
 use crate::engine::end::End;
-use crate::engine::event::State;
+use crate::engine::event::{FaultFigures, Figures, PostcopyCost, State};
 use crate::engine::journal::Record;
 use crate::engine::liveness::Liveness;
 use crate::engine::outbox::Outbox;
@@ -29,6 +32,12 @@ pub(super) struct Core {
     pub(super) pulls: bool,
     /// Bytes that lack, as last heard.
     pub(super) lacks: u64,
+    /// Bytes a second of them that may be fetched while nobody waits for them.
+    pub(super) background: Option<u64>,
+    /// Page faults, as last heard.
+    pub(super) faults: FaultFigures,
+    /// From the guest's first moment here on.
+    pub(super) course: Option<Course>,
     /// Nothing lacks any more, and QEMU's memory was let go of.
     pub(super) whole: bool,
     /// Whether digests are compared.
@@ -51,6 +60,9 @@ impl Core {
             armed: false,
             pulls: false,
             lacks: 0,
+            background: None,
+            faults: FaultFigures::default(),
+            course: None,
             whole: false,
             verify: false,
             greeted: false,
@@ -95,6 +107,9 @@ impl Core {
     pub(super) fn stop_serving(&mut self) {
         self.link.lost();
         if std::mem::take(&mut self.pulls) {
+            if let Some(course) = &mut self.course {
+                course.lost(self.now);
+            }
             self.out.push(Output::StopPulling);
         }
     }
@@ -114,7 +129,34 @@ impl Core {
             state,
             failure,
             qemu_used: self.qemu_used,
+            figures: self.figures(),
         });
+    }
+
+    fn figures(&self) -> Figures {
+        let took = self.course.map(|course| course.took(self.now));
+        Figures {
+            faults: self.armed.then_some(self.faults),
+            postcopy_ms: took.map(|took| took.postcopy.as_secs_f64() * 1e3),
+            paused_ms: took.map(|took| took.paused.as_secs_f64() * 1e3),
+            ..Figures::default()
+        }
+    }
+
+    /// What the post-copy cost, for the source.
+    pub(super) fn cost(&self) -> Option<PostcopyCost> {
+        let took = self.course?.took(self.now);
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Some(PostcopyCost {
+            faults: self.faults,
+            postcopy_us: micros(took.postcopy),
+            paused_us: micros(took.paused),
+        })
+    }
+
+    /// How fetching stands, or stood in the end.
+    pub(super) fn heard_of(&mut self, lacks: u64, faults: FaultFigures) {
+        (self.lacks, self.faults) = (lacks, faults);
     }
 
     /// The rules before `Commit` that are the same in every phase. Returns the input if it is for the phase itself.
@@ -137,11 +179,12 @@ impl Core {
                 self.nothing_to_poison();
                 Ok(None)
             }
-            Input::Lacks { bytes, .. } => {
-                self.lacks = bytes;
+            Input::Lacks { bytes, faults } => {
+                self.heard_of(bytes, faults);
                 Ok(None)
             }
-            Input::Whole => {
+            Input::Whole { faults } => {
+                self.heard_of(0, faults);
                 self.whole = true;
                 Ok(None)
             }

@@ -6,8 +6,9 @@
 use super::core::Core;
 use super::interface::{Input, Output};
 use super::{Phase, Step};
+use crate::engine::course::Course;
 use crate::engine::doubt::refuse;
-use crate::engine::event::{FaultFigures, Report, State};
+use crate::engine::event::{FaultFigures, PostcopyProgress, Report, State};
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
 use crate::wire::{AbortCode, Message};
@@ -24,6 +25,7 @@ impl Fetching {
     pub(super) fn begin(core: &mut Core) -> Phase {
         core.send(Message::Running);
         core.journal(Record::Running);
+        core.course = Some(Course::begin(core.now));
         if core.whole {
             return Ending::begin(core, None);
         }
@@ -33,10 +35,14 @@ impl Fetching {
     /// After a restart of the daemon: there is no connection.
     pub(super) fn resume(core: &mut Core, lacks: u64) -> Phase {
         core.lacks = lacks;
+        core.course = Some(Course::begin(core.now));
         Fetching::enter(core)
     }
 
     fn enter(core: &mut Core) -> Phase {
+        if let Some(course) = core.course.as_mut().filter(|_| !core.pulls) {
+            course.lost(core.now);
+        }
         if core.pulls {
             core.out.enter(State::Migrating);
         } else {
@@ -49,7 +55,10 @@ impl Fetching {
     pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
         match input {
             Input::Lacks { bytes, faults } => Self::progress(core, bytes, faults),
-            Input::Whole => return Ok(Ending::begin(core, None)),
+            Input::Whole { faults } => {
+                core.heard_of(0, faults);
+                return Ok(Ending::begin(core, None));
+            }
             Input::Served => {
                 core.link.restored(core.now);
                 // What the guest goes on without is not fetched any more; then it is whole, and says so.
@@ -130,15 +139,20 @@ impl Fetching {
     }
 
     fn progress(core: &mut Core, bytes: u64, faults: FaultFigures) {
-        core.lacks = bytes;
+        core.heard_of(bytes, faults);
         if core.pulls {
-            core.send(Message::Lacks { bytes });
+            core.send(Message::Lacks { bytes, faults });
         }
-        let report = Report::Postcopy {
-            lacking_bytes: bytes,
-            faults: Some(faults),
+        let Some(took) = core.course.map(|course| course.took(core.now)) else {
+            return;
         };
-        core.out.push(Output::Report(report));
+        core.out
+            .push(Output::Report(Report::Postcopy(PostcopyProgress {
+                lacking_bytes: bytes,
+                postcopy_ms: took.postcopy.as_secs_f64() * 1e3,
+                paused_ms: took.paused.as_secs_f64() * 1e3,
+                faults,
+            })));
     }
 
     fn poison(&mut self, core: &mut Core, peer_fenced: bool) {
@@ -174,6 +188,9 @@ impl Fetching {
 /// Over the connection that has come.
 pub(super) fn fetch_on(core: &mut Core) {
     core.pulls = true;
+    if let Some(course) = &mut core.course {
+        course.restored(core.now);
+    }
     core.send(Message::Resumed);
     core.out.push(Output::Pull);
     core.out.enter(State::Migrating);
@@ -215,6 +232,9 @@ pub(super) struct Ending {
 
 impl Ending {
     fn begin(core: &mut Core, failure: Option<Failure>) -> Phase {
+        if let Some(course) = &mut core.course {
+            course.end(core.now);
+        }
         core.journal(Record::Whole);
         Phase::Ending(Ending {
             failure,
@@ -280,7 +300,10 @@ impl Ending {
         self.told = true;
         self.deadline = core.now.after(core.setup.timeouts.silence);
         match &self.failure {
-            None => core.send(Message::Whole { id: core.setup.id }),
+            None => core.send(Message::Whole {
+                id: core.setup.id,
+                cost: core.cost(),
+            }),
             Some(failure) => {
                 let reason = format!("{}: {}", core.setup.host, failure.what);
                 core.send(Message::Abort {

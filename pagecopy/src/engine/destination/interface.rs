@@ -1,7 +1,7 @@
 //! What the destination's engine is set up with, what it is told, and what it asks for.
 
 use crate::engine::bitmap::Bitmap;
-use crate::engine::event::{FaultFigures, Report, State};
+use crate::engine::event::{FaultFigures, Figures, Report, State};
 use crate::engine::journal::{RamFile, Record};
 use crate::engine::{ChannelId, Failure, MigrationId, Timeouts};
 use crate::memory::{BlockSpec, Run};
@@ -82,7 +82,10 @@ pub enum Input {
         faults: FaultFigures,
     },
     /// Post-copy: every page is here, and QEMU's memory was let go of.
-    Whole,
+    Whole {
+        /// All page faults.
+        faults: FaultFigures,
+    },
     /// Post-copy: this host cannot fetch on (the source's failures are `LinkLost` and `PeerMisbehaved`).
     PullFailed(Failure),
     /// Post-copy: the source has come with a new connection, whose data channels the driver holds.
@@ -144,6 +147,8 @@ pub enum Output {
     Arm {
         /// Pages that are not here.
         lacking: Bitmap,
+        /// Bytes a second of those that nobody waits for; none is unlimited. Who waits is never limited.
+        background: Option<u64>,
     },
     /// Post-copy: let go of the connection. Page faults go on to wait.
     StopPulling,
@@ -168,6 +173,8 @@ pub enum Output {
         failure: Option<Failure>,
         /// Whether QEMU has been given device state, so that it must be started anew for another attempt.
         qemu_used: bool,
+        /// Of a post-copy, what it cost; else nothing.
+        figures: Figures,
     },
 }
 

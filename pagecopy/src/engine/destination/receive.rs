@@ -115,6 +115,7 @@ impl Receive {
                     inside,
                     ram,
                     blocks: core.blocks.clone(),
+                    background: core.background,
                 });
             }
             Input::Journaled(Record::Armed { .. }) => self.lacking = Lacking::Armed,
@@ -147,7 +148,8 @@ impl Receive {
                 Some(_),
                 None,
             ) if core.postcopy => self.lacks(core, BlockId(block), first, &words)?,
-            (Message::LackingEnd { pages }, Some(_), None) if core.postcopy => {
+            (Message::LackingEnd { pages, background }, Some(_), None) if core.postcopy => {
+                core.background = Some(background).filter(|limit| *limit > 0);
                 self.lacks_no_more(core, pages)?;
             }
             (Message::DeviceState(bytes), Some(_), _)
@@ -257,7 +259,11 @@ impl Receive {
             core.armed = true;
             core.pulls = true;
             core.lacks = lacking.bytes();
-            core.out.push(Output::Arm { lacking });
+            let background = core.background;
+            core.out.push(Output::Arm {
+                lacking,
+                background,
+            });
         }
     }
 

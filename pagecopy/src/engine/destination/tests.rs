@@ -4,7 +4,7 @@
 use bytes::Bytes;
 
 use super::{Destination, Input, Output, Setup};
-use crate::engine::event::State;
+use crate::engine::event::{Figures, State};
 use crate::engine::journal::Record;
 use crate::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
 use crate::memory::{BlockId, BlockSpec, Run};
@@ -136,6 +136,7 @@ fn the_path_ends_completed() {
         state: State::Completed,
         failure: None,
         qemu_used: true,
+        figures: Figures::default(),
     };
     assert_eq!(outputs.last(), Some(&last));
 }

@@ -369,6 +369,7 @@ mod tests {
         let mut options = Options {
             downtime_limit: 50 * MS,
             bandwidth_limit: None,
+            background_limit: None,
             max_rounds: 1000,
             timeout: None,
             mode: super::super::Mode::Precopy,

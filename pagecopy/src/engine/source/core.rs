@@ -10,7 +10,7 @@ use super::reasons::by_peer;
 use super::sender::Sender;
 use crate::engine::doubt::refuse;
 use crate::engine::end::End;
-use crate::engine::event::{Figures, Finished, Report, State};
+use crate::engine::event::{Figures, Finished, Progress, Report, State};
 use crate::engine::journal::Record;
 use crate::engine::liveness::Liveness;
 use crate::engine::outbox::Outbox;
@@ -282,7 +282,7 @@ impl Core {
         };
         let done = round_bytes.saturating_sub(left);
         let percent = (done * 100).checked_div(round_bytes).unwrap_or(100);
-        let progress = Report::Progress {
+        let progress = Progress {
             round,
             remaining_bytes: left + self.pages.held_bytes(),
             total_bytes: self.setup.blocks.iter().map(|block| block.size).sum(),
@@ -292,7 +292,7 @@ impl Core {
             predicted_downtime_ms: self.convergence.predicted().map(millis),
             eta_s: (done > 0 && seconds > 0.0).then(|| left as f64 * seconds / done as f64),
         };
-        self.out.push(Output::Report(progress));
+        self.out.push(Output::Report(Report::Progress(progress)));
     }
 
     /// A peer that sent what it may not.

@@ -145,8 +145,8 @@ impl InDoubt {
                 self.served(core)
             }
             // It has run there, whatever became of it since: a destination whose guest lacks nothing, or is lost with its QEMU.
-            Message::Whole { id } if core.serves && id == core.setup.id => {
-                self.has_run(core, Message::Whole { id })
+            Message::Whole { id, cost } if core.serves && id == core.setup.id => {
+                self.has_run(core, Message::Whole { id, cost })
             }
             Message::Abort {
                 code: AbortCode::Qemu,

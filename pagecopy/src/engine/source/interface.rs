@@ -43,6 +43,8 @@ pub struct Options {
     pub downtime_limit: Duration,
     /// Bytes a second for pages; none is unlimited.
     pub bandwidth_limit: Option<u64>,
+    /// Bytes a second for what a guest that has gone first lacks and does not wait for; none is unlimited.
+    pub background_limit: Option<u64>,
     /// Give up after so many rounds without a switchover.
     pub max_rounds: u32,
     /// Give up after so long without a switchover.

@@ -17,7 +17,6 @@ mod greeting;
 mod heat;
 mod in_doubt;
 mod interface;
-mod pacing;
 mod reasons;
 mod rollback;
 mod round;

@@ -2,7 +2,7 @@
 
 use super::heat::Pages;
 use super::interface::{Batch, Output, Pushed};
-use super::pacing::Pacer;
+use crate::engine::pacing::Pacer;
 use crate::engine::{ChannelId, Time};
 use crate::limits::{MAX_BATCH_BYTES, MAX_BATCHES_PER_CHANNEL, MAX_RUNS};
 use crate::memory::{BlockSpec, Run};

@@ -17,7 +17,8 @@ use super::in_doubt::foreign;
 use super::interface::{Input, Output, Resolution};
 use super::reasons::by_peer;
 use super::{Phase, Step};
-use crate::engine::event::{Report, State};
+use crate::engine::course::Course;
+use crate::engine::event::{PostcopyCost, PostcopyProgress, Report, State};
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
 use crate::wire::{AbortCode, Message, Standing};
@@ -28,12 +29,11 @@ pub(super) struct Serving {
     contact: Contact,
     /// How long to wait after the next failure.
     backoff: Duration,
-    since: Time,
-    /// Since when nobody fetches: the destination is away, or reads nothing.
-    away: Option<Time>,
-    paused: Duration,
+    course: Course,
     /// What had gone out on this connection, and when that was different the last time.
     read: Option<(u64, Time)>,
+    /// What the destination said in the end.
+    cost: Option<PostcopyCost>,
 }
 
 /// Where the connection stands.
@@ -55,10 +55,9 @@ impl Serving {
         let mut serving = Serving {
             contact: Contact::Up,
             backoff: core.setup.timeouts.serve_first,
-            since: core.now,
-            away: None,
-            paused: Duration::ZERO,
+            course: Course::begin(core.now),
             read: None,
+            cost: None,
         };
         // Then there is nobody to dial.
         if let Some(message) = early
@@ -126,7 +125,10 @@ impl Serving {
     fn message(&mut self, core: &mut Core, message: Message) -> Option<Option<Failure>> {
         core.link.heard(core.now);
         match message {
-            Message::Whole { id } if id == core.setup.id => return Some(None),
+            Message::Whole { id, cost } if id == core.setup.id => {
+                self.cost = cost;
+                return Some(None);
+            }
             Message::Abort {
                 code: AbortCode::Qemu,
                 reason,
@@ -142,18 +144,22 @@ impl Serving {
                 let why = by_peer(code, &reason).failure.what;
                 self.lost(core, &why);
             }
-            Message::Lacks { bytes } => {
-                let report = Report::Postcopy {
+            Message::Lacks { bytes, faults } => {
+                core.figures.faults = Some(faults);
+                let took = self.course.took(core.now);
+                let report = Report::Postcopy(PostcopyProgress {
                     lacking_bytes: bytes,
-                    faults: None,
-                };
+                    postcopy_ms: millis(took.postcopy),
+                    paused_ms: millis(took.paused),
+                    faults,
+                });
                 core.out.push(Output::Report(report));
                 self.lacks(core, bytes);
             }
             Message::Resumed if matches!(self.contact, Contact::Asked { .. }) => {
                 self.contact = Contact::Up;
                 self.backoff = core.setup.timeouts.serve_first;
-                self.end_of_pause(core);
+                self.course.restored(core.now);
                 core.has_data = true;
                 core.out.enter(State::Migrating);
             }
@@ -177,7 +183,7 @@ impl Serving {
             return;
         };
         if self.contact == Contact::Up && core.now >= since.after(unread) {
-            self.away.get_or_insert(core.now);
+            self.course.lost(core.now);
             core.out.pause(format!(
                 "the destination answers and lacks memory, and has read none for {:.0} s: see its log; started anew, its \
                  pagecopyd reads on",
@@ -191,8 +197,8 @@ impl Serving {
             return;
         }
         self.read = Some((bytes, core.now));
-        if self.away.is_some() {
-            self.end_of_pause(core);
+        if self.course.is_away() {
+            self.course.restored(core.now);
             core.out.enter(State::Migrating);
         }
     }
@@ -213,14 +219,8 @@ impl Serving {
     fn away(&mut self, core: &mut Core, why: impl Into<String>) {
         core.link_lost();
         self.read = None;
-        self.away.get_or_insert(core.now);
+        self.course.lost(core.now);
         core.out.pause(why);
-    }
-
-    fn end_of_pause(&mut self, core: &Core) {
-        if let Some(since) = self.away.take() {
-            self.paused += core.now.since(since);
-        }
     }
 
     fn wait(&mut self, core: &Core) {
@@ -281,9 +281,17 @@ impl Serving {
 
     /// Nothing here is needed any more; that is being recorded.
     fn release(mut self, core: &mut Core, failure: Option<Failure>) -> Phase {
-        self.end_of_pause(core);
-        core.figures.postcopy_ms = Some(millis(core.now.since(self.since)));
-        core.figures.paused_ms = Some(millis(self.paused));
+        self.course.end(core.now);
+        let took = self.course.took(core.now);
+        let (mut postcopy, mut paused) = (took.postcopy, took.paused);
+        // Either daemon may have been started anew, and have seen the end only.
+        if let Some(cost) = self.cost {
+            core.figures.faults = Some(cost.faults);
+            postcopy = postcopy.max(Duration::from_micros(cost.postcopy_us));
+            paused = paused.max(Duration::from_micros(cost.paused_us));
+        }
+        core.figures.postcopy_ms = Some(millis(postcopy));
+        core.figures.paused_ms = Some(millis(paused));
         core.journal(Record::Released);
         Phase::Releasing(Releasing { failure })
     }

@@ -394,5 +394,6 @@ fn say_what_lacks(core: &mut Core, lacking: &Bitmap) {
     }
     core.send(Message::LackingEnd {
         pages: lacking.pages(),
+        background: core.setup.options.background_limit.unwrap_or(0),
     });
 }

@@ -34,6 +34,7 @@ fn setup() -> Setup {
         options: Options {
             downtime_limit: Duration::from_millis(300),
             bandwidth_limit: None,
+            background_limit: Some(1 << 20),
             max_rounds: 10,
             timeout: None,
             mode: Mode::Precopy,

@@ -102,7 +102,7 @@ const FLAG_MINOR: u64 = 1 << 2;
 pub(crate) struct FaultEvent {
     /// The address, in the faulting process.
     pub(crate) address: u64,
-    /// The thread that waits, as this process names it; 0 when it belongs to another pid namespace.
+    /// The thread that waits, by its id in its own pid namespace.
     pub(crate) thread: u32,
     /// The file has the page; only the mapping is missing.
     pub(crate) minor: bool,

@@ -50,7 +50,7 @@ impl DestinationSide {
             Output::LoadDeviceState => self.load_device_state(env),
             Output::RunGuest => self.run_guest(env),
             Output::Report(_) => {}
-            Output::Arm { lacking } => {
+            Output::Arm { lacking, .. } => {
                 let delay = env.operation(Side::Destination);
                 if env.errs(Mistake::LateArm) {
                     self.answer_after(env, delay, armed());

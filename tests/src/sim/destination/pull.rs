@@ -410,7 +410,8 @@ impl DestinationSide {
         self.check_all(env);
         self.release(env);
         env.tally.note(Happened::BecameWhole);
-        self.input(env, Input::Whole);
+        let faults = FaultFigures::default();
+        self.input(env, Input::Whole { faults });
     }
 
     /// Every page is what it must be.

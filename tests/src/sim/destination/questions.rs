@@ -194,7 +194,7 @@ impl DestinationSide {
         }
         if journal::postcopy(&self.records()) == Postcopy::Over {
             env.tally.note(Happened::WasWholeBefore);
-            return self.answer_question(env, lane, Message::Whole { id });
+            return self.answer_question(env, lane, Message::Whole { id, cost: None });
         }
         match self.standing(id) {
             Standing::Committed if self.holds() && self.has_guest() => {
@@ -206,7 +206,7 @@ impl DestinationSide {
 
     fn lost(&mut self, env: &mut Env, lane: usize, id: MigrationId, reason: &str) {
         if journal::postcopy(&self.records()) == Postcopy::Over {
-            return self.answer_question(env, lane, Message::Whole { id });
+            return self.answer_question(env, lane, Message::Whole { id, cost: None });
         }
         let reason = reason.to_owned();
         if !self.unserved() {

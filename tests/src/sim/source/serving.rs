@@ -62,8 +62,9 @@ impl SourceSide {
                     words,
                 })
             }
-            Message::LackingEnd { pages } => Some(Message::LackingEnd {
+            Message::LackingEnd { pages, background } => Some(Message::LackingEnd {
                 pages: pages - u64::from(self.forgot),
+                background: *background,
             }),
             _ => None,
         }

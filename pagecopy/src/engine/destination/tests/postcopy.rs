@@ -1,8 +1,13 @@
 //! Post-copy at the destination: what must come before what, and what the operator may do about pages that never come.
 
+use std::time::Duration;
+
 use super::*;
 use crate::engine::bitmap::Bitmap;
-use crate::engine::event::{FaultFigures, Report};
+use crate::engine::event::{FaultFigures, PostcopyCost, Report};
+
+/// Of what nobody waits for: said by the source, and kept for a daemon that is started anew.
+const LIMIT: u64 = 1 << 20;
 
 fn armed_input() -> Input {
     Input::Armed {
@@ -22,7 +27,10 @@ fn lacking(words: Vec<u64>) -> Input {
 }
 
 fn lacking_end(pages: u64) -> Input {
-    Input::Message(Message::LackingEnd { pages })
+    Input::Message(Message::LackingEnd {
+        pages,
+        background: LIMIT,
+    })
 }
 
 fn barrier(channel: u16) -> Input {
@@ -40,6 +48,18 @@ fn device_state() -> [Input; 2] {
         Input::Message(Message::DeviceState(bytes)),
         Input::Message(Message::DeviceStateEnd { bytes: 5, crc }),
     ]
+}
+
+fn whole() -> Input {
+    Input::Whole { faults: some() }
+}
+
+/// Page faults that are no others.
+fn some() -> FaultFigures {
+    FaultFigures {
+        faults: 5,
+        ..FaultFigures::default()
+    }
 }
 
 fn lacks(bytes: u64) -> Input {
@@ -71,6 +91,7 @@ fn armed() -> Record {
         ram: Vec::new(),
         inside: vec![7],
         blocks: vec![ram("a", 8), ram("b", 4)],
+        background: Some(LIMIT),
     }
 }
 
@@ -140,7 +161,10 @@ fn qemu_loads_only_when_page_faults_wait_and_that_is_on_disk() {
         };
         expected.insert(run).unwrap();
     }
-    assert!(asked.contains(&Output::Arm { lacking: expected }));
+    assert!(asked.contains(&Output::Arm {
+        lacking: expected,
+        background: Some(LIMIT),
+    }));
     assert!(!asked.contains(&Output::LoadDeviceState));
     destination.handle(NOW, armed_input());
     assert_eq!(outputs(&mut destination), [Output::Journal(armed())]);
@@ -210,7 +234,7 @@ fn what_lacks_is_said_once_and_in_its_place() {
 #[test]
 fn a_guest_that_is_whole_before_it_runs_ends_at_once() {
     let mut early = starting();
-    early.handle(NOW, Input::Whole);
+    early.handle(NOW, whole());
     early.handle(NOW, Input::GuestRunning);
     assert_eq!(
         outputs(&mut early)
@@ -226,7 +250,7 @@ fn a_guest_that_is_whole_before_it_runs_ends_at_once() {
     let (mut earlier, _) = arming();
     for input in [
         armed_input(),
-        Input::Whole,
+        whole(),
         Input::Journaled(armed()),
         Input::DeviceStateLoaded,
         Input::Message(Message::Commit),
@@ -238,10 +262,43 @@ fn a_guest_that_is_whole_before_it_runs_ends_at_once() {
     assert!(outputs(&mut earlier).contains(&Output::Journal(Record::Whole)));
 }
 
+/// Pauses count; what comes behind the end does not.
+#[test]
+fn the_source_and_people_are_told_what_it_cost() {
+    let at = |seconds| NOW.after(Duration::from_secs(seconds));
+    let mut destination = fetching();
+    let cut = Failure::new(Fault::Network, "cut", "");
+    destination.handle(at(2), Input::LinkLost(cut));
+    destination.handle(at(5), Input::Served);
+    destination.handle(at(6), lacks(4096));
+    destination.handle(at(7), whole());
+    destination.handle(at(9), Input::Journaled(Record::Whole));
+    let cost = outputs(&mut destination)
+        .into_iter()
+        .find_map(|output| match output {
+            Output::Send(Message::Whole { cost, .. }) => Some(cost),
+            _ => None,
+        });
+    let expected = PostcopyCost {
+        faults: some(),
+        postcopy_us: 7_000_000,
+        paused_us: 3_000_000,
+    };
+    assert_eq!(cost, Some(Some(expected)));
+    destination.handle(at(10), Input::Message(Message::Closed));
+    destination.handle(at(11), Input::Journaled(Record::Closed));
+    let Some(Output::Finished { figures, .. }) = outputs(&mut destination).pop() else {
+        panic!()
+    };
+    assert_eq!(figures.faults, Some(some()));
+    let times = [figures.postcopy_ms, figures.paused_ms];
+    assert_eq!(times, [Some(7000.0), Some(3000.0)]);
+}
+
 #[test]
 fn the_source_is_told_only_when_it_is_on_disk() {
     let mut destination = fetching();
-    destination.handle(NOW, Input::Whole);
+    destination.handle(NOW, whole());
     assert_eq!(outputs(&mut destination), [Output::Journal(Record::Whole)]);
     destination.handle(NOW, Input::Journaled(Record::Whole));
     assert_eq!(sent(&outputs(&mut destination)), ["Whole"]);
@@ -324,7 +381,7 @@ fn a_disk_that_refuses_the_end_is_tried_again_until_the_source_has_let_go() {
     };
     let lost = || Input::LinkLost(Failure::new(Fault::Network, "cut", ""));
     let mut destination = fetching();
-    destination.handle(NOW, Input::Whole);
+    destination.handle(NOW, whole());
     outputs(&mut destination);
     destination.handle(NOW, refused());
     assert_eq!(sent(&outputs(&mut destination)), ["Whole"]);

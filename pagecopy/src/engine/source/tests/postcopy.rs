@@ -1,6 +1,7 @@
 //! Post-copy at the source: what must come before what.
 
 use super::*;
+use crate::engine::event::{FaultFigures, PostcopyCost};
 use crate::engine::source::Mode;
 
 fn lost() -> Input {
@@ -125,13 +126,47 @@ fn nothing_is_let_go_of_before_the_destination_is_whole_and_that_is_on_disk() {
     let mut source = serving();
     assert_eq!(source.state(), State::Migrating);
     let id = setup().id;
-    source.handle(NOW, Input::Message(Message::Whole { id }));
+    source.handle(NOW, Input::Message(Message::Whole { id, cost: None }));
     assert_eq!(outputs(&mut source), [Output::Journal(Record::Released)]);
     source.handle(NOW, Input::Journaled(Record::Released));
     let asked = outputs(&mut source);
     assert_eq!(sent(&asked), ["Closed"]);
     assert!(position(&asked, &Output::Detach) < position(&asked, &Output::QuitGuest));
     assert_eq!(source.state(), State::Completed);
+}
+
+/// Figures of a destination that was started anew are shorter than our own; any figures are only shown.
+#[test]
+fn what_it_cost_is_the_longer_of_what_both_have_counted() {
+    let ended = |cost| {
+        let mut source = serving();
+        let (id, later) = (setup().id, NOW.after(Duration::from_secs(5)));
+        source.handle(later, Input::Message(Message::Whole { id, cost }));
+        source.handle(later, Input::Journaled(Record::Released));
+        let Some(Output::Finished(end)) = outputs(&mut source).pop() else {
+            panic!()
+        };
+        let figures = end.figures;
+        (figures.faults, figures.postcopy_ms, figures.paused_ms)
+    };
+    let faults = FaultFigures {
+        faults: 3,
+        ..FaultFigures::default()
+    };
+    let cost = |postcopy_us, paused_us| {
+        Some(PostcopyCost {
+            faults,
+            postcopy_us,
+            paused_us,
+        })
+    };
+    assert_eq!(ended(None), (None, Some(4000.0), Some(0.0)));
+    let shorter = (Some(faults), Some(4000.0), Some(0.0));
+    assert_eq!(ended(cost(1_000_000, 0)), shorter);
+    let longer = (Some(faults), Some(9000.0), Some(2000.0));
+    assert_eq!(ended(cost(9_000_000, 2_000_000)), longer);
+    let (_, postcopy, paused) = ended(cost(u64::MAX, u64::MAX));
+    assert!(postcopy.unwrap().is_finite() && paused.unwrap().is_finite());
 }
 
 /// No failure of this host takes the only copy of the guest's memory away.
@@ -149,6 +184,7 @@ fn only_the_destination_or_the_operator_ends_it() {
         lost(),
         Input::Message(Message::Whole {
             id: crate::engine::MigrationId([0xee; 16]),
+            cost: None,
         }),
     ] {
         let mut source = serving();
@@ -283,7 +319,7 @@ fn a_guest_that_never_ran_is_taken_back_from_a_source_that_served() {
 fn a_guest_that_has_run_is_let_go_of_however_it_ended() {
     let id = MigrationId([3; 16]);
     let ends = [
-        (Message::Whole { id }, State::Completed),
+        (Message::Whole { id, cost: None }, State::Completed),
         (
             Message::Abort {
                 code: AbortCode::Qemu,
@@ -382,7 +418,12 @@ fn a_destination_that_reads_nothing_though_it_lacks_pages_is_a_pause() {
     let mut source = serving();
     let unread = Timeouts::default().unread;
     let start = NOW.after(Duration::from_secs(2));
-    let lacks = |bytes| Input::Message(Message::Lacks { bytes });
+    let lacks = |bytes| {
+        Input::Message(Message::Lacks {
+            bytes,
+            faults: FaultFigures::default(),
+        })
+    };
     let told = |source: &mut Source| -> Vec<Output> {
         let mut told = outputs(source);
         told.retain(|output| {
@@ -431,7 +472,7 @@ fn a_destination_that_reads_nothing_though_it_lacks_pages_is_a_pause() {
     let state = State::Migrating;
     assert_eq!(told(&mut source), [Output::Report(Report::State { state })]);
     let id = MigrationId([3; 16]);
-    source.handle(read_on, Input::Message(Message::Whole { id }));
+    source.handle(read_on, Input::Message(Message::Whole { id, cost: None }));
     source.handle(read_on, Input::Journaled(Record::Released));
     let end = outputs(&mut source);
     let figures = end.iter().find_map(|output| match output {
@@ -450,7 +491,13 @@ fn a_destination_that_lacks_nothing_reads_nothing() {
     let late = start.after(Timeouts::default().unread * 3);
     source.handle(late, Input::Message(Message::Pong { nonce: 1 }));
     source.handle(late, Input::Read { bytes: 9 });
-    source.handle(late, Input::Message(Message::Lacks { bytes: 0 }));
+    source.handle(
+        late,
+        Input::Message(Message::Lacks {
+            bytes: 0,
+            faults: FaultFigures::default(),
+        }),
+    );
     let paused = |output: &Output| matches!(output, Output::Report(Report::Paused { .. }));
     assert!(!outputs(&mut source).iter().any(paused));
 }

@@ -1,4 +1,5 @@
-//! Keeps to `--bandwidth-limit`: a bucket that fills with bytes at the limit's rate and that every batch drains.
+//! Keeps to a bandwidth limit, of what the source pushes or of what the destination fetches while nobody waits for it: a
+//! bucket that fills with bytes at the limit's rate and that every batch drains.
 
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ const BURST: Duration = Duration::from_millis(20);
 
 /// A token bucket. Without a limit it never says no.
 #[derive(Debug)]
-pub(super) struct Pacer {
+pub struct Pacer {
     /// Bytes a second; none is unlimited.
     rate: Option<u64>,
     /// Bytes that may go now, times a billion (so that nanoseconds times rate lose nothing). A batch is let go when this
@@ -22,7 +23,8 @@ pub(super) struct Pacer {
 const SCALE: i128 = 1_000_000_000;
 
 impl Pacer {
-    pub(super) fn new(rate: Option<u64>, now: Time) -> Pacer {
+    /// Keeps to `rate` bytes a second; none, or zero, is unlimited.
+    pub fn new(rate: Option<u64>, now: Time) -> Pacer {
         let mut pacer = Pacer {
             rate: rate.filter(|rate| *rate > 0),
             level: 0,
@@ -38,7 +40,7 @@ impl Pacer {
     }
 
     /// Whether a batch may go now.
-    pub(super) fn may_send(&mut self, now: Time) -> bool {
+    pub fn may_send(&mut self, now: Time) -> bool {
         let Some(rate) = self.rate else { return true };
         let flow = i128::from(rate) * nanos(now.since(self.at));
         self.level = self.level.saturating_add(flow).min(self.capacity());
@@ -47,17 +49,17 @@ impl Pacer {
     }
 
     /// A batch of so many bytes goes.
-    pub(super) fn spend(&mut self, bytes: u64) {
+    pub fn spend(&mut self, bytes: u64) {
         self.level -= i128::from(bytes) * SCALE;
     }
 
     /// So many bytes of a batch did not go, because they were zero.
-    pub(super) fn refund(&mut self, bytes: u64) {
+    pub fn refund(&mut self, bytes: u64) {
         self.level = (self.level + i128::from(bytes) * SCALE).min(self.capacity());
     }
 
     /// When a batch may go, if it may not now.
-    pub(super) fn next(&self) -> Option<Time> {
+    pub fn next(&self) -> Option<Time> {
         let rate = self.rate.filter(|_| self.level <= 0)?;
         let wait = (-self.level) / i128::from(rate) + 1;
         Some(self.at.after(Duration::from_nanos(
