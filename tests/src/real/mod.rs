@@ -42,7 +42,7 @@ pub use process::{Process, cpu_seconds, waited_for_processor};
 pub use qemu::{Accel, Backing, Machine, Qemu, Ram, Role, Version};
 pub use qmp::Qmp;
 pub use scratch::Scratch;
-pub use serial::{Serial, Touches};
+pub use serial::{Serial, State, Touches};
 pub use small_fs::SmallFs;
 pub use steps::{Held, Steps};
 pub use used::{Watch, wait_level};

@@ -46,6 +46,8 @@ impl Side {
 #[derive(Debug)]
 pub struct Net {
     name: String,
+    /// Whether both hosts are in one namespace, joined by its loopback device.
+    one: bool,
 }
 
 impl Default for Net {
@@ -58,7 +60,10 @@ impl Net {
     /// Makes both namespaces and joins them; removes those of processes that are gone.
     pub fn new() -> Net {
         sweep();
-        let net = Net { name: unique() };
+        let net = Net {
+            name: unique(),
+            one: false,
+        };
         for side in [Side::A, Side::B] {
             ip(&["netns", "add", &net.namespace(side)]);
         }
@@ -76,9 +81,31 @@ impl Net {
         net
     }
 
+    /// Both hosts in one namespace: what they say to each other goes over its loopback device.
+    pub fn loopback() -> Net {
+        sweep();
+        let net = Net {
+            name: unique(),
+            one: true,
+        };
+        ip(&["netns", "add", &net.namespace(Side::A)]);
+        net.ip(Side::A, &["link", "set", "lo", "up"]);
+        for side in [Side::A, Side::B] {
+            let address = format!("{}/32", side.address());
+            net.ip(side, &["address", "add", &address, "dev", "lo"]);
+        }
+        net
+    }
+
     /// The name of a host's namespace.
     pub fn namespace(&self, side: Side) -> String {
+        let side = if self.one { Side::A } else { side };
         format!("{}-{}", self.name, side.name())
+    }
+
+    /// The network device that a host's packets leave by.
+    fn device(&self) -> &'static str {
+        if self.one { "lo" } else { "veth0" }
     }
 
     /// A command that will run on a host. The process has the pid of the command.
@@ -113,6 +140,14 @@ impl Net {
             side,
             &["address", "add", &format!("{address}/24"), "dev", "veth0"],
         );
+    }
+
+    /// Bytes that went over the link so far, in both directions.
+    pub fn bytes_carried(&self) -> u64 {
+        match self.one {
+            true => self.bytes_sent(Side::A),
+            false => self.bytes_sent(Side::A) + self.bytes_sent(Side::B),
+        }
     }
 
     /// Cuts the link: both ends lose their carrier, packets go nowhere.
@@ -169,7 +204,9 @@ impl Net {
         for side in [Side::A, Side::B] {
             let mut tc = self.command(side, "tc");
             tc.args(["qdisc", "replace", "dev", "veth0", "root", "tbf"]);
-            tc.args(["rate", &format!("{mbit}mbit"), "burst", "256kb"]);
+            // A millisecond of the link at least: a fast one would else wait for its timer.
+            let burst = (256 << 10).max(mbit.saturating_mul(125));
+            tc.args(["rate", &format!("{mbit}mbit"), "burst", &burst.to_string()]);
             run(tc.args(["latency", "50ms"]));
         }
     }
@@ -186,12 +223,10 @@ impl Net {
         shown[0]["drops"].as_u64().expect("the queue's count")
     }
 
-    /// Bytes that `side` has sent over the link so far, with all headers.
+    /// Bytes that `side` has sent over the link so far, with all headers. On loopback, both sides together.
     pub fn bytes_sent(&self, side: Side) -> u64 {
-        let output = self
-            .command(side, "cat")
-            .arg("/sys/class/net/veth0/statistics/tx_bytes")
-            .output();
+        let counter = format!("/sys/class/net/{}/statistics/tx_bytes", self.device());
+        let output = self.command(side, "cat").arg(counter).output();
         let text = output
             .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
             .unwrap_or_default();
@@ -207,10 +242,11 @@ impl Net {
 
 impl Drop for Net {
     fn drop(&mut self) {
-        for side in [Side::A, Side::B] {
+        let sides = [Side::A, Side::B];
+        for side in &sides[..if self.one { 1 } else { 2 }] {
             // Nothing to be done about a failure here: the next run sweeps.
             let _ = Command::new("ip")
-                .args(["netns", "delete", &self.namespace(side)])
+                .args(["netns", "delete", &self.namespace(*side)])
                 .status();
         }
     }

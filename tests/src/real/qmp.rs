@@ -20,13 +20,11 @@ impl Qmp {
     /// Takes the connection that QEMU makes (`-chardev socket,server=off`), and leaves negotiation mode.
     pub fn accept(listener: &UnixListener) -> Qmp {
         let (stream, _) = listener.accept().expect("QEMU connects");
-        stream
-            .set_read_timeout(Some(PATIENCE))
-            .expect("a socket takes a time-out");
         let mut qmp = Qmp {
             reader: BufReader::new(stream),
             events: VecDeque::new(),
         };
+        qmp.patience(PATIENCE);
         let greeting = qmp.read().expect("QEMU greets");
         assert!(greeting.get("QMP").is_some(), "not a greeting: {greeting}");
         qmp.execute("qmp_capabilities", json!({}))
@@ -66,25 +64,44 @@ impl Qmp {
         timeout: Duration,
         wanted: impl Fn(&Value) -> bool,
     ) -> Value {
+        self.event_within(name, timeout, wanted)
+            .unwrap_or_else(|| panic!("no event {name} within {timeout:?}"))
+    }
+
+    /// The same; none after `timeout`, or when QEMU has ended.
+    pub fn event_within(
+        &mut self,
+        name: &str,
+        timeout: Duration,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Option<Value> {
         let deadline = Instant::now() + timeout;
         let fits = |event: &Value| event["event"] == name && wanted(&event["data"]);
         loop {
             if let Some(at) = self.events.iter().position(fits) {
-                return self
-                    .events
-                    .remove(at)
-                    .map(|mut event| event["data"].take())
-                    .unwrap_or_default();
+                let event = self.events.remove(at);
+                return event.map(|mut event| event["data"].take());
             }
-            assert!(
-                Instant::now() < deadline,
-                "no event {name} within {timeout:?}"
-            );
-            let answer = self.read().expect("QEMU goes on talking");
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            self.patience(left);
+            let answer = self.read();
+            self.patience(PATIENCE);
+            let answer = answer.ok()?;
             if answer.get("event").is_some() {
                 self.events.push_back(answer);
             }
         }
+    }
+
+    /// How long a read waits from now on.
+    fn patience(&self, longest: Duration) {
+        self.reader
+            .get_ref()
+            .set_read_timeout(Some(longest))
+            .expect("a socket takes a time-out");
     }
 
     /// QEMU's run state: `running`, `paused`, `inmigrate`, `postmigrate`, …

@@ -14,6 +14,7 @@ use super::PATIENCE;
 struct Record {
     beats: Vec<(Instant, u8)>,
     lines: Vec<String>,
+    states: Vec<State>,
     partial: Vec<u8>,
 }
 
@@ -21,6 +22,15 @@ struct Record {
 struct Shared {
     record: Mutex<Record>,
     changed: Condvar,
+}
+
+/// What a guest says of its work every now and then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct State {
+    /// When it was read.
+    pub at: Instant,
+    /// Pages that the guest has checked so far: one each time around its loop.
+    pub checked: u64,
 }
 
 /// One guest's serial port, as seen at one QEMU.
@@ -167,6 +177,11 @@ impl Serial {
         self.lock().dirtied()
     }
 
+    /// All that the guest has said of its work here.
+    pub fn states(&self) -> Vec<State> {
+        self.lock().states.clone()
+    }
+
     fn command(&self, text: &str) {
         (&self.writer)
             .write_all(text.as_bytes())
@@ -299,11 +314,7 @@ impl Record {
     fn dirtied(&self) -> u64 {
         let mut lines = self.lines.iter().rev();
         let state = lines.find(|line| line.starts_with("OK "));
-        let field = state.and_then(|line| {
-            line.split(' ')
-                .find_map(|field| field.strip_prefix("dirtied="))
-        });
-        field.and_then(|number| number.parse().ok()).unwrap_or(0)
+        state.and_then(|line| field(line, "dirtied=")).unwrap_or(0)
     }
 
     fn take(&mut self, now: Instant, byte: u8) {
@@ -312,11 +323,21 @@ impl Record {
         } else if byte == b'\n' {
             let line = String::from_utf8_lossy(&self.partial).trim().to_owned();
             self.partial.clear();
+            let checked = line.starts_with("OK ").then(|| field(&line, "checked="));
+            if let Some(checked) = checked.flatten() {
+                self.states.push(State { at: now, checked });
+            }
             self.lines.push(line);
         } else {
             self.partial.push(byte);
         }
     }
+}
+
+/// The number of a line that stands behind `name`.
+fn field(line: &str, name: &str) -> Option<u64> {
+    let field = line.split(' ').find_map(|field| field.strip_prefix(name));
+    field.and_then(|number| number.parse().ok())
 }
 
 #[cfg(test)]
@@ -331,6 +352,23 @@ mod tests {
         assert!((touches.quantile_us(0.0005) - 0.004).abs() < 1e-9);
         assert!((touches.quantile_us(0.5) - 5.12).abs() < 1e-9);
         assert!((touches.quantile_us(1.0) - 8.192).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_work_done_is_kept_with_its_time() {
+        let mut record = Record::default();
+        let now = Instant::now();
+        for byte in b"OK tick=9 dirtied=3 checked=7\nVERIFIED pages=1 checked=8\n" {
+            record.take(now, *byte);
+        }
+        assert_eq!(
+            record.states,
+            [State {
+                at: now,
+                checked: 7
+            }]
+        );
+        assert_eq!(record.dirtied(), 3);
     }
 
     #[test]

@@ -42,18 +42,25 @@ impl World {
     }
 
     fn with_as(scratch: Scratch, a: &Trust, b: &Trust, run_as: RunAs) -> World {
-        let manner = |side: Side, trust: &Trust| Manner {
-            name: side.name().to_owned(),
-            trust: trust.clone(),
-            steps: None,
-            run_as,
-        };
-        Self::of(scratch, &[manner(Side::A, a), manner(Side::B, b)])
+        let manners = [manner(Side::A, a, run_as), manner(Side::B, b, run_as)];
+        Self::of(scratch, &manners)
+    }
+
+    /// Two hosts that trust each other as given, on this link.
+    pub fn on(net: Net, scratch: Scratch, [a, b]: &[Trust; 2]) -> World {
+        let manners = [
+            manner(Side::A, a, RunAs::User),
+            manner(Side::B, b, RunAs::User),
+        ];
+        Self::joined(net, scratch, &manners)
     }
 
     /// Two hosts whose daemons are of these manners.
     pub fn of(scratch: Scratch, manners: &[Manner; 2]) -> World {
-        let net = Net::new();
+        Self::joined(Net::new(), scratch, manners)
+    }
+
+    fn joined(net: Net, scratch: Scratch, manners: &[Manner; 2]) -> World {
         let start = |side: Side| {
             let folder = scratch.folder(side.name());
             Daemon::start(&net, side, &folder, &manners[side as usize])
@@ -159,6 +166,16 @@ impl World {
     /// The folder with a host's configuration and state.
     pub fn folder(&self, side: Side) -> PathBuf {
         self.scratch.files().join(side.name())
+    }
+}
+
+/// The daemon of a host that the tests know by its letter.
+fn manner(side: Side, trust: &Trust, run_as: RunAs) -> Manner {
+    Manner {
+        name: side.name().to_owned(),
+        trust: trust.clone(),
+        steps: None,
+        run_as,
     }
 }
 

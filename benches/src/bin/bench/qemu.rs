@@ -3,14 +3,11 @@
 use std::path::Path;
 use std::time::Duration;
 
+use benches::ways::Way;
 use serde_json::json;
-use tests::real::{Certs, Qemu, Side};
-
-use super::contender::Contender;
+use tests::real::{Certs, PATIENCE, Qemu, Side};
 
 const PORT: u16 = 4444;
-/// The longest that a migration may take.
-const PATIENCE: Duration = Duration::from_secs(300);
 
 fn uri() -> String {
     format!("tcp:{}:{PORT}", Side::B.address())
@@ -18,55 +15,56 @@ fn uri() -> String {
 
 /// Sets both sides, and has the destination listen.
 pub(crate) fn prepare(
-    contender: Contender,
+    way: &Way,
     source: &mut Qemu,
     destination: &mut Qemu,
     limit_ms: u32,
-) {
-    let mut parameters = json!({
-        "multifd-channels": 2,
-        "max-bandwidth": 1_u64 << 40,
-        "downtime-limit": limit_ms,
-    });
-    if contender.has_tls() {
-        parameters["tls-creds"] = json!("tls0");
-        parameters["tls-hostname"] = json!("b");
-    }
+) -> Result<(), String> {
     for qemu in [&mut *source, &mut *destination] {
-        qemu.qmp.capabilities(contender.capabilities());
+        let names = way.capabilities();
+        let on: Vec<_> = names
+            .iter()
+            .map(|name| json!({"capability": name, "state": true}))
+            .collect();
         qemu.qmp
-            .execute("migrate-set-parameters", parameters.clone())
-            .expect("QEMU takes these parameters");
+            .execute("migrate-set-capabilities", json!({"capabilities": on}))?;
+        qemu.qmp
+            .execute("migrate-set-parameters", way.parameters(limit_ms).into())?;
     }
     destination
         .qmp
-        .execute("migrate-incoming", json!({"uri": uri()}))
-        .expect("QEMU listens");
+        .execute("migrate-incoming", json!({"uri": uri()}))?;
+    Ok(())
 }
 
 /// Begins; with post-copy, switches over as soon as QEMU lets itself be told.
-pub(crate) fn begin(contender: Contender, source: &mut Qemu) {
-    source
-        .qmp
-        .execute("migrate", json!({"uri": uri()}))
-        .expect("QEMU begins");
-    if contender.is_postcopy() {
+pub(crate) fn begin(way: &Way, source: &mut Qemu) -> Result<(), String> {
+    source.qmp.execute("migrate", json!({"uri": uri()}))?;
+    if way.is_postcopy() {
+        let active = |data: &serde_json::Value| data["status"] == "active";
         source
             .qmp
-            .wait_event("MIGRATION", PATIENCE, |data| data["status"] == "active");
-        source
-            .qmp
-            .execute("migrate-start-postcopy", json!({}))
-            .expect("QEMU switches over");
+            .event_within("MIGRATION", PATIENCE, active)
+            .ok_or("QEMU does not begin")?;
+        source.qmp.execute("migrate-start-postcopy", json!({}))?;
     }
+    Ok(())
 }
 
 /// Waits until the side that sends says that it is done.
-pub(crate) fn wait_done(source: &mut Qemu) {
-    source.qmp.wait_event("MIGRATION", PATIENCE, |data| {
-        assert_ne!(data["status"], "failed", "QEMU's own migration failed");
-        data["status"] == "completed"
+pub(crate) fn wait_done(source: &mut Qemu, patience: Duration) -> Result<(), String> {
+    let end = source.qmp.event_within("MIGRATION", patience, |data| {
+        data["status"] == "completed" || data["status"] == "failed"
     });
+    match end {
+        Some(data) if data["status"] == "completed" => Ok(()),
+        Some(_) => {
+            let told = source.qmp.execute("query-migrate", json!({}))?;
+            let reason = told["error-desc"].as_str().unwrap_or("without a reason");
+            Err(format!("QEMU's migration failed: {reason}"))
+        }
+        None => Err(format!("not done within {patience:?}")),
+    }
 }
 
 /// QEMU's arguments for mutual TLS: those of the destination (a server), and those of the source (a client).
