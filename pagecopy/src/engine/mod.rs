@@ -15,6 +15,7 @@
 pub mod bitmap;
 pub mod destination;
 pub mod doubt;
+pub mod encoding;
 mod end;
 pub mod event;
 pub mod journal;

@@ -6,7 +6,8 @@ use bytes::Bytes;
 use super::Message;
 use super::codec::{Reader, WireError, Writer};
 use super::fields::{
-    Blocks, Chunk, Code, Codec, Digests, Flag, Id, Name, Reason, Runs, Stand, Words,
+    Blocks, Chunk, Code, Codec, Digests, Encoded, Flag, Id, Name, Pieces, Reason, Runs, Stand,
+    Words,
 };
 
 macro_rules! messages {
@@ -97,4 +98,6 @@ messages! {
     26 Resumed;
     27 Lacks { bytes: u64 };
     28 Whole { id: Id };
+    29 Copied { block: u16, zstd: Flag, pieces: Pieces, bytes: Encoded };
+    30 Deltas { block: u16, base_round: u32, pieces: Pieces, bytes: Encoded };
 }

@@ -379,6 +379,13 @@ impl Ram for SimRam {
         self.blocks[usize::from(block.0)].heap.is_zero(offset, len)
     }
 
+    fn read(&self, block: BlockId, offset: u64, into: &mut [u8]) {
+        self.blocks[usize::from(block.0)]
+            .heap
+            .region()
+            .copy_out(offset, into);
+    }
+
     fn digests(&self, block: BlockId) -> io::Result<Vec<Digest>> {
         let block = &self.blocks[usize::from(block.0)];
         let chunks =
@@ -414,6 +421,19 @@ impl Placer for SimRam {
     }
 
     fn allocate(&self, _run: Run) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn read(&self, block: BlockId, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        Ram::read(self, block, offset, into);
+        Ok(())
+    }
+
+    fn place(&self, block: BlockId, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.blocks[usize::from(block.0)]
+            .heap
+            .region()
+            .copy_in(offset, bytes);
         Ok(())
     }
 

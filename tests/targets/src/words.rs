@@ -5,7 +5,7 @@ use std::time::Duration;
 use arbitrary::{Arbitrary, Result, Unstructured};
 use bytes::Bytes;
 use pagecopy::engine::{Failure, Fault, MigrationId};
-use pagecopy::memory::{BlockId, BlockSpec, Run};
+use pagecopy::memory::{BlockId, BlockSpec, Piece, Run};
 use pagecopy::wire::{AbortCode, Message, Standing};
 
 /// The migration of every input.
@@ -66,6 +66,26 @@ pub(crate) fn digests(input: &mut Unstructured<'_>) -> Result<Vec<[u8; 16]>> {
     Ok(vec![[value; 16]; len])
 }
 
+/// A piece or two, and perhaps one outside every block.
+fn pieces(input: &mut Unstructured<'_>) -> Result<Vec<Piece>> {
+    let mut end = 0;
+    (0..input.int_in_range(1..=2)?)
+        .map(|_| {
+            let piece = Piece {
+                offset: end + u64::from(u8::arbitrary(input)? % 5) * 4096,
+                len: 4096 * input.int_in_range(1..=2)?,
+            };
+            end = piece.offset + piece.len;
+            Ok(piece)
+        })
+        .collect()
+}
+
+fn encoded(input: &mut Unstructured<'_>) -> Result<Bytes> {
+    let len = input.int_in_range(1..=40)?;
+    Ok(Bytes::copy_from_slice(input.bytes(len)?))
+}
+
 /// Any message. `round` is one that the engine may be waiting for.
 pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Message> {
     let round = match u8::arbitrary(input)? {
@@ -75,7 +95,8 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
     };
     let kind = match u8::arbitrary(input)? {
         choice @ 0..=209 => choice % 21,
-        choice => 21 + choice % 6,
+        choice @ 210..=251 => 21 + choice % 6,
+        choice => 27 + choice % 2,
     };
     Ok(match kind {
         0 => Message::Hello {
@@ -92,6 +113,18 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
             version: u16::arbitrary(input)? % 3,
             capabilities: u64::from(u8::arbitrary(input)? % 3),
             host: "peer".to_owned(),
+        },
+        27 => Message::Copied {
+            block: u16::from(u8::arbitrary(input)? % 3),
+            zstd: bool::arbitrary(input)?,
+            pieces: pieces(input)?,
+            bytes: encoded(input)?,
+        },
+        28 => Message::Deltas {
+            block: u16::from(u8::arbitrary(input)? % 3),
+            base_round: round,
+            pieces: pieces(input)?,
+            bytes: encoded(input)?,
         },
         2 => Message::Populate(runs(input, false)?),
         3 => Message::Zero(runs(input, false)?),
