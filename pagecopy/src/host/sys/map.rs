@@ -67,10 +67,10 @@ impl SharedMap {
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len()) }
     }
 
-    /// Whether all bytes of `range` are zero now. Both ends are multiples of 64.
+    /// Whether all bytes of `range` are zero now.
     ///
     /// # Panics
-    /// When it is not inside the mapping, or not aligned.
+    /// When it is not inside the mapping.
     pub(crate) fn is_zero(&self, range: Range<usize>) -> bool {
         let from = self.at(&range);
         // SAFETY: `at` checked that the range is inside the mapping, which lives as long as `self`.
