@@ -7,11 +7,13 @@
  * sweeps slowly over all the others. A table that was itself set back is noticed by `V`, which compares the sum of all
  * generations with a count of the writes.
  *
- * Command line (multiboot): mem=START..END (MiB) rate=MB/s set=MiB pattern=uniform|hot|seq fill=random|zero|none
- * cpus=1|2 sweep=PAGES/ms. `fill=zero` writes zeroes, `fill=none` leaves the pages untouched.
+ * Command line (multiboot): mem=START..END (MiB) rate=MB/s set=MiB pattern=uniform|hot|seq
+ * fill=random|text|zero|none cpus=1|2 sweep=PAGES/ms every=MS. `fill=text` writes what compresses well: each page has words
+ * of its own, and repeats sixteen of them. `fill=zero` writes zeroes, `fill=none` leaves the pages untouched. `pattern=hot`:
+ * nine of ten writes go to a tenth of the set.
  *
  * On COM1, out: one byte with its top bit set each millisecond (a beat; the low seven bits count), and between them
- * lines of text: `FILLED pages=`, ten times a second `OK tick= dirtied= checked=`, `VERIFIED pages=`, `CORRUPT ...`.
+ * lines of text: `FILLED pages=`, every 100 ms (`every=`) `OK tick= dirtied= checked=`, `VERIFIED pages=`, `CORRUPT ...`.
  * In: `V` asks to check every page now, `R` and a number and a newline sets the rate. `T` asks how long the first touch of
  * a page took each time since the `T` before: `TOUCHED tsc_per_ms=` and, for each bucket that is not empty, its number
  * and what it holds (see `bucket`).
@@ -42,7 +44,7 @@ typedef unsigned int u32;
 #define CALIBRATE_MS 50u
 
 enum pattern { UNIFORM, HOT, SEQUENTIAL };
-enum fill { RANDOM, ZERO, NONE };
+enum fill { RANDOM, TEXT, ZERO, NONE };
 
 /* What each CPU has to do; its own cache line. */
 struct cpu {
@@ -55,7 +57,7 @@ struct cpu {
 } __attribute__((aligned(64)));
 
 static struct cpu cpus[MAX_CPUS];
-static u32 cpu_count = 1, base_page, region_pages, sweep_pages = 2;
+static u32 cpu_count = 1, base_page, region_pages, sweep_pages = 2, state_every = 100;
 static volatile u32 rate;   /* MB/s, of the whole guest */
 static enum pattern pattern;
 static enum fill fill;
@@ -162,7 +164,12 @@ static inline u32 mixed(u32 a, u32 b)
     return h ^ h >> 13;
 }
 
-static inline u32 fixed_word(u32 page, u32 word) { return fill == RANDOM ? mixed(page, word) : 0; }
+static inline u32 fixed_word(u32 page, u32 word)
+{
+    if (fill == TEXT)
+        word = mixed(page, word) >> 28;
+    return fill == RANDOM || fill == TEXT ? mixed(page, word) : 0;
+}
 
 static inline u32 slot_value(u32 page, u32 slot, u32 generation)
 {
@@ -392,7 +399,7 @@ static void attend(void)
     }
     if (ticks - state_due < 0x80000000u) {
         put_state();
-        state_due = ticks + 100;
+        state_due = ticks + state_every;
     }
 }
 
@@ -577,13 +584,14 @@ static void read_options(const char *line)
     region_pages = (end - start) * PAGES_PER_MIB;
     at = option(line, "rate="), rate = number(&at, 0);
     at = option(line, "sweep="), sweep_pages = number(&at, 2);
+    at = option(line, "every="), state_every = number(&at, 100);
     at = option(line, "cpus="), cpu_count = number(&at, 1) > 1 ? 2 : 1;
     at = option(line, "set=");
     u32 set = number(&at, end - start) * PAGES_PER_MIB;
     if ((at = option(line, "pattern=")))
         pattern = *at == 'h' ? HOT : *at == 's' ? SEQUENTIAL : UNIFORM;
     if ((at = option(line, "fill=")))
-        fill = *at == 'z' ? ZERO : *at == 'n' ? NONE : RANDOM;
+        fill = *at == 'z' ? ZERO : *at == 'n' ? NONE : *at == 't' ? TEXT : RANDOM;
     for (u32 i = 0; i < cpu_count; i++) {
         struct cpu *cpu = &cpus[i];
         cpu->pages = region_pages / cpu_count;

@@ -174,10 +174,12 @@ fn progress_words(report: &Report) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pagecopy::engine::encoding::Encoded;
 
     #[test]
     fn progress_has_all_figures() {
         let words = progress_words(&Report::Progress {
+            encoded: Encoded::default(),
             round: 2,
             remaining_bytes: 3 << 20,
             total_bytes: 1 << 30,

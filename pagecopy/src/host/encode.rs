@@ -11,7 +11,7 @@ use crate::engine::encoding::policy::Choice;
 use crate::engine::encoding::versions::{Key, Versions};
 use crate::engine::encoding::{Encoded, Page, UNIT, delta};
 use crate::limits::{MAX_ENCODED, MAX_PIECES};
-use crate::memory::{BlockId, Piece, Run};
+use crate::memory::{BlockId, Piece};
 use crate::wire::Message;
 
 /// A delta that is larger than this does not pay beside compression.
@@ -35,6 +35,8 @@ pub enum Part {
 pub struct Cost {
     /// What went encoded.
     pub encoded: Encoded,
+    /// Bytes of pages that went as a copy, as they are.
+    pub copied: u64,
     /// Time in which pages were compressed.
     pub compressing: Duration,
     /// Bytes that were compressed in it, worth it or not, and to how many.
@@ -67,16 +69,9 @@ impl Encoder {
         }
     }
 
-    /// These runs go as zero.
-    pub fn zero(&self, runs: &[Run], page_size: u64) {
-        let mut versions = lock(&self.versions);
-        for run in runs {
-            let piece = Piece {
-                offset: run.first * page_size,
-                len: run.pages * page_size,
-            };
-            forget(&mut versions, run.block, piece);
-        }
+    /// `len` bytes at `offset` of a block go in another way: as zero, or straight from the guest's memory.
+    pub fn forget(&self, block: BlockId, offset: u64, len: u64) {
+        forget(&mut lock(&self.versions), block, Piece { offset, len });
     }
 
     /// Encodes `pieces` of a block, at most [`MAX_ENCODED`] bytes and [`MAX_PIECES`] pieces, which are sent in `round`.
@@ -215,31 +210,26 @@ impl Encoder {
                 cost.encoded.zstd_sent += len as u64;
                 out.push(Part::Message(copied(true, &self.packed), bytes));
             }
-            _ if kept => out.push(Part::Message(copied(false, &self.pages), bytes)),
+            _ if kept => {
+                cost.copied += bytes;
+                out.push(Part::Message(copied(false, &self.pages), bytes));
+            }
             _ => out.push(Part::AsItIs(block, pieces)),
         }
     }
 
-    /// What the first bytes of `pieces` compress to at `level`: bytes in, bytes out, and how long it took; with `current`, the
+    /// What the first bytes of `piece` compress to at `level`: bytes in, bytes out, and how long it took; with `current`, the
     /// same for that level on the same bytes.
     pub fn sample(
         &mut self,
         ram: &dyn Ram,
         block: BlockId,
-        pieces: &[Piece],
+        piece: Piece,
         level: i32,
         current: Option<i32>,
     ) -> Sample {
-        let mut left = SAMPLE as u64;
-        let pieces: Vec<Piece> = pieces
-            .iter()
-            .map_while(|piece| {
-                let len = piece.len.min(left);
-                left -= len;
-                (len > 0).then_some(Piece { len, ..*piece })
-            })
-            .collect();
-        self.read(ram, block, &pieces);
+        let len = piece.len.min(SAMPLE as u64);
+        self.read(ram, block, &[Piece { len, ..piece }]);
         // Once before: the first time costs the context and the caches.
         if self.sampler.is_none() {
             compress(&mut self.sampler, level, &self.pages, &mut self.packed);

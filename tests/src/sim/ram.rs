@@ -455,6 +455,54 @@ impl Placer for SimRam {
     }
 }
 
+/// The destination's RAM by the source's numbers.
+pub(super) struct InOrder<'a> {
+    /// The RAM.
+    pub(super) ram: &'a SimRam,
+    /// For each block of the source, the index of ours.
+    pub(super) order: &'a [usize],
+}
+
+impl InOrder<'_> {
+    fn ours(&self, block: BlockId) -> BlockId {
+        let index = self.order.get(usize::from(block.0)).copied();
+        BlockId(
+            index
+                .and_then(|index| u16::try_from(index).ok())
+                .unwrap_or(u16::MAX),
+        )
+    }
+
+    fn run(&self, run: Run) -> Run {
+        Run {
+            block: self.ours(run.block),
+            ..run
+        }
+    }
+}
+
+impl Placer for InOrder<'_> {
+    fn clear(&self) -> io::Result<()> {
+        self.ram.clear()
+    }
+
+    fn allocate(&self, run: Run) -> io::Result<()> {
+        self.ram.allocate(self.run(run))
+    }
+
+    fn read(&self, block: BlockId, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        Placer::read(self.ram, self.ours(block), offset, into)
+    }
+
+    fn place(&self, block: BlockId, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        Placer::place(self.ram, self.ours(block), offset, bytes)
+    }
+
+    fn zero(&self, run: Run) -> Result<(), OutOfBounds> {
+        self.ram.zero(self.run(run))
+    }
+}
+
 fn digest(heap: &Heap, start: u64, len: u64) -> Digest {
     let (mut low, mut high) = (1u64, 2u64);
     for word in heap.words(start, len) {

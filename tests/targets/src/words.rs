@@ -86,6 +86,26 @@ fn encoded(input: &mut Unstructured<'_>) -> Result<Bytes> {
     Ok(Bytes::copy_from_slice(input.bytes(len)?))
 }
 
+/// `Copied` or `Deltas`.
+pub(crate) fn encoded_message(input: &mut Unstructured<'_>, round: u32) -> Result<Message> {
+    let block = u16::from(u8::arbitrary(input)? % 3);
+    Ok(if bool::arbitrary(input)? {
+        Message::Copied {
+            block,
+            zstd: bool::arbitrary(input)?,
+            pieces: pieces(input)?,
+            bytes: encoded(input)?,
+        }
+    } else {
+        Message::Deltas {
+            block,
+            base_round: round,
+            pieces: pieces(input)?,
+            bytes: encoded(input)?,
+        }
+    })
+}
+
 /// Any message. `round` is one that the engine may be waiting for.
 pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Message> {
     let round = match u8::arbitrary(input)? {
@@ -96,7 +116,7 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
     let kind = match u8::arbitrary(input)? {
         choice @ 0..=209 => choice % 21,
         choice @ 210..=251 => 21 + choice % 6,
-        choice => 27 + choice % 2,
+        _ => 27,
     };
     Ok(match kind {
         0 => Message::Hello {
@@ -114,18 +134,7 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
             capabilities: u64::from(u8::arbitrary(input)? % 3),
             host: "peer".to_owned(),
         },
-        27 => Message::Copied {
-            block: u16::from(u8::arbitrary(input)? % 3),
-            zstd: bool::arbitrary(input)?,
-            pieces: pieces(input)?,
-            bytes: encoded(input)?,
-        },
-        28 => Message::Deltas {
-            block: u16::from(u8::arbitrary(input)? % 3),
-            base_round: round,
-            pieces: pieces(input)?,
-            bytes: encoded(input)?,
-        },
+        27 => encoded_message(input, round)?,
         2 => Message::Populate(runs(input, false)?),
         3 => Message::Zero(runs(input, false)?),
         4 => Message::Barrier { round },

@@ -220,7 +220,7 @@ impl Policy {
         let left = window.sent as f64 / busy;
         let raw = !self.on || self.trial;
         let link_limits = window.waited.as_secs_f64() > LIMITS * busy;
-        if raw || link_limits {
+        if (raw && window.compared == 0) || link_limits {
             // A trial is short: what it shows counts whole.
             match &mut self.link {
                 Some(link) if !self.trial => mix(link, left),
@@ -246,7 +246,7 @@ impl Policy {
             self.on = false;
             self.pause = self.next_pause;
             self.next_pause = (self.next_pause * 2).min(MAX_PAUSE);
-        } else if !link_limits && self.pause == 0 {
+        } else if !link_limits && self.pause == 0 && !self.capped() {
             self.trial = true;
             self.pause = self.next_pause;
             self.next_pause = (self.next_pause * 2).min(MAX_PAUSE);
@@ -258,6 +258,15 @@ impl Policy {
         match (self.link, self.cap) {
             (Some(link), Some(cap)) => Some(link.min(cap)),
             (link, cap) => link.or(cap),
+        }
+    }
+
+    /// Whether the operator's limit is what counts: a trial would show nothing then.
+    fn capped(&self) -> bool {
+        match (self.cap, self.link) {
+            (Some(cap), Some(link)) => cap <= link,
+            (cap, None) => cap.is_some(),
+            (None, Some(_)) => false,
         }
     }
 
@@ -482,7 +491,16 @@ mod tests {
             encoders: FAST_GUEST,
         }
         .run(&mut policy, 1.0);
-        assert!(policy.choice(1).zstd.is_some() && policy.choice(1).delta);
+        for _ in 0..100 {
+            assert!(policy.choice(1).zstd.is_some() && policy.choice(1).delta);
+            policy.window(
+                &World {
+                    link: 3e9,
+                    encoders: FAST_GUEST,
+                }
+                .window(policy.choice(1).zstd),
+            );
+        }
     }
 
     #[test]
