@@ -6,9 +6,11 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
+use crate::api::types::Compress;
 use crate::failure::{Failure, Fault};
+use crate::units::parse_size;
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -30,8 +32,23 @@ pub struct Config {
     /// Whether a migration of mode `auto` may let the guest go before its memory where it would fail otherwise.
     #[serde(default)]
     pub allow_postcopy: bool,
+    /// How pages are encoded where `migrate` does not say.
+    #[serde(default)]
+    pub compress: Compress,
+    /// Memory for the versions of pages that deltas are made from, for each migration, where `migrate` does not say.
+    #[serde(default = "default_delta_cache", deserialize_with = "size")]
+    pub delta_cache: u64,
     /// TLS between the peers.
     pub tls: Option<Tls>,
+}
+
+/// Beside a channel's buffers and all else, a migration stays below 64 MiB with it.
+fn default_delta_cache() -> u64 {
+    24 << 20
+}
+
+fn size<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    parse_size(&String::deserialize(from)?).map_err(serde::de::Error::custom)
 }
 
 /// Table `[tls]`: mutual TLS 1.3 between the daemons.

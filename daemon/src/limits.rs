@@ -45,6 +45,9 @@ pub const LINGER: Duration = Duration::from_secs(2);
 /// Runs of pages that wait to be allocated ahead. What does not fit is allocated when it arrives.
 pub const MAX_ALLOCATING: usize = 64 << 10;
 
+/// Bytes of memory that a client may ask for to keep versions of pages in.
+pub const MAX_DELTA_CACHE: u64 = 16 << 30;
+
 /// Events of a migration that are kept for late readers; the oldest notices go first.
 pub const MAX_HISTORY: usize = 1000;
 /// Lines of the log a second about peers that never got into a migration.

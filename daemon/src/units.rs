@@ -28,6 +28,24 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         .map_err(|_| format!("{text:?} is not a duration that can be"))
 }
 
+/// Parses a size in bytes such as `32MiB`, `64MB`, or `0`.
+///
+/// # Errors
+/// Says what would be right.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    if text.trim() == "0" {
+        return Ok(0);
+    }
+    if text.contains('/') || text.contains("bit") {
+        return Err(format!("{text:?} is not a size: write it like 32MiB"));
+    }
+    parse_rate(text).map_err(|error| {
+        error
+            .replace("500MB/s", "32MiB")
+            .replace("a rate", "a size")
+    })
+}
+
 /// Parses a rate in bytes a second such as `500MB/s`, `1GiB/s`, `64k`; the `/s` may be left out.
 /// `MB` is 10^6 bytes, `MiB` 2^20; `Mbit/s` is 10^6 bits.
 ///
@@ -127,6 +145,13 @@ mod tests {
         assert_eq!(parse_rate("800Mbit/s").unwrap(), 100_000_000);
         assert_eq!(parse_rate("64k").unwrap(), 64_000);
         assert!(parse_rate("0").is_err());
+        assert_eq!(
+            (parse_size("0"), parse_size("32MiB")),
+            (Ok(0), Ok(32 << 20))
+        );
+        for wrong in ["5MB/s", "8Mbit", "some", "3XB"] {
+            assert!(parse_size(wrong).unwrap_err().contains("32MiB"), "{wrong}");
+        }
         assert!(parse_rate("500XB/s").unwrap_err().contains("500MB/s"));
     }
 

@@ -24,6 +24,10 @@ pub const DIGEST_CHUNK: u64 = 4 << 20;
 pub const MAX_DIGESTS: usize = 2048;
 /// Words of a bitmap in one message: 1 GiB of small pages.
 pub const MAX_WORDS: usize = 4096;
+/// Pieces of a RAMBlock in one encoded message.
+pub const MAX_PIECES: usize = 64;
+/// Bytes of pages in one encoded message, and bytes of what they are encoded as.
+pub const MAX_ENCODED: usize = 256 << 10;
 /// Data channels of one migration.
 pub const MAX_DATA_CHANNELS: u16 = 64;
 /// A time that a peer tells, in microseconds: 35 years.

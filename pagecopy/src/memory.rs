@@ -24,6 +24,15 @@ impl BlockSpec {
     }
 }
 
+/// Contiguous bytes of one RAMBlock, in units of 4 KiB whatever the block's page is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// First byte; a multiple of 4096.
+    pub offset: u64,
+    /// Bytes; a multiple of 4096, never zero.
+    pub len: u64,
+}
+
 /// Contiguous pages of one RAMBlock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Run {

@@ -229,6 +229,7 @@ fn assert_happened(survey: &Survey) {
         (AskedUnfenced(Side::Destination, Wish::RunHere), 2),
         (AskedUnfenced(Side::Destination, Wish::LetGo), 2),
         (AskedFenced(Side::Destination, Wish::RunHere), 1),
+        (WentAsDelta, 5_000),
         (WentFirst, 10_000),
         (WentByHand, 500),
         (BecameWhole, 5_000),
@@ -457,4 +458,6 @@ mistakes! {
     finds_reads_answered_from_an_old_copy: ServeOldCopy,
     finds_a_page_that_was_not_said_to_lack: ForgotLacking,
     finds_memory_let_go_of_too_early: DetachWhenMoved,
+    finds_a_delta_against_a_version_that_is_gone: StaleVersion,
+    finds_a_delta_against_a_version_that_was_lost: LostVersion,
 }

@@ -23,6 +23,21 @@ pub enum Mode {
     Postcopy,
 }
 
+/// How pages are encoded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Compress {
+    /// As they are
+    Off,
+    /// Compressed
+    Zstd,
+    /// As the difference to the version sent before, where there is one
+    Delta,
+    /// Each page as it is smallest where the link is the limit, as they are where the processors are: measured all the time
+    #[default]
+    Auto,
+}
+
 /// `POST /v1/migrations`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -52,6 +67,10 @@ pub struct MigrationRequest {
     pub bandwidth_limit: Option<u64>,
     /// Bytes a second for what a guest that has gone first lacks and does not wait for; as `bandwidth_limit` when absent.
     pub postcopy_bandwidth_limit: Option<u64>,
+    /// How pages are encoded; as the daemon's configuration says when absent.
+    pub compress: Option<Compress>,
+    /// Bytes of memory for the versions of pages that deltas are made from; as the daemon's configuration says when absent.
+    pub delta_cache: Option<u64>,
     /// Rounds without convergence; 30 when absent.
     pub max_rounds: Option<u32>,
     /// Milliseconds without a switchover; unlimited when absent.

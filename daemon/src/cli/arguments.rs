@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
-use crate::api::types::{MigrationRequest, Mode};
-use crate::units::{millis, parse_duration, parse_rate};
+use crate::api::types::{Compress, MigrationRequest, Mode};
+use crate::units::{millis, parse_duration, parse_rate, parse_size};
 
 const EXIT_STATUS: &str = "Exit status of migrate:\n  \
     0  the guest runs at the destination\n  \
@@ -175,6 +175,12 @@ pub struct MigrateArguments {
     /// The same for a guest that has gone first; pages that it waits for are never limited [default: --bandwidth-limit]
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub postcopy_bandwidth_limit: Option<u64>,
+    /// How pages are encoded [default: auto, or the daemon's configuration]
+    #[arg(long, value_enum)]
+    pub compress: Option<Compress>,
+    /// Memory for the versions of pages that deltas are made from, such as 64MiB [default: 24MiB, or the daemon's configuration]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub delta_cache: Option<u64>,
     /// Give up after so many rounds without convergence [default: 30]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_rounds: Option<u32>,
@@ -215,6 +221,8 @@ impl MigrateArguments {
             downtime_limit_ms: self.downtime_limit.map(millis),
             bandwidth_limit: self.bandwidth_limit,
             postcopy_bandwidth_limit: self.postcopy_bandwidth_limit,
+            compress: self.compress,
+            delta_cache: self.delta_cache,
             max_rounds: self.max_rounds,
             timeout_ms: self
                 .timeout
@@ -256,6 +264,10 @@ mod tests {
             "500MB/s",
             "--postcopy-bandwidth-limit",
             "1MB/s",
+            "--compress",
+            "delta",
+            "--delta-cache",
+            "64MiB",
             "--max-rounds",
             "9",
             "--timeout",
@@ -269,6 +281,10 @@ mod tests {
         assert_eq!(request.downtime_limit_ms, Some(50.0));
         assert_eq!(request.bandwidth_limit, Some(500_000_000));
         assert_eq!(request.postcopy_bandwidth_limit, Some(1_000_000));
+        assert_eq!(
+            (request.compress, request.delta_cache),
+            (Some(Compress::Delta), Some(64 << 20))
+        );
         assert_eq!(request.max_rounds, Some(9));
         assert_eq!(request.timeout_ms, Some(60_000));
         assert!(request.verify && request.quit_source);

@@ -124,6 +124,17 @@ fn tell(vm: &str, finished: &Finished) {
         show_bytes(finished.bytes_on_wire),
         finished.transport.as_deref().unwrap_or("nothing"),
     );
+    let encoded = finished.figures.encoded;
+    if encoded.bytes() > 0 {
+        println!(
+            "  encoded          {} compressed to {}, {} as deltas of {}; {} saved",
+            show_bytes(encoded.zstd_bytes),
+            show_bytes(encoded.zstd_sent),
+            show_bytes(encoded.delta_bytes),
+            show_bytes(encoded.delta_sent),
+            show_bytes(encoded.saved()),
+        );
+    }
     if let Some(lacking) = finished.figures.lacking_bytes {
         println!(
             "  post-copy        {} in {} ({} without a connection)",

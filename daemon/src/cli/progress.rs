@@ -160,10 +160,12 @@ mod tests {
     use pagecopy::engine::event::FaultFigures;
 
     use super::*;
+    use pagecopy::engine::encoding::Encoded;
 
     #[test]
     fn progress_has_all_figures() {
         let words = progress_words(&RoundProgress {
+            encoded: Encoded::default(),
             round: 2,
             remaining_bytes: 3 << 20,
             total_bytes: 1 << 30,

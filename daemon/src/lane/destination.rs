@@ -1,19 +1,24 @@
-//! A data channel at the destination: the transport places the bytes; zero runs and barriers are ours.
+//! A data channel at the destination: the transport places the bytes; encoded pages, zero runs and barriers are ours.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use pagecopy::engine::ChannelId;
+use pagecopy::engine::encoding::Encodings;
 use pagecopy::host::Placer;
+use pagecopy::host::decode::{DecodeError, Decoder};
 use pagecopy::memory::BlockSpec;
 use pagecopy::wire::Message;
 use transport::Token;
 
 use super::{Events, Handler, LaneEvent, Ops};
 
-/// Places zero runs, and reports barriers behind them.
+/// Places encoded pages and zero runs, and reports barriers behind them.
 pub struct DestinationData {
     id: ChannelId,
+    decoder: Decoder,
+    /// There is no place here: the session knows, and what follows is left.
+    full: bool,
     specs: Arc<[BlockSpec]>,
     placer: Arc<dyn Placer>,
     zero_bytes: u64,
@@ -25,9 +30,16 @@ pub enum Command {}
 
 impl DestinationData {
     /// For channel `id`, placing into `placer`. `specs` are in the order of the source's numbers.
-    pub fn new(id: ChannelId, specs: Arc<[BlockSpec]>, placer: Arc<dyn Placer>) -> DestinationData {
+    pub fn new(
+        id: ChannelId,
+        specs: Arc<[BlockSpec]>,
+        placer: Arc<dyn Placer>,
+        encodings: Encodings,
+    ) -> DestinationData {
         DestinationData {
             id,
+            decoder: Decoder::new(encodings, Arc::clone(&specs)),
+            full: false,
             specs,
             placer,
             zero_bytes: 0,
@@ -57,7 +69,26 @@ impl Handler for DestinationData {
                 }
                 Ok(())
             }
+            message @ (Message::Copied { .. } | Message::Deltas { .. }) => {
+                if self.full {
+                    return Ok(());
+                }
+                match self.decoder.take(&message, &*self.placer) {
+                    Ok(()) => Ok(()),
+                    Err(DecodeError::Peer(what)) => Err(what),
+                    Err(DecodeError::Host(error)) => {
+                        self.full = true;
+                        events.tell(LaneEvent::NoPlace(error));
+                        Ok(())
+                    }
+                }
+            }
             Message::Barrier { round } => {
+                // Not all before it is in place.
+                if self.full {
+                    return Ok(());
+                }
+                self.decoder.barrier(round);
                 let zero_bytes = std::mem::take(&mut self.zero_bytes);
                 events.tell(LaneEvent::Barrier {
                     channel: self.id,

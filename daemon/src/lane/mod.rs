@@ -5,6 +5,7 @@
 
 pub mod control;
 pub mod destination;
+mod meter;
 pub mod source;
 
 use std::collections::VecDeque;
@@ -50,6 +51,8 @@ pub enum LaneEvent {
     },
     /// The peer sent what it may not.
     Misbehaved(String),
+    /// This host has no place for what came. Nothing more is placed.
+    NoPlace(std::io::Error),
     /// The channel is broken. The lane has ended.
     Lost(ChannelId, Error),
 }
@@ -116,6 +119,14 @@ pub trait Handler: Send + 'static {
 
     /// Turns a command into operations, in order.
     fn command(&mut self, command: Self::Command, ops: &mut Ops);
+
+    /// Makes one step's operations more of what was commanded, if it is time for them. False: not now.
+    fn produce(&mut self, _ops: &mut Ops) -> bool {
+        false
+    }
+
+    /// The channel was waited for, with nothing to produce.
+    fn waited(&mut self, _took: Duration) {}
 
     /// An operation has left.
     fn sent(&mut self, token: Token, events: &Events);
@@ -328,6 +339,7 @@ impl<H: Handler> Driver<H> {
                     Next::Park => return Ok(Next::Park),
                 }
             }
+            let produced = closing.is_none() && self.handler.produce(&mut self.ops);
             under_way += self.submit()?;
             if closing.is_some() && under_way == 0 && self.ops.waiting.is_empty() {
                 return Ok(Next::Close);
@@ -348,7 +360,14 @@ impl<H: Handler> Driver<H> {
                 paused = full;
                 self.channel.pause(full);
             }
-            let event = self.channel.poll(left);
+            // What is made next is made beside what is sent; only then there is nothing to do but to wait.
+            let begun = Instant::now();
+            let event = self
+                .channel
+                .poll(if produced { Some(Duration::ZERO) } else { left });
+            if !produced {
+                self.handler.waited(begun.elapsed());
+            }
             self.publish();
             match event? {
                 Some(Event::Sent(token)) => {

@@ -1,23 +1,33 @@
-//! A data channel at the source: batches out, split into raw bytes and zero runs.
+//! A data channel at the source: batches out, split into bytes, zero runs and encoded pages.
 //!
 //! A page is tested and read after its dirty bit was cleared: a write that comes in between sets the bit again, and the
 //! page goes once more in a later round.
+//!
+//! Pages are encoded here, in the channel's own thread, a message at a time and never far ahead of what the link takes.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use pagecopy::engine::ChannelId;
+use pagecopy::engine::encoding::policy::{Choice, Compress, Policy};
+use pagecopy::engine::encoding::versions::Versions;
 use pagecopy::engine::source::{Batch, Pushed};
-use pagecopy::engine::split::split;
+use pagecopy::engine::split::{Split, split};
 use pagecopy::host::Ram;
+use pagecopy::host::encode::{Encoder, Part, chunks};
 use pagecopy::limits::MAX_RUNS;
-use pagecopy::memory::{BlockId, BlockSpec};
+use pagecopy::memory::{BlockId, BlockSpec, Piece};
 use pagecopy::wire::Message;
 use transport::limits::{MAX_EXTENTS, MAX_PAYLOAD};
 use transport::{Extent, Op, RegionId, Token};
 
+use super::meter::Meter;
 use super::{Events, Handler, LaneEvent, Ops};
+
+/// Encoded bytes that may wait for the link.
+const MAX_AHEAD: u64 = 1 << 20;
 
 /// What the session asks of a data channel.
 #[derive(Debug)]
@@ -28,63 +38,257 @@ pub enum Command {
     Send(Message),
 }
 
-/// Splits and sends.
+/// How the pages of a migration are encoded.
+#[derive(Clone, Debug)]
+pub struct Encoding {
+    /// What the operator wants.
+    pub compress: Compress,
+    /// Bytes a second that a channel may send; none is unlimited.
+    pub cap: Option<u64>,
+    /// What was sent last on all channels.
+    pub versions: Arc<Mutex<Versions>>,
+}
+
+impl Encoding {
+    /// Pages go as they are.
+    pub fn none() -> Encoding {
+        Encoding {
+            compress: Compress::Off,
+            cap: None,
+            versions: Arc::new(Mutex::new(Versions::new(0))),
+        }
+    }
+}
+
+/// Splits, encodes and sends.
 pub struct SourceData {
     id: ChannelId,
     specs: Arc<[BlockSpec]>,
     ram: Arc<dyn Ram>,
+    /// What is still to be sent.
+    work: VecDeque<Work>,
     /// Batches under way, by their last operation. Operations leave in order.
     batches: VecDeque<(Token, u64, Pushed)>,
+    encoding: Encoding,
+    encoder: Encoder,
+    /// Made when the first batch says what was agreed on.
+    policy: Option<Policy>,
+    /// How pages went last.
+    choice: Choice,
+    meter: Meter,
+}
+
+enum Work {
+    Message(Message),
+    Batch(Batch),
+    /// A batch of which some has been sent.
+    Rest(Rest),
+}
+
+/// What is left of a batch that goes encoded.
+struct Rest {
+    batch: u64,
+    round: u32,
+    chunks: VecDeque<(BlockId, Vec<Piece>)>,
+    pushed: Pushed,
+    last: Option<Token>,
 }
 
 impl SourceData {
     /// For channel `id`, reading from `ram`.
-    pub fn new(id: ChannelId, specs: Arc<[BlockSpec]>, ram: Arc<dyn Ram>) -> SourceData {
+    pub fn new(
+        id: ChannelId,
+        specs: Arc<[BlockSpec]>,
+        ram: Arc<dyn Ram>,
+        encoding: Encoding,
+    ) -> SourceData {
         SourceData {
             id,
             specs,
             ram,
+            work: VecDeque::new(),
             batches: VecDeque::new(),
+            encoder: Encoder::new(Arc::clone(&encoding.versions)),
+            encoding,
+            policy: None,
+            choice: Choice::default(),
+            meter: Meter::new(),
         }
     }
 
-    fn push(&mut self, batch: &Batch, ops: &mut Ops) {
+    /// How pages of `round` go now.
+    fn choose(&mut self, round: u32) -> Choice {
+        let choice = self
+            .policy
+            .as_ref()
+            .map_or_else(Choice::default, |policy| policy.choice(round));
+        if choice.zstd.is_some() != self.choice.zstd.is_some() {
+            self.meter.settle();
+        }
+        self.choice = choice;
+        choice
+    }
+
+    fn begin(&mut self, batch: &Batch, ops: &mut Ops) {
+        let Encoding { compress, cap, .. } = self.encoding;
+        let policy = || Policy::new(compress, batch.encodings, cap);
+        self.policy.get_or_insert_with(policy);
         let split = split(&batch.runs, &self.specs, |block, offset, len| {
             self.ram.is_zero(block, offset, len)
         });
-        let pushed = Pushed {
-            raw_bytes: split.raw_bytes(),
-            zero_bytes: split.zero_bytes(&self.specs),
+        let mut rest = Rest {
+            batch: batch.id,
+            round: batch.round,
+            chunks: VecDeque::new(),
+            pushed: Pushed {
+                zero_bytes: split.zero_bytes(&self.specs),
+                ..Pushed::default()
+            },
+            last: None,
         };
-        let mut last = None;
+        self.send_zeroes(&split, ops, &mut rest);
+        self.sample(&split);
+        if self.choose(batch.round) == Choice::default() {
+            self.send_as_it_is(&split, ops, &mut rest);
+            self.end(&rest);
+        } else {
+            rest.chunks = chunks(&split.raw).into();
+            self.go_on(rest, ops);
+        }
+    }
+
+    fn send_zeroes(&mut self, split: &Split, ops: &mut Ops, rest: &mut Rest) {
+        for run in &split.zero {
+            if let Some(spec) = self.specs.get(usize::from(run.block.0)) {
+                self.encoder.forget(
+                    run.block,
+                    run.first * spec.page_size,
+                    run.pages * spec.page_size,
+                );
+            }
+        }
         for runs in split.zero.chunks(MAX_RUNS) {
-            last = Some(ops.push(Op::Send(Message::Zero(runs.to_vec()).encode())));
+            rest.last = Some(ops.push(Op::Send(Message::Zero(runs.to_vec()).encode())));
+        }
+    }
+
+    /// Straight from the guest's memory.
+    fn send_as_it_is(&mut self, split: &Split, ops: &mut Ops, rest: &mut Rest) {
+        for (block, offset, len) in &split.raw {
+            self.encoder.forget(*block, *offset, *len);
         }
         for (block, extents) in writes(&split.raw) {
-            last = Some(ops.push(Op::Write {
-                region: RegionId(block.0.into()),
-                extents,
-            }));
+            self.write(block, extents, ops, rest);
         }
+    }
+
+    fn write(&mut self, block: BlockId, extents: Vec<Extent>, ops: &mut Ops, rest: &mut Rest) {
+        let bytes = extents.iter().map(|extent| extent.len).sum();
+        let region = RegionId(block.0.into());
+        let token = ops.push(Op::Write { region, extents });
+        self.meter.queue(token, bytes, bytes);
+        rest.pushed.raw_bytes += bytes;
+        rest.last = Some(token);
+    }
+
+    /// What of these pages another way would make, now and then.
+    fn sample(&mut self, split: &Split) {
+        let (Some(policy), Some((block, offset, len))) = (&mut self.policy, split.raw.first())
+        else {
+            return;
+        };
+        let Some(level) = policy.sample() else { return };
+        let piece = Piece {
+            offset: *offset,
+            len: *len,
+        };
+        let sample = self
+            .encoder
+            .sample(&*self.ram, *block, piece, level, self.choice.zstd);
+        if let Some((sent, took)) = sample.found {
+            policy.sampled(sample.bytes, sent, took, sample.current);
+        }
+    }
+
+    /// Encodes one message more of `rest`. With the last one it ends: its last operation has not left then.
+    fn go_on(&mut self, mut rest: Rest, ops: &mut Ops) {
+        let Some((block, pieces)) = rest.chunks.pop_front() else {
+            return self.end(&rest);
+        };
+        let choice = self.choose(rest.round);
+        let mut parts = Vec::new();
+        let cost = self
+            .encoder
+            .encode(&*self.ram, rest.round, choice, block, pieces, &mut parts);
+        self.meter.spent(&cost);
+        rest.pushed.encoded = rest.pushed.encoded.and(cost.encoded);
+        for part in parts {
+            match part {
+                Part::AsItIs(block, pieces) => {
+                    let extents = pieces.iter().map(|piece| Extent {
+                        offset: piece.offset,
+                        len: piece.len,
+                    });
+                    self.write(block, extents.collect(), ops, &mut rest);
+                }
+                Part::Message(message, pages) => {
+                    let bytes = message.encode();
+                    let wire = bytes.len() as u64;
+                    let token = ops.push(Op::Send(bytes));
+                    self.meter.queue(token, wire, pages);
+                    rest.last = Some(token);
+                }
+            }
+        }
+        rest.pushed.raw_bytes += cost.copied;
+        if rest.chunks.is_empty() {
+            self.end(&rest);
+        } else {
+            self.work.push_front(Work::Rest(rest));
+        }
+    }
+
+    fn end(&mut self, rest: &Rest) {
         // The engine makes no empty batch; one would be answered by the operation before it, if there is any.
-        let last = last.unwrap_or(Token(0));
-        self.batches.push_back((last, batch.id, pushed));
+        let last = rest.last.unwrap_or(Token(0));
+        self.batches.push_back((last, rest.batch, rest.pushed));
     }
 }
 
 impl Handler for SourceData {
     type Command = Command;
 
-    fn command(&mut self, command: Command, ops: &mut Ops) {
-        match command {
-            Command::Push(batch) => self.push(&batch, ops),
-            Command::Send(message) => {
+    fn command(&mut self, command: Command, _ops: &mut Ops) {
+        self.work.push_back(match command {
+            Command::Push(batch) => Work::Batch(batch),
+            Command::Send(message) => Work::Message(message),
+        });
+    }
+
+    fn produce(&mut self, ops: &mut Ops) -> bool {
+        if self.choice != Choice::default() && self.meter.queued() >= MAX_AHEAD {
+            return false;
+        }
+        match self.work.pop_front() {
+            Some(Work::Message(message)) => {
                 ops.push(Op::Send(message.encode()));
             }
+            Some(Work::Batch(batch)) => self.begin(&batch, ops),
+            Some(Work::Rest(rest)) => self.go_on(rest, ops),
+            None => return false,
         }
+        true
+    }
+
+    fn waited(&mut self, took: Duration) {
+        self.meter.waited(took);
     }
 
     fn sent(&mut self, token: Token, events: &Events) {
+        self.meter.sent(token);
+        if let (Some(policy), Some(window)) = (&mut self.policy, self.meter.window()) {
+            policy.window(&window);
+        }
         while let Some((last, batch, pushed)) = self.batches.front().copied() {
             if last > token {
                 return;

@@ -2,9 +2,11 @@
 //!
 //! Nothing of QEMU is changed before everything else has worked, and a failure here leaves nothing behind.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use pagecopy::engine::encoding::policy;
+use pagecopy::engine::encoding::versions::Versions;
 use pagecopy::engine::journal::{Record, Side};
 #[cfg(feature = "steps")]
 use pagecopy::engine::source::Output;
@@ -20,9 +22,12 @@ use transport::{Access, Address, Channel, RegionId, Regions};
 use super::arrive::Over;
 use super::source::{Memory, Parts, Session};
 use super::{CANCELLED, Clock, journal_failure};
-use crate::api::types::{MigrationRequest, Mode};
+use crate::api::types::{Compress, MigrationRequest, Mode};
+use crate::config::Config;
 use crate::dial::{Target, dial};
 use crate::failure::{host, operator};
+use crate::lane::source::Encoding;
+use crate::limits::MAX_DELTA_CACHE;
 use crate::migrations::{Migration, Request};
 use crate::names;
 use crate::nic::{POSTCOPY_CHANNELS, default_channels};
@@ -94,6 +99,15 @@ pub(crate) fn check(request: &MigrationRequest) -> Result<(), Failure> {
             "add --mode hybrid, or leave --postcopy-after out",
         );
     }
+    if request
+        .delta_cache
+        .is_some_and(|bytes| bytes > MAX_DELTA_CACHE)
+    {
+        return refuse(
+            "the memory for versions of pages is out of range",
+            &format!("use --delta-cache {} GiB or less", MAX_DELTA_CACHE >> 30),
+        );
+    }
     let limits = [
         request.bandwidth_limit,
         request.postcopy_bandwidth_limit,
@@ -146,6 +160,7 @@ pub(crate) async fn migrate(
         Err(failure) => return super::end_early(id, &migration, &failure),
     };
     let setup = prepared.setup;
+    let encoding = encoding(&request, &service.config, setup.data_channels);
     let parts = Parts {
         id,
         service,
@@ -157,6 +172,7 @@ pub(crate) async fn migrate(
         journal: prepared.journal,
         target: prepared.target,
         memory: Some(prepared.memory),
+        encoding,
         channels: prepared.channels,
     };
     match Session::start(parts) {
@@ -247,7 +263,7 @@ impl Looked {
             direct_io: self.guest.direct_io,
             data_channels: self.data_channels,
             fixed_downtime: service.store.downtime.get(),
-            options: options(request, service.config.allow_postcopy),
+            options: options(request, &service.config),
             timeouts: Timeouts::default(),
         };
         let begun = Record::Begun {
@@ -362,7 +378,33 @@ fn mode(request: &MigrationRequest, allowed: bool) -> source::Mode {
     }
 }
 
-fn options(request: &MigrationRequest, postcopy_allowed: bool) -> Options {
+fn compress(request: &MigrationRequest, config: &Config) -> policy::Compress {
+    match request.compress.unwrap_or(config.compress) {
+        Compress::Off => policy::Compress::Off,
+        Compress::Zstd => policy::Compress::Zstd,
+        Compress::Delta => policy::Compress::Delta,
+        Compress::Auto => policy::Compress::Auto,
+    }
+}
+
+/// The operator's limit is shared by the channels. The memory for versions is only asked for where there may be deltas.
+fn encoding(request: &MigrationRequest, config: &Config, data_channels: u16) -> Encoding {
+    let compress = compress(request, config);
+    let cache = if compress.encodings().delta {
+        request.delta_cache.unwrap_or(config.delta_cache)
+    } else {
+        0
+    };
+    Encoding {
+        compress,
+        cap: request
+            .bandwidth_limit
+            .map(|limit| limit / u64::from(data_channels.max(1))),
+        versions: Arc::new(Mutex::new(Versions::new(cache))),
+    }
+}
+
+fn options(request: &MigrationRequest, config: &Config) -> Options {
     Options {
         downtime_limit: request
             .downtime_limit_ms
@@ -371,7 +413,8 @@ fn options(request: &MigrationRequest, postcopy_allowed: bool) -> Options {
         background_limit: request.postcopy_bandwidth_limit.or(request.bandwidth_limit),
         max_rounds: request.max_rounds.unwrap_or(MAX_ROUNDS),
         timeout: request.timeout_ms.map(Duration::from_millis),
-        mode: mode(request, postcopy_allowed),
+        compress: compress(request, config),
+        mode: mode(request, config.allow_postcopy),
         verify: request.verify,
         quit_source: request.quit_source,
     }

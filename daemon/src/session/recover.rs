@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 
+use pagecopy::engine::encoding::policy::Compress;
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{
     Outcome, Postcopy, Record, Side, has_to_tell, is_settled, outcome, postcopy, standing_for,
@@ -29,6 +30,7 @@ use super::source::{Memory, Parts, Session};
 use super::{Clock, blocking, held, resume, telling};
 use crate::dial::Target;
 use crate::failure::{Shown, host};
+use crate::lane::source::Encoding;
 use crate::migrations::{Finished, Migration};
 use crate::names;
 use crate::pull::pager_failure;
@@ -151,6 +153,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         journal,
         target,
         memory,
+        encoding: Encoding::none(),
         channels: Vec::new(),
     };
     let engine = Source::recover(
@@ -212,6 +215,7 @@ fn setup(service: &Service, id: MigrationId, vm: &str) -> Setup {
             downtime_limit: DOWNTIME_LIMIT,
             bandwidth_limit: None,
             background_limit: None,
+            compress: Compress::Off,
             max_rounds: MAX_ROUNDS,
             timeout: None,
             mode: Mode::Precopy,

@@ -24,13 +24,15 @@ pub(crate) fn tell(migration: &Migration, report: &Report) {
             pages_zero,
             pages_dirty,
             pages_held,
+            encoded,
             scan_us,
             predicted_downtime_ms,
             decision,
         } => {
             let (ms, predicted_ms) = (tenths(*ms), tenths(*predicted_downtime_ms));
             tracing::info!(
-                %id, round, ms, pages_sent, pages_zero, pages_dirty, pages_held, scan_us, predicted_ms, decision, "round"
+                %id, round, ms, pages_sent, pages_zero, pages_dirty, pages_held,
+                saved = encoded.saved(), scan_us, predicted_ms, decision, "round"
             );
         }
         Report::Paused { reason } => tracing::warn!(%id, reason, "paused"),

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Failure;
+use super::encoding::Encoded;
 
 /// The state of a migration as a person sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,10 +70,13 @@ pub enum Report {
         round: u32,
         /// How long it took, in milliseconds.
         ms: f64,
-        /// Pages sent as they are.
+        /// Pages sent that are not zero.
         pages_sent: u64,
         /// Pages sent as zero.
         pages_zero: u64,
+        /// What of them went encoded.
+        #[serde(flatten)]
+        encoded: Encoded,
         /// Pages found dirty by the scan after it.
         pages_dirty: u64,
         /// Hot pages held back.
@@ -111,6 +115,9 @@ pub struct Progress {
     pub dirty_bytes_s: u64,
     /// Predicted downtime in milliseconds if the switchover came now; none before it is known.
     pub predicted_downtime_ms: Option<f64>,
+    /// What has gone encoded so far.
+    #[serde(flatten)]
+    pub encoded: Encoded,
     /// Expected seconds to the end of this round.
     pub eta_s: Option<f64>,
 }
@@ -180,10 +187,13 @@ pub struct Figures {
     pub fixed_downtime_ms: Option<f64>,
     /// Rounds of pre-copy, the first included.
     pub rounds: u32,
-    /// Pages sent as they are, all rounds.
+    /// Pages sent that are not zero, all rounds.
     pub pages_sent: u64,
     /// Pages sent as zero, all rounds.
     pub pages_zero: u64,
+    /// What of them went encoded.
+    #[serde(flatten)]
+    pub encoded: Encoded,
     /// Bytes of device state.
     pub device_state_bytes: u64,
     /// Bytes of pages sent a second, over the time in which pages were sent; megabits a second.

@@ -16,6 +16,7 @@ pub mod bitmap;
 mod course;
 pub mod destination;
 pub mod doubt;
+pub mod encoding;
 mod end;
 pub mod event;
 pub mod journal;

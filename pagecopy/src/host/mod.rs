@@ -7,10 +7,13 @@
 //! - [`attach`]: gets a userfaultfd that acts on QEMU's memory.
 //! - [`track`]: implements [`Tracker`] with it.
 //! - [`ram`]: implements [`Ram`] and [`Placer`] over mappings of the same files.
+//! - [`encode`], [`decode`]: pages on their way, compressed or as deltas.
 //! - [`pager`]: implements [`Pager`], which lets a guest run on RAM that has not all arrived, and [`received`] remembers
 //!   what has.
 
 pub mod attach;
+pub mod decode;
+pub mod encode;
 pub mod pager;
 pub mod process;
 pub mod ram;
@@ -55,6 +58,12 @@ pub trait Ram: Send + Sync {
     /// Whether `len` bytes (a multiple of 4096) at `offset` of `block` are zero now.
     fn is_zero(&self, block: BlockId, offset: u64, len: u64) -> bool;
 
+    /// Copies the bytes at `offset` of `block` out. What is written meanwhile comes out old or new.
+    ///
+    /// # Panics
+    /// They are not inside the block.
+    fn read(&self, block: BlockId, offset: u64, into: &mut [u8]);
+
     /// Digests of every [`DIGEST_CHUNK`](crate::limits::DIGEST_CHUNK) of a block that nobody writes; holes count as
     /// zero. In parallel.
     ///
@@ -79,6 +88,18 @@ pub trait Placer: Send + Sync {
     /// # Errors
     /// `StorageFull` or `OutOfMemory` when the memory is not there.
     fn allocate(&self, run: Run) -> io::Result<()>;
+
+    /// Copies the bytes at `offset` of `block` out, which this side alone writes.
+    ///
+    /// # Errors
+    /// They are not inside the block, or the file cannot be read.
+    fn read(&self, block: BlockId, offset: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// Puts whole units of 4 KiB at `offset` of `block`, and allocates them if need be.
+    ///
+    /// # Errors
+    /// They are not inside the block; `StorageFull` or `OutOfMemory` when the memory is not there.
+    fn place(&self, block: BlockId, offset: u64, bytes: &[u8]) -> io::Result<()>;
 
     /// Makes `run` read as zero; does not touch pages that already do.
     ///

@@ -6,7 +6,7 @@ use super::codec::{Reader, WireError, Writer};
 use super::{AbortCode, Standing};
 use crate::engine::MigrationId;
 use crate::limits;
-use crate::memory::{BlockId, BlockSpec, Run};
+use crate::memory::{BlockId, BlockSpec, Piece, Run};
 
 /// The bytes of one kind of field.
 pub(super) trait Codec {
@@ -289,6 +289,87 @@ impl Codec for Chunk {
         }
         Ok(Bytes::copy_from_slice(input.take(field, len)?))
     }
+}
+
+/// What pages are encoded as: 1 to `MAX_ENCODED` bytes.
+pub(super) struct Encoded;
+
+impl Codec for Encoded {
+    type Value = Bytes;
+    fn put(value: &Bytes, out: &mut Writer) {
+        out.count(value.len(), limits::MAX_ENCODED);
+        out.put(value);
+    }
+    fn get(field: &'static str, input: &mut Reader<'_>) -> Result<Bytes, WireError> {
+        let len = input.count(field, limits::MAX_ENCODED, 1)?;
+        if len == 0 {
+            return Err(WireError::Invalid {
+                field,
+                why: "no page is encoded as nothing",
+            });
+        }
+        Ok(Bytes::copy_from_slice(input.take(field, len)?))
+    }
+}
+
+/// Pieces of a RAMBlock: 1 to `MAX_PIECES`, in order and apart, of `MAX_ENCODED` bytes in all. That each is inside the
+/// block is checked by who knows the blocks.
+pub(super) struct Pieces;
+
+impl Codec for Pieces {
+    type Value = Vec<Piece>;
+    fn put(value: &Vec<Piece>, out: &mut Writer) {
+        out.count(value.len(), limits::MAX_PIECES);
+        for piece in value {
+            u64::put(&piece.offset, out);
+            u64::put(&piece.len, out);
+        }
+    }
+    fn get(field: &'static str, input: &mut Reader<'_>) -> Result<Vec<Piece>, WireError> {
+        let count = input.count(field, limits::MAX_PIECES, 8 + 8)?;
+        if count == 0 {
+            return Err(WireError::Invalid {
+                field,
+                why: "a list of pieces is not empty",
+            });
+        }
+        let mut pieces = Vec::with_capacity(count);
+        let (mut from, mut room) = (0, limits::MAX_ENCODED as u64);
+        for _ in 0..count {
+            let piece = get_piece(input, from, room)?;
+            (from, room) = (piece.offset + piece.len, room - piece.len);
+            pieces.push(piece);
+        }
+        Ok(pieces)
+    }
+}
+
+/// A piece that begins at `from` or later and has at most `room` bytes.
+fn get_piece(input: &mut Reader<'_>, from: u64, room: u64) -> Result<Piece, WireError> {
+    let offset = u64::get("piece offset", input)?;
+    let len = u64::get("piece length", input)?;
+    let whole = |bytes: u64| bytes.is_multiple_of(limits::MIN_PAGE_SIZE);
+    if len > room {
+        return Err(WireError::AboveLimit {
+            field: "piece length",
+            value: len,
+            limit: room,
+        });
+    }
+    if len == 0 || !whole(len) || !whole(offset) || offset < from {
+        return Err(WireError::Invalid {
+            field: "piece",
+            why: "pieces are whole units of 4 KiB, in order and apart",
+        });
+    }
+    if offset > limits::MAX_BLOCK_SIZE - len {
+        return Err(WireError::AboveLimit {
+            field: "piece offset",
+            value: offset,
+            limit: limits::MAX_BLOCK_SIZE - len,
+        });
+    }
+    Ok(Piece { offset, len })
 }
 
 /// Words of a bitmap: 1 to `MAX_WORDS`. That the pages are inside their block is checked by who knows the blocks.

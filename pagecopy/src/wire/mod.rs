@@ -16,7 +16,7 @@ use bytes::Bytes;
 
 use crate::engine::MigrationId;
 use crate::engine::event::{FaultFigures, PostcopyCost};
-use crate::memory::{BlockSpec, Run};
+use crate::memory::{BlockSpec, Piece, Run};
 
 /// Lowest protocol version that this build speaks.
 pub const VERSION_MIN: u16 = 1;
@@ -29,6 +29,10 @@ pub mod capability {
     pub const VERIFY: u64 = 1 << 0;
     /// The guest may run at the destination before its memory is there, which then fetches it.
     pub const POSTCOPY: u64 = 1 << 1;
+    /// Pages may come compressed.
+    pub const ZSTD: u64 = 1 << 2;
+    /// Pages may come as what differs from the version sent before.
+    pub const DELTA: u64 = 1 << 3;
 }
 
 /// Why a side gives up, as a number that tools can decide by.
@@ -112,7 +116,7 @@ impl Standing {
     ];
 }
 
-/// A message. Control messages go on channel 0; `Zero` and `Barrier` on data channels.
+/// A message. Control messages go on channel 0; `Zero`, `Barrier`, `Copied` and `Deltas` on data channels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
     /// Source → destination, first: this guest, with this memory, wants to move to you.
@@ -279,6 +283,28 @@ pub enum Message {
         id: MigrationId,
         /// Why, for people.
         reason: String,
+    },
+    /// Source → destination, on a data channel: a copy of these pages.
+    Copied {
+        /// The block's number.
+        block: u16,
+        /// Whether `bytes` are compressed.
+        zstd: bool,
+        /// Where the pages go, in order.
+        pieces: Vec<Piece>,
+        /// The pages, or one zstd frame of them.
+        bytes: Bytes,
+    },
+    /// Source → destination, on a data channel: what differs in these pages from the version that was sent before.
+    Deltas {
+        /// The block's number.
+        block: u16,
+        /// The newest round in which one of those versions was sent.
+        base_round: u32,
+        /// Where the pages are, in order.
+        pieces: Vec<Piece>,
+        /// A delta for each page.
+        bytes: Bytes,
     },
     /// Either way, any time before `Commit`: given up.
     Abort {

@@ -6,7 +6,8 @@ use bytes::Bytes;
 use super::Message;
 use super::codec::{Reader, WireError, Writer};
 use super::fields::{
-    Blocks, Chunk, Code, Codec, Digests, Flag, Id, Name, Reason, Runs, Stand, Words,
+    Blocks, Chunk, Code, Codec, Digests, Encoded, Flag, Id, Name, Pieces, Reason, Runs, Stand,
+    Words,
 };
 use super::figures::{Cost, Faults};
 
@@ -99,4 +100,6 @@ messages! {
     27 Lacks { bytes: u64, faults: Faults };
     28 Whole { id: Id, cost: Cost };
     29 Lost { id: Id, reason: Reason };
+    30 Copied { block: u16, zstd: Flag, pieces: Pieces, bytes: Encoded };
+    31 Deltas { block: u16, base_round: u32, pieces: Pieces, bytes: Encoded };
 }

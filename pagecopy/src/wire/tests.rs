@@ -10,7 +10,7 @@ use super::{AbortCode, Message, Standing, WireError, capability};
 use crate::engine::MigrationId;
 use crate::engine::event::{FaultFigures, PostcopyCost, Quantiles};
 use crate::limits;
-use crate::memory::{BlockId, BlockSpec, Run};
+use crate::memory::{BlockId, BlockSpec, Piece, Run};
 
 const TEXT: &str = include_str!("../../WIRE.md");
 
@@ -29,6 +29,11 @@ fn run() -> Run {
         pages: 3,
     }
 }
+
+const PIECE: Piece = Piece {
+    offset: 0x3000,
+    len: 0x2000,
+};
 
 const ID: MigrationId = MigrationId([0xab; 16]);
 const ID_HEX: &str = "abababababababababababababababab";
@@ -196,6 +201,24 @@ fn samples() -> Vec<(Message, String)> {
             },
             format!("1d00 {ID_HEX} 02000000 6e6f"),
         ),
+        (
+            Message::Copied {
+                block: 1,
+                zstd: true,
+                pieces: vec![PIECE],
+                bytes: Bytes::from_static(&[9, 8]),
+            },
+            "1e00 0100 01 01000000 0030000000000000 0020000000000000 02000000 0908".into(),
+        ),
+        (
+            Message::Deltas {
+                block: 1,
+                base_round: 3,
+                pieces: vec![PIECE],
+                bytes: Bytes::from_static(&[7]),
+            },
+            "1f00 0100 03000000 01000000 0030000000000000 0020000000000000 01000000 07".into(),
+        ),
     ]
 }
 
@@ -247,7 +270,7 @@ fn a_message_cut_short_or_with_bytes_behind_it_is_refused() {
 
 #[test]
 fn an_unknown_type_is_refused() {
-    for number in [0, 30, u16::MAX] {
+    for number in [0, 32, u16::MAX] {
         assert_eq!(
             Message::decode(&number.to_le_bytes()),
             Err(WireError::UnknownType(number))
@@ -261,6 +284,8 @@ fn figures_outside_their_rules_are_refused() {
     let hello = |tail: &str| {
         format!("0100 0100 0100 0000000000000000 {ID_HEX} 01000000 76 01000000 61 {tail}")
     };
+    // Enough bytes behind it that what is counted could be there.
+    let copied = |tail: &str| format!("1e00 0000 00 {tail} {}", "00".repeat(0x500));
     let cases = [
         (hello("02"), "verify is not valid"),
         (hello("00 00000000"), "at least one RAMBlock"),
@@ -345,6 +370,45 @@ fn figures_outside_their_rules_are_refused() {
         (
             "1700 0000 0000000000000000 01100000".into(),
             "words is 4097, above its limit of 4096",
+        ),
+        ("1e00 0000 02".into(), "a flag is 0 or 1"),
+        (copied("00000000"), "a list of pieces is not empty"),
+        (copied("41000000"), "pieces is 65, above its limit of 64"),
+        (
+            copied("01000000 0000000000000000 0010040000000000"),
+            "piece length is 266240, above its limit of 262144",
+        ),
+        (
+            copied("02000000 0000000000000000 0000040000000000 0000040000000000 0010000000000000"),
+            "piece length is 4096, above its limit of 0",
+        ),
+        (
+            copied("01000000 0000000000000000 0000000000000000"),
+            "whole units of 4 KiB",
+        ),
+        (
+            copied("01000000 0000000000000000 0108000000000000"),
+            "whole units of 4 KiB",
+        ),
+        (
+            copied("01000000 0008000000000000 0010000000000000"),
+            "whole units of 4 KiB",
+        ),
+        (
+            copied("02000000 0010000000000000 0010000000000000 0010000000000000 0010000000000000"),
+            "in order and apart",
+        ),
+        (
+            copied("01000000 00f0ffffffffffff 0010000000000000"),
+            "piece offset is",
+        ),
+        (
+            copied("01000000 0000000000000000 0010000000000000 00000000"),
+            "no page is encoded as nothing",
+        ),
+        (
+            copied("01000000 0000000000000000 0010000000000000 01000400"),
+            "bytes is 262145, above its limit of 262144",
         ),
     ];
     let quantiles = |faults: u64, p99: u64, max: u64| {
@@ -453,6 +517,46 @@ fn runs() -> impl Strategy<Value = Vec<Run>> {
     )
 }
 
+fn pieces() -> impl Strategy<Value = Vec<Piece>> {
+    vec((0u64..9, 1u64..5), 1..13).prop_map(|list| {
+        let mut end = 0;
+        let place = |(gap, units): (u64, u64)| {
+            let piece = Piece {
+                offset: end + gap * 4096,
+                len: units * 4096,
+            };
+            end = piece.offset + piece.len;
+            piece
+        };
+        list.into_iter().map(place).collect()
+    })
+}
+
+fn encoded() -> impl Strategy<Value = Message> {
+    (
+        any::<(u16, Option<u32>, bool)>(),
+        pieces(),
+        vec(any::<u8>(), 1..500),
+    )
+        .prop_map(|((block, base, zstd), pieces, bytes)| {
+            let bytes = bytes.into();
+            match base {
+                Some(base_round) => Message::Deltas {
+                    block,
+                    base_round,
+                    pieces,
+                    bytes,
+                },
+                None => Message::Copied {
+                    block,
+                    zstd,
+                    pieces,
+                    bytes,
+                },
+            }
+        })
+}
+
 fn block_list() -> impl Strategy<Value = Vec<BlockSpec>> {
     vec((12u32..=21, 1u64..1 << 20), 1..=limits::MAX_BLOCKS).prop_map(|list| {
         let spec = |(index, (bits, pages)): (usize, (u32, u64))| BlockSpec {
@@ -494,6 +598,7 @@ fn hello() -> impl Strategy<Value = Message> {
 fn with_payload() -> impl Strategy<Value = Message> {
     prop_oneof![
         hello(),
+        encoded(),
         (any::<u16>(), any::<u64>(), name(), "[a-zß]{0,50}").prop_map(
             |(version, capabilities, host, reason)| Message::Accept {
                 version,
@@ -615,7 +720,7 @@ proptest! {
 
     #[test]
     fn hostile_bytes_do_not_panic_and_what_they_mean_has_one_form(
-        number in 0u16..30,
+        number in 0u16..32,
         rest in vec(prop_oneof![3 => Just(0u8), 1 => any::<u8>()], 0..200),
     ) {
         let bytes = [number.to_le_bytes().as_slice(), &rest].concat();
@@ -662,7 +767,13 @@ fn the_document_and_the_code_name_the_same_numbers() {
         .iter()
         .map(|(bit, _)| 1 << bit)
         .collect();
-    assert_eq!(bits, [capability::VERIFY, capability::POSTCOPY]);
+    let ours = [
+        capability::VERIFY,
+        capability::POSTCOPY,
+        capability::ZSTD,
+        capability::DELTA,
+    ];
+    assert_eq!(bits, ours);
 }
 
 #[test]
@@ -697,6 +808,8 @@ fn the_document_and_the_code_have_the_same_fields() {
             .map(|field| {
                 if field == "bytes" && *name == "DeviceState" {
                     "chunk".into()
+                } else if field == "bytes" && matches!(*name, "Copied" | "Deltas") {
+                    "encoded".into()
                 } else {
                     field
                 }
@@ -725,6 +838,15 @@ fn the_document_and_the_code_have_the_same_limits() {
         format!(
             "| chunk | u32 *n*, then [n] | *n* from 1 to {} |",
             limits::MAX_DEVICE_STATE_CHUNK
+        ),
+        format!(
+            "| pieces | u32 *n*, then *n* × (u64, u64) | *n* from 1 to {};",
+            limits::MAX_PIECES
+        ),
+        format!("{} KiB in all", limits::MAX_ENCODED >> 10),
+        format!(
+            "| encoded | u32 *n*, then [n] | *n* from 1 to {} |",
+            limits::MAX_ENCODED
         ),
         format!("1 page to {} TiB", limits::MAX_BLOCK_SIZE >> 40),
         format!(

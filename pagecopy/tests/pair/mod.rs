@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use pagecopy::engine::destination::{self, Destination};
+use pagecopy::engine::encoding::policy::Compress;
 use pagecopy::engine::event::{Finished, State};
 use pagecopy::engine::journal::{self, Record, Side};
 use pagecopy::engine::source::{self, Source};
@@ -107,6 +108,7 @@ impl Pair {
                 downtime_limit: Duration::from_millis(300),
                 bandwidth_limit: None,
                 background_limit: None,
+                compress: Compress::Off,
                 max_rounds: 30,
                 timeout: None,
                 verify: false,

@@ -165,6 +165,7 @@ impl Pair {
         let pushed = Pushed {
             raw_bytes: raw,
             zero_bytes: zero,
+            ..Pushed::default()
         };
         self.at(
             done,

@@ -56,6 +56,9 @@ impl Plan {
             plan.faults.truncate(1);
             plan.faults.extend(fault::decisions_in_doubt(&mut rng));
         }
+        // Last, so that the rest of a seed's plan does not depend on it.
+        plan.wanted.encoded = rng.chance(400);
+        plan.wanted.versions = rng.spread(1, 100);
         plan
     }
 
@@ -134,6 +137,8 @@ fn wanted(rng: &mut Rng, theme: Theme) -> Wanted {
         verify: theme == Theme::Verify || rng.chance(100),
         quit_source: rng.chance(200),
         how: How::Precopy,
+        encoded: false,
+        versions: 64,
     }
 }
 

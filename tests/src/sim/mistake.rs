@@ -53,11 +53,15 @@ pub enum Mistake {
     ForgotLacking,
     /// The source lets go of the guest's memory as soon as the guest runs at the destination.
     DetachWhenMoved,
+    /// The version of a page that was kept is not dropped when the page goes straight from the guest's memory.
+    StaleVersion,
+    /// An encoded message is not sent, and its pages are kept as if it was.
+    LostVersion,
 }
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Mistake; 25] = [
+    pub const ALL: [Mistake; 27] = [
         Mistake::ClearAfterRead,
         Mistake::EarlyBarrier,
         Mistake::LateZero,
@@ -83,5 +87,7 @@ impl Mistake {
         Mistake::ServeOldCopy,
         Mistake::ForgotLacking,
         Mistake::DetachWhenMoved,
+        Mistake::StaleVersion,
+        Mistake::LostVersion,
     ];
 }

@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+use pagecopy::engine::encoding::policy::Compress;
 use pagecopy::engine::source::{After, Mode, Options};
 use pagecopy::memory::BlockSpec;
 use serde::{Deserialize, Serialize};
@@ -170,6 +171,10 @@ pub(super) struct Wanted {
     pub(super) verify: bool,
     pub(super) quit_source: bool,
     pub(super) how: How,
+    /// Pages go encoded, each message in a way that chance decides.
+    pub(super) encoded: bool,
+    /// Pages of which the version sent last is kept.
+    pub(super) versions: u64,
 }
 
 impl Default for Wanted {
@@ -182,6 +187,8 @@ impl Default for Wanted {
             verify: false,
             quit_source: false,
             how: How::Precopy,
+            encoded: false,
+            versions: 64,
         }
     }
 }
@@ -287,6 +294,11 @@ impl Plan {
                 How::Postcopy => Mode::Postcopy,
             },
             quit_source: self.wanted.quit_source,
+            compress: if self.wanted.encoded {
+                Compress::Auto
+            } else {
+                Compress::Off
+            },
         }
     }
 

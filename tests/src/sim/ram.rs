@@ -379,6 +379,13 @@ impl Ram for SimRam {
         self.blocks[usize::from(block.0)].heap.is_zero(offset, len)
     }
 
+    fn read(&self, block: BlockId, offset: u64, into: &mut [u8]) {
+        self.blocks[usize::from(block.0)]
+            .heap
+            .region()
+            .copy_out(offset, into);
+    }
+
     fn digests(&self, block: BlockId) -> io::Result<Vec<Digest>> {
         let block = &self.blocks[usize::from(block.0)];
         let chunks =
@@ -417,6 +424,19 @@ impl Placer for SimRam {
         Ok(())
     }
 
+    fn read(&self, block: BlockId, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        Ram::read(self, block, offset, into);
+        Ok(())
+    }
+
+    fn place(&self, block: BlockId, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.blocks[usize::from(block.0)]
+            .heap
+            .region()
+            .copy_in(offset, bytes);
+        Ok(())
+    }
+
     fn zero(&self, run: Run) -> Result<(), OutOfBounds> {
         let block = self
             .blocks
@@ -432,6 +452,54 @@ impl Placer for SimRam {
             (end - run.first) * block.spec.page_size,
         );
         Ok(())
+    }
+}
+
+/// The destination's RAM by the source's numbers.
+pub(super) struct InOrder<'a> {
+    /// The RAM.
+    pub(super) ram: &'a SimRam,
+    /// For each block of the source, the index of ours.
+    pub(super) order: &'a [usize],
+}
+
+impl InOrder<'_> {
+    fn ours(&self, block: BlockId) -> BlockId {
+        let index = self.order.get(usize::from(block.0)).copied();
+        BlockId(
+            index
+                .and_then(|index| u16::try_from(index).ok())
+                .unwrap_or(u16::MAX),
+        )
+    }
+
+    fn run(&self, run: Run) -> Run {
+        Run {
+            block: self.ours(run.block),
+            ..run
+        }
+    }
+}
+
+impl Placer for InOrder<'_> {
+    fn clear(&self) -> io::Result<()> {
+        self.ram.clear()
+    }
+
+    fn allocate(&self, run: Run) -> io::Result<()> {
+        self.ram.allocate(self.run(run))
+    }
+
+    fn read(&self, block: BlockId, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        Placer::read(self.ram, self.ours(block), offset, into)
+    }
+
+    fn place(&self, block: BlockId, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        Placer::place(self.ram, self.ours(block), offset, bytes)
+    }
+
+    fn zero(&self, run: Run) -> Result<(), OutOfBounds> {
+        self.ram.zero(self.run(run))
     }
 }
 

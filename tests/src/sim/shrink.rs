@@ -123,6 +123,8 @@ fn smaller(plan: &Plan) -> Vec<Plan> {
 fn wanted(with: &mut impl FnMut(&dyn Fn(&mut Plan))) {
     let plain = Wanted::default();
     with(&|plan| plan.wanted.verify = false);
+    with(&|plan| plan.wanted.encoded = false);
+    with(&|plan| plan.wanted.versions = plain.versions);
     with(&|plan| plan.wanted.quit_source = false);
     with(&|plan| plan.wanted.timeout_us = None);
     with(&|plan| plan.wanted.bandwidth_limit = None);

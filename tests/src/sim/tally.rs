@@ -21,6 +21,8 @@ pub enum Happened {
     Silence,
     /// Only what this side sent did not arrive for a while.
     OneWaySilence(Side),
+    /// Pages were sent as what differs from the version before.
+    WentAsDelta,
     /// The source tried to connect anew and could not.
     ReconnectFailed,
     /// A later round's or batch's barrier came on one channel before an earlier one's on another.

@@ -463,7 +463,7 @@ impl World {
                 self.orders.add(Order::Poison);
             }
             Output::Journal(record) => self.journal(record),
-            Output::Prepare { order } => {
+            Output::Prepare { order, .. } => {
                 assert_eq!(order, [1, 0], "the source's order");
                 self.orders.add(Order::Prepare);
             }

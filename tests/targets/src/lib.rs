@@ -5,20 +5,23 @@
 
 mod decoders;
 mod destination;
+mod encoded;
 mod orders;
 mod source;
 mod words;
 
 pub use decoders::{journal, message};
 pub use destination::destination;
+pub use encoded::encoded;
 pub use source::source;
 
 /// Takes any bytes.
 pub type Target = fn(&[u8]);
 
 /// Every target by its name, which is also that of its folder in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("destination", destination),
+    ("encoded", encoded),
     ("greeting", transport::fuzzing::greeting),
     ("journal", journal),
     ("message", message),

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use bytes::Bytes;
+use pagecopy::engine::encoding::policy::Compress;
 use pagecopy::engine::event::State;
 use pagecopy::engine::journal::{Outcome, Postcopy, Record};
 use pagecopy::engine::source::{
@@ -111,6 +112,7 @@ fn setup(flags: u8, mode: Mode) -> Setup {
         fixed_downtime: Duration::from_millis(20),
         options: Options {
             downtime_limit: Duration::from_millis(300),
+            compress: Compress::Auto,
             bandwidth_limit: (flags & 2 != 0).then_some(100 << 20),
             background_limit: (flags & 2 != 0).then_some(1 << 20),
             max_rounds: 1 + u32::from(flags >> 5),
@@ -331,6 +333,7 @@ impl World {
             pushed: Pushed {
                 raw_bytes: all - zero,
                 zero_bytes: zero,
+                ..Pushed::default()
             },
         })
     }

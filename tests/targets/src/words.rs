@@ -6,7 +6,7 @@ use arbitrary::{Arbitrary, Result, Unstructured};
 use bytes::Bytes;
 use pagecopy::engine::event::{FaultFigures, PostcopyCost, Quantiles};
 use pagecopy::engine::{Failure, Fault, MigrationId};
-use pagecopy::memory::{BlockId, BlockSpec, Run};
+use pagecopy::memory::{BlockId, BlockSpec, Piece, Run};
 use pagecopy::wire::{AbortCode, Message, Standing};
 
 /// The migration of every input.
@@ -67,6 +67,46 @@ pub(crate) fn digests(input: &mut Unstructured<'_>) -> Result<Vec<[u8; 16]>> {
     Ok(vec![[value; 16]; len])
 }
 
+/// A piece or two, and perhaps one outside every block.
+fn pieces(input: &mut Unstructured<'_>) -> Result<Vec<Piece>> {
+    let mut end = 0;
+    (0..input.int_in_range(1..=2)?)
+        .map(|_| {
+            let piece = Piece {
+                offset: end + u64::from(u8::arbitrary(input)? % 5) * 4096,
+                len: 4096 * input.int_in_range(1..=2)?,
+            };
+            end = piece.offset + piece.len;
+            Ok(piece)
+        })
+        .collect()
+}
+
+fn encoded(input: &mut Unstructured<'_>) -> Result<Bytes> {
+    let len = input.int_in_range(1..=40)?;
+    Ok(Bytes::copy_from_slice(input.bytes(len)?))
+}
+
+/// `Copied` or `Deltas`.
+pub(crate) fn encoded_message(input: &mut Unstructured<'_>, round: u32) -> Result<Message> {
+    let block = u16::from(u8::arbitrary(input)? % 3);
+    Ok(if bool::arbitrary(input)? {
+        Message::Copied {
+            block,
+            zstd: bool::arbitrary(input)?,
+            pieces: pieces(input)?,
+            bytes: encoded(input)?,
+        }
+    } else {
+        Message::Deltas {
+            block,
+            base_round: round,
+            pieces: pieces(input)?,
+            bytes: encoded(input)?,
+        }
+    })
+}
+
 /// Any message. `round` is one that the engine may be waiting for.
 pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Message> {
     let round = match u8::arbitrary(input)? {
@@ -76,7 +116,8 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
     };
     let kind = match u8::arbitrary(input)? {
         choice @ 0..=209 => choice % 21,
-        choice => 21 + choice % 6,
+        choice @ 210..=251 => 21 + choice % 6,
+        _ => 27,
     };
     Ok(match kind {
         0 => Message::Hello {
@@ -95,6 +136,7 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
             host: "peer".to_owned(),
             reason: "no".to_owned(),
         },
+        27 => encoded_message(input, round)?,
         2 => Message::Populate(runs(input, false)?),
         3 => Message::Zero(runs(input, false)?),
         4 => Message::Barrier { round },
@@ -157,7 +199,7 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
                 paused_us: u64::arbitrary(input)?,
             }),
         },
-        27 => Message::Lost {
+        28 => Message::Lost {
             id: id(input)?,
             reason: "gone".to_owned(),
         },

@@ -30,6 +30,11 @@ fn destination() {
 }
 
 #[test]
+fn encoded() {
+    replay("encoded");
+}
+
+#[test]
 fn greeting() {
     replay("greeting");
 }

@@ -26,6 +26,7 @@ use transport::{Channel, Regions};
 use self::device_state::DeviceState;
 use self::fetch::Fetch;
 pub(crate) use self::fetch::TakenOver;
+use self::work::allocation_failure;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::failure::operator;
 use crate::lane::destination::Command;
@@ -265,6 +266,7 @@ impl Session {
                 self.broken.set(&error);
                 None
             }
+            LaneEvent::NoPlace(error) => Some(Input::HostFailed(allocation_failure(&error))),
             LaneEvent::Pushed { .. } => None,
         }
     }
@@ -295,7 +297,7 @@ impl Session {
                     }
                 }
                 Output::Journal(record) => self.journal(record),
-                Output::Prepare { order } => self.prepare(&order),
+                Output::Prepare { order, encodings } => self.prepare(&order, encodings),
                 Output::Allocate(runs) => self.allocate(runs),
                 Output::KeepDeviceState(piece) => self.device_state.push(piece),
                 Output::Digest => self.digest(),

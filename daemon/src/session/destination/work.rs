@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use pagecopy::engine::destination::Input;
+use pagecopy::engine::encoding::Encodings;
 use pagecopy::engine::journal::Record;
 use pagecopy::engine::{ChannelId, Failure};
 use pagecopy::host::{Placer, Ram};
@@ -27,13 +28,13 @@ const ALLOCATE_AT_ONCE: u64 = 32 << 20;
 
 impl Session {
     /// Clears the RAM, registers its regions in the source's order, and starts to take pages.
-    pub(super) fn prepare(&mut self, order: &[usize]) {
+    pub(super) fn prepare(&mut self, order: &[usize], encodings: Encodings) {
         let memory = match self.map(order) {
             Ok(memory) => memory,
             Err(failure) => return self.answer(Input::HostFailed(failure)),
         };
         self.memory = Some(memory.clone());
-        let lanes = self.start_lanes(&memory).err();
+        let lanes = self.start_lanes(&memory, encodings).err();
         let regions = self.regions.clone();
         self.order(async move {
             if let Some(failure) = lanes {
@@ -71,11 +72,15 @@ impl Session {
     }
 
     /// Before the regions are registered no page can land: an early one is refused by the transport.
-    fn start_lanes(&mut self, memory: &Memory) -> Result<(), Failure> {
+    fn start_lanes(&mut self, memory: &Memory, encodings: Encodings) -> Result<(), Failure> {
         for (channel, number) in std::mem::take(&mut self.idle).into_iter().zip(1..) {
             let id = ChannelId(number);
-            let handler =
-                DestinationData::new(id, Arc::clone(&memory.specs), Arc::clone(&memory.placer));
+            let handler = DestinationData::new(
+                id,
+                Arc::clone(&memory.specs),
+                Arc::clone(&memory.placer),
+                encodings,
+            );
             let sender = self.lane_events.clone();
             let tell = move |told| {
                 // A session that has ended needs no events.
@@ -242,7 +247,7 @@ fn pieces(run: Run, specs: &[BlockSpec]) -> impl Iterator<Item = Run> {
         })
 }
 
-fn allocation_failure(error: &std::io::Error) -> Failure {
+pub(super) fn allocation_failure(error: &std::io::Error) -> Failure {
     host(
         format!("there is not enough memory for the guest: {error}"),
         "free memory on this host, or make the file system of the RAM files larger (its size= or the huge pages)",

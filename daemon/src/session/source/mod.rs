@@ -28,7 +28,7 @@ use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, 
 use crate::dial::{Target, dial_control};
 use crate::failure::{Shown, operator};
 use crate::lane::control::Control;
-use crate::lane::source::{Command, SourceData};
+use crate::lane::source::{Command, Encoding, SourceData};
 use crate::lane::{Lane, LaneEvent, Told};
 use crate::migrations::{Decided, Migration, Request};
 use crate::qemu::Guest;
@@ -81,6 +81,8 @@ pub(crate) struct Parts {
     pub(crate) target: Target,
     /// None when a migration is taken up after a restart, unless a guest depends on it.
     pub(crate) memory: Option<Memory>,
+    /// How pages are encoded.
+    pub(crate) encoding: Encoding,
     /// Control channel first; empty after a restart.
     pub(crate) channels: Vec<Box<dyn Channel>>,
 }
@@ -109,6 +111,8 @@ pub(crate) struct Session {
     control: Option<Lane<Message>>,
     connection: u32,
     data: Vec<Lane<Command>>,
+    /// Of the connection on which pages are pushed: there is only one such.
+    encoding: Encoding,
     teller: Teller,
     /// Scans, and everything else that touches QEMU's memory map.
     memory_worker: Worker,
@@ -147,6 +151,7 @@ impl Session {
             control: None,
             connection: 0,
             data: Vec::new(),
+            encoding: parts.encoding,
             teller: Teller::new(parts.id, Arc::clone(&parts.migration), parts.clock),
             memory_worker: Worker::start("memory")?,
             journal_worker: Worker::start("journal")?,
@@ -202,7 +207,12 @@ impl Session {
         let specs = Arc::clone(&served.specs);
         for (channel, number) in channels.into_iter().zip(1..) {
             let id = ChannelId(number);
-            let handler = SourceData::new(id, Arc::clone(&specs), Arc::clone(&ram));
+            let handler = SourceData::new(
+                id,
+                Arc::clone(&specs),
+                Arc::clone(&ram),
+                self.encoding.clone(),
+            );
             let lane = Lane::start("data", id, channel, handler, (), self.tell())?;
             self.teller.add(&lane);
             self.data.push(lane);
@@ -331,7 +341,7 @@ impl Session {
                 None
             }
             LaneEvent::Misbehaved(what) => Some(Input::LinkLost(misbehaved(what))),
-            LaneEvent::Barrier { .. } => None,
+            LaneEvent::Barrier { .. } | LaneEvent::NoPlace(_) => None,
         }
     }
 

@@ -4,6 +4,7 @@ use super::core::Core;
 use super::interface::{Input, Output};
 use super::receive::Receive;
 use super::{Phase, Step};
+use crate::engine::encoding::Encodings;
 use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::{Failure, Fault};
@@ -37,7 +38,8 @@ impl Greeting {
                 let order = match_blocks(&blocks, &core.setup.blocks)?;
                 core.blocks = blocks;
                 core.verify = verify;
-                core.out.push(Output::Prepare { order });
+                let encodings = Encodings::of_bits(capabilities);
+                core.out.push(Output::Prepare { order, encodings });
                 Ok(Phase::Preparing(Preparing {
                     version,
                     capabilities,
@@ -68,7 +70,7 @@ fn common_version(min: u16, max: u16) -> Result<u16, End> {
 
 /// What both sides can do, and why post-copy is not among it although the source would.
 fn common_capabilities(core: &mut Core, theirs: u64, verify: bool) -> Result<(u64, String), End> {
-    let mut ours = wire::capability::VERIFY;
+    let mut ours = wire::capability::VERIFY | Encodings::ALL.bits();
     let mut reason = String::new();
     match &core.setup.postcopy {
         Ok(()) if core.setup.data_channels >= 2 && !verify => ours |= wire::capability::POSTCOPY,

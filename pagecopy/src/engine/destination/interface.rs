@@ -1,6 +1,7 @@
 //! What the destination's engine is set up with, what it is told, and what it asks for.
 
 use crate::engine::bitmap::Bitmap;
+use crate::engine::encoding::Encodings;
 use crate::engine::event::{FaultFigures, Figures, Report, State};
 use crate::engine::journal::{RamFile, Record};
 use crate::engine::{ChannelId, Failure, MigrationId, Timeouts};
@@ -127,6 +128,8 @@ pub enum Output {
     Prepare {
         /// For each of the source's blocks, the index of ours.
         order: Vec<usize>,
+        /// How pages may come encoded on the data channels.
+        encodings: Encodings,
     },
     /// Allocate these pages in the background. Answer only when it fails: `HostFailed`.
     Allocate(Vec<Run>),

@@ -4,6 +4,7 @@
 use bytes::Bytes;
 
 use super::{Destination, Input, Output, Setup};
+use crate::engine::encoding::Encodings;
 use crate::engine::event::{Figures, State};
 use crate::engine::journal::Record;
 use crate::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
@@ -123,7 +124,10 @@ fn the_path_ends_completed() {
         }
     }
     let outputs = outputs(&mut destination);
-    assert!(outputs.contains(&Output::Prepare { order: vec![1, 0] }));
+    assert!(outputs.contains(&Output::Prepare {
+        order: vec![1, 0],
+        encodings: Encodings::default(),
+    }));
     let sent: Vec<&str> = outputs
         .iter()
         .filter_map(|output| match output {

@@ -73,6 +73,8 @@ pub(super) struct Convergence {
     max_rounds: u32,
     timeout: Option<Duration>,
     bandwidth_limit: Option<u64>,
+    /// Bytes of pages for each one that was sent, in the last round.
+    shrunk: f64,
     fixed: Duration,
     /// What `--verify` is expected to add. Shown, but not held against the limit: it was asked for.
     verify: Duration,
@@ -111,6 +113,7 @@ impl Convergence {
             max_rounds: options.max_rounds.max(1),
             timeout: options.timeout,
             bandwidth_limit: options.bandwidth_limit,
+            shrunk: 1.0,
             fixed,
             verify,
             goodput: Goodput::Unmeasured,
@@ -148,6 +151,8 @@ impl Convergence {
         if sent.raw_bytes == 0 || took.is_zero() {
             return;
         }
+        let wire = sent.raw_bytes.saturating_sub(sent.encoded.saved());
+        self.shrunk = sent.raw_bytes as f64 / wire.max(1) as f64;
         let rate = sent.raw_bytes as f64 / took.as_secs_f64();
         let measurable = sent.raw_bytes >= MEASURABLE_BYTES && took >= MEASURABLE_TIME;
         self.goodput = match self.goodput {
@@ -167,7 +172,7 @@ impl Convergence {
         };
         let limit = self
             .bandwidth_limit
-            .map_or(f64::INFINITY, |limit| limit as f64);
+            .map_or(f64::INFINITY, |limit| limit as f64 * self.shrunk);
         measured.min(limit).max(1.0)
     }
 
@@ -362,6 +367,7 @@ fn mb_s(bytes_s: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::encoding::policy::Compress;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -370,6 +376,7 @@ mod tests {
             downtime_limit: 50 * MS,
             bandwidth_limit: None,
             background_limit: None,
+            compress: Compress::Off,
             max_rounds: 1000,
             timeout: None,
             mode: super::super::Mode::Precopy,

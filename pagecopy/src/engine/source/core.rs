@@ -101,6 +101,7 @@ impl Core {
         let sent = self.sender.total();
         self.figures.pages_sent = sent.raw_pages;
         self.figures.pages_zero = sent.zero_pages;
+        self.figures.encoded = sent.encoded;
         let seconds = self.sending_time.as_secs_f64();
         self.figures.goodput_mbit_s = if seconds > 0.0 {
             sent.raw_bytes as f64 * 8.0 / 1e6 / seconds
@@ -290,6 +291,7 @@ impl Core {
             goodput_bytes_s: whole(goodput),
             dirty_bytes_s: whole(self.convergence.dirty_rate()),
             predicted_downtime_ms: self.convergence.predicted().map(millis),
+            encoded: self.sender.total().encoded,
             eta_s: (done > 0 && seconds > 0.0).then(|| left as f64 * seconds / done as f64),
         };
         self.out.push(Output::Report(Report::Progress(progress)));

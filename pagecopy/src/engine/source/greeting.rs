@@ -5,8 +5,10 @@ use super::interface::{Input, Mode, Output, Setup};
 use super::reasons::{outside, stalled};
 use super::round::Round;
 use super::{Phase, Step};
+use crate::engine::encoding::Encodings;
+use crate::engine::encoding::policy::Compress;
 use crate::engine::end::End;
-use crate::engine::event::State;
+use crate::engine::event::{Report, State};
 use crate::engine::{Failure, Fault, Time};
 use crate::wire::{self, AbortCode, Message, VERSION_MAX, VERSION_MIN};
 
@@ -46,6 +48,7 @@ impl Greeting {
                 reason,
             }) => {
                 check_accept(core, version, capabilities, &reason)?;
+                agree_on_encodings(core, Encodings::of_bits(capabilities));
                 let can = capabilities & wire::capability::POSTCOPY != 0;
                 if !can && offered(core) & wire::capability::POSTCOPY != 0 {
                     core.out.notice(format!(
@@ -85,7 +88,7 @@ impl Greeting {
     }
 }
 
-/// Capability bits: post-copy only where the operator wants it in some case.
+/// Capability bits: encodings and post-copy only where the operator wants it in some case.
 fn offered(core: &Core) -> u64 {
     let Setup {
         options,
@@ -93,11 +96,23 @@ fn offered(core: &Core) -> u64 {
         ..
     } = &core.setup;
     let postcopy = !matches!(options.mode, Mode::Precopy | Mode::Auto { postcopy: false });
+    let mut offered = wire::capability::VERIFY | options.compress.encodings().bits();
     if postcopy && !options.verify && *data_channels >= 2 {
-        wire::capability::VERIFY | wire::capability::POSTCOPY
-    } else {
-        wire::capability::VERIFY
+        offered |= wire::capability::POSTCOPY;
     }
+    offered
+}
+
+/// What the destination cannot take is not sent; an operator who has asked for it is told.
+fn agree_on_encodings(core: &mut Core, encodings: Encodings) {
+    let compress = core.setup.options.compress;
+    if compress != Compress::Auto && encodings != compress.encodings() {
+        core.out.push(Output::Report(Report::Notice {
+            text: "the destination cannot take pages encoded as was asked for: they go as they are"
+                .to_owned(),
+        }));
+    }
+    core.sender.encode(encodings);
 }
 
 fn check_accept(core: &Core, version: u16, capabilities: u64, reason: &str) -> Result<(), End> {

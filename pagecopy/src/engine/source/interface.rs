@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 pub use crate::engine::doubt::Resolution;
+use crate::engine::encoding::policy::Compress;
+use crate::engine::encoding::{Encoded, Encodings};
 use crate::engine::event::{Finished, Report};
 use crate::engine::journal::{RamFile, Record};
 use crate::engine::{ChannelId, Failure, MigrationId, Timeouts};
@@ -53,6 +55,8 @@ pub struct Options {
     pub mode: Mode,
     /// Compare digests of both RAMs before the commit.
     pub verify: bool,
+    /// How pages are encoded, where the destination can take it.
+    pub compress: Compress,
     /// Quit the source QEMU once the guest has moved.
     pub quit_source: bool,
 }
@@ -87,6 +91,10 @@ pub struct Setup {
 pub struct Batch {
     /// Names the batch in [`Input::Pushed`].
     pub id: u64,
+    /// The round that it is of: the rounds before are in place at the destination.
+    pub round: u32,
+    /// How its pages may be encoded.
+    pub encodings: Encodings,
     /// At most `MAX_RUNS` runs and `MAX_BATCH_BYTES` bytes, of one block.
     pub runs: Vec<Run>,
 }
@@ -98,6 +106,8 @@ pub struct Pushed {
     pub raw_bytes: u64,
     /// Bytes that were zero and went as a run.
     pub zero_bytes: u64,
+    /// What went encoded.
+    pub encoded: Encoded,
 }
 
 /// Something that happened.

@@ -88,7 +88,7 @@ impl Round {
     fn start_sending(&mut self, core: &mut Core) {
         self.stage = Stage::Sending;
         self.started = core.now;
-        core.sender.begin_round();
+        core.sender.begin_round(self.number);
         self.send_on(core);
     }
 
@@ -188,6 +188,7 @@ impl Round {
             ms: millis(self.took),
             pages_sent: sent.raw_pages,
             pages_zero: sent.zero_pages,
+            encoded: sent.encoded,
             pages_dirty: found.pages,
             pages_held: core.pages.held_pages(),
             scan_us: u64::try_from(scan_took.as_micros()).unwrap_or(u64::MAX),

@@ -2,6 +2,7 @@
 
 use super::heat::Pages;
 use super::interface::{Batch, Output, Pushed};
+use crate::engine::encoding::{Encoded, Encodings};
 use crate::engine::pacing::Pacer;
 use crate::engine::{ChannelId, Time};
 use crate::limits::{MAX_BATCH_BYTES, MAX_BATCHES_PER_CHANNEL, MAX_RUNS};
@@ -16,6 +17,10 @@ pub(super) struct Sender {
     lanes: Vec<Vec<InFlight>>,
     next_id: u64,
     pacer: Pacer,
+    /// How pages may be encoded.
+    encodings: Encodings,
+    /// The round under way.
+    number: u32,
     /// Since [`Sender::begin_round`].
     round: Sent,
     /// In the rounds before.
@@ -31,10 +36,13 @@ struct InFlight {
 /// What was sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Sent {
+    /// Bytes of pages that were not zero, however they went.
     pub(super) raw_bytes: u64,
     pub(super) raw_pages: u64,
     pub(super) zero_bytes: u64,
     pub(super) zero_pages: u64,
+    /// Of `raw_bytes`: what went encoded.
+    pub(super) encoded: Encoded,
 }
 
 impl Sender {
@@ -43,13 +51,21 @@ impl Sender {
             lanes: vec![Vec::new(); usize::from(channels)],
             next_id: 0,
             pacer: Pacer::new(bandwidth_limit, now),
+            encodings: Encodings::default(),
+            number: 0,
             round: Sent::default(),
             before: Sent::default(),
         }
     }
 
-    /// Counts anew.
-    pub(super) fn begin_round(&mut self) {
+    /// The destination takes pages encoded like this.
+    pub(super) fn encode(&mut self, encodings: Encodings) {
+        self.encodings = encodings;
+    }
+
+    /// Counts anew: the rounds before `number` are in place.
+    pub(super) fn begin_round(&mut self, number: u32) {
+        self.number = number;
         self.before = self.total();
         self.round = Sent::default();
     }
@@ -61,6 +77,7 @@ impl Sender {
             raw_pages: self.before.raw_pages + self.round.raw_pages,
             zero_bytes: self.before.zero_bytes + self.round.zero_bytes,
             zero_pages: self.before.zero_pages + self.round.zero_pages,
+            encoded: self.before.encoded.and(self.round.encoded),
         }
     }
 
@@ -101,7 +118,12 @@ impl Sender {
             let channel = ChannelId(u16::try_from(lane + 1).unwrap_or(u16::MAX));
             outputs.push(Output::Push {
                 channel,
-                batch: Batch { id, runs },
+                batch: Batch {
+                    id,
+                    round: self.number,
+                    encodings: self.encodings,
+                    runs,
+                },
             });
         }
         outputs
@@ -128,9 +150,12 @@ impl Sender {
         let Some(page_size) = self.land(channel, batch) else {
             return false;
         };
-        self.pacer.refund(pushed.zero_bytes);
-        self.round.raw_bytes += pushed.raw_bytes;
-        self.round.raw_pages += pushed.raw_bytes / page_size;
+        self.pacer
+            .refund(pushed.zero_bytes + pushed.encoded.saved());
+        let bytes = pushed.raw_bytes + pushed.encoded.bytes();
+        self.round.raw_bytes += bytes;
+        self.round.raw_pages += bytes / page_size;
+        self.round.encoded = self.round.encoded.and(pushed.encoded);
         self.round.zero_bytes += pushed.zero_bytes;
         self.round.zero_pages += pushed.zero_bytes / page_size;
         true

@@ -202,7 +202,7 @@ impl Switchover {
         if self.digests_owed {
             core.out.push(Output::Digest);
         }
-        core.sender.begin_round();
+        core.sender.begin_round(self.final_round);
         self.send_on(core);
         core.out.push(Output::SaveDeviceState);
         Ok(())

@@ -7,6 +7,7 @@ mod postcopy;
 use std::time::Duration;
 
 use super::{Input, Mode, Options, Output, Resolution, Setup, Source};
+use crate::engine::encoding::policy::Compress;
 use crate::engine::event::{Report, State};
 use crate::engine::journal::{Outcome, Postcopy, Record};
 use crate::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
@@ -35,6 +36,7 @@ fn setup() -> Setup {
             downtime_limit: Duration::from_millis(300),
             bandwidth_limit: None,
             background_limit: Some(1 << 20),
+            compress: Compress::Off,
             max_rounds: 10,
             timeout: None,
             mode: Mode::Precopy,

@@ -108,6 +108,17 @@ impl MappedRam {
         (0..).map(BlockId).zip(self.blocks.iter())
     }
 
+    /// The block, if it has `len` bytes at `offset`.
+    fn whole(&self, block: BlockId, offset: u64, len: usize) -> io::Result<&MappedBlock> {
+        let inside = |block: &&MappedBlock| {
+            offset
+                .checked_add(len as u64)
+                .is_some_and(|end| end <= block.spec.size)
+        };
+        let outside = || io::Error::new(io::ErrorKind::InvalidInput, "outside the RAMBlock");
+        self.block(block).filter(inside).ok_or_else(outside)
+    }
+
     /// The block and the bytes of a run that is inside it.
     fn locate(&self, run: Run) -> Result<(&MappedBlock, Range<u64>), OutOfBounds> {
         let block = self.block(run.block).ok_or(OutOfBounds(run))?;
@@ -265,6 +276,12 @@ impl Ram for MappedRam {
         inside && block.map.is_zero(as_usize(offset)..as_usize(offset + len))
     }
 
+    fn read(&self, block: BlockId, offset: u64, into: &mut [u8]) {
+        if let Some(block) = self.block(block) {
+            block.map.copy_out(as_usize(offset), into);
+        }
+    }
+
     fn digests(&self, block: BlockId) -> io::Result<Vec<Digest>> {
         self.block(block)
             .map_or_else(|| Ok(Vec::new()), digest::chunks)
@@ -286,6 +303,27 @@ impl Placer for MappedRam {
             .locate(run)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         block.allocate(range)
+    }
+
+    fn read(&self, block: BlockId, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let block = self.whole(block, offset, into.len())?;
+        // Not through the mapping: reading a hole there would allocate it.
+        block.file.read_exact_at(into, offset)
+    }
+
+    fn place(&self, block: BlockId, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let block = self.whole(block, offset, bytes.len())?;
+        if !block.is_huge() {
+            // By the kernel: where there is no room for a page, a store would be a SIGBUS.
+            return block.file.write_all_at(bytes, offset);
+        }
+        // hugetlbfs has no write: the pages are made to be there first.
+        let (page, end) = (block.spec.page_size, offset + bytes.len() as u64);
+        let first = offset / page * page;
+        let len = end.next_multiple_of(page) - first;
+        retry(|| rustix::fs::fallocate(&block.file, FallocateFlags::KEEP_SIZE, first, len))?;
+        block.map.copy_in(as_usize(offset), bytes);
+        Ok(())
     }
 
     fn zero(&self, run: Run) -> Result<(), OutOfBounds> {

@@ -55,10 +55,22 @@ impl SharedMap {
         unsafe { ptr::copy_nonoverlapping(from.cast_const(), into.as_mut_ptr(), into.len()) }
     }
 
-    /// Whether all bytes of `range` are zero now. Both ends are multiples of 64.
+    /// Copies `bytes` to `offset`. Their pages must be in the file already, as for [`SharedMap::fill_zero`].
     ///
     /// # Panics
-    /// When it is not inside the mapping, or not aligned.
+    /// When they are not inside the mapping, or the mapping is read-only.
+    pub(crate) fn copy_in(&self, offset: usize, bytes: &[u8]) {
+        assert!(self.writable, "bytes are written to writable mappings only");
+        let at = self.at(&(offset..offset.saturating_add(bytes.len())));
+        // SAFETY: `at` checked that the target is inside the mapping, which is writable and lives as long as `self`; the
+        // source is a private slice, so the two do not overlap.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len()) }
+    }
+
+    /// Whether all bytes of `range` are zero now.
+    ///
+    /// # Panics
+    /// When it is not inside the mapping.
     pub(crate) fn is_zero(&self, range: Range<usize>) -> bool {
         let from = self.at(&range);
         // SAFETY: `at` checked that the range is inside the mapping, which lives as long as `self`.

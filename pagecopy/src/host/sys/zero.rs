@@ -2,40 +2,63 @@
 //!
 //! Three variants of one loop: 512-bit and 256-bit vectors where the processor has them, 64-bit words elsewhere. All reads
 //! are volatile, since the guest may write at the same time; the answer is about some moment during the call. Each loop
-//! ends at the first block of 256 bytes that is not zero.
+//! ends at the first block of 256 bytes that is not zero. What is before the first line of 64 bytes and behind the last one
+//! goes byte by byte: pages have none of it.
 
 use std::ptr;
 
 /// Bytes looked at between two decisions.
 const STEP: usize = 256;
-/// What the address and the length are multiples of.
+/// What the address and the length of a loop are multiples of.
 const UNIT: usize = 64;
 
+/// One of the loops below.
+type Loop = unsafe fn(*const u8, usize) -> bool;
+
 /// Whether `len` bytes at `at` are zero.
-///
-/// # Panics
-/// When `at` or `len` is not a multiple of 64.
 ///
 /// # Safety
 /// The bytes are mapped readable for the length of the call.
 pub(crate) unsafe fn is_zero(at: *const u8, len: usize) -> bool {
-    assert!(
-        at.addr().is_multiple_of(UNIT) && len.is_multiple_of(UNIT),
-        "guest memory is tested in lines"
-    );
+    // SAFETY: the loop is one that the processor has the instructions of; the memory is the caller's promise.
+    unsafe { is_zero_by(fastest(), at, len) }
+}
+
+/// The best of the loops on this processor.
+fn fastest() -> Loop {
     #[cfg(target_arch = "x86_64")]
     {
         if std::arch::is_x86_feature_detected!("avx512f") {
-            // SAFETY: the processor has the instructions; the memory is the caller's promise.
-            return unsafe { is_zero_avx512(at, len) };
+            return is_zero_avx512;
         }
         if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: as above.
-            return unsafe { is_zero_avx2(at, len) };
+            return is_zero_avx2;
         }
     }
-    // SAFETY: the caller's promise.
-    unsafe { is_zero_words(at, len) }
+    is_zero_words
+}
+
+/// Whole lines by `lines`, the rest by bytes.
+///
+/// # Safety
+/// As [`is_zero`]; the processor has the instructions of `lines`.
+unsafe fn is_zero_by(lines: Loop, at: *const u8, len: usize) -> bool {
+    let head = at.align_offset(UNIT).min(len);
+    let body = (len - head) / UNIT * UNIT;
+    let tail = len - head - body;
+    let (middle, end) = (at.wrapping_add(head), at.wrapping_add(head + body));
+    // SAFETY: the three parts make up the caller's range; the middle one begins at a multiple of 64, if it is not empty, and
+    // has a multiple of 64 bytes.
+    unsafe { is_zero_bytes(at, head) && lines(middle, body) && is_zero_bytes(end, tail) }
+}
+
+/// Byte by byte.
+///
+/// # Safety
+/// As [`is_zero`].
+unsafe fn is_zero_bytes(at: *const u8, len: usize) -> bool {
+    // SAFETY: `byte < len`, so the byte is inside the caller's range.
+    (0..len).all(|byte| unsafe { ptr::read_volatile(at.wrapping_add(byte)) } == 0)
 }
 
 /// With 64-bit words.
@@ -116,6 +139,8 @@ unsafe fn is_zero_avx512(at: *const u8, len: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[repr(align(64))]
@@ -123,22 +148,19 @@ mod tests {
 
     /// All variants that this processor has.
     fn answers(at: *const u8, len: usize) -> Vec<bool> {
-        let mut answers = Vec::new();
-        // SAFETY: the callers pass a range of a live page; the features are looked up.
-        unsafe {
-            answers.push(is_zero(at, len));
-            answers.push(is_zero_words(at, len));
-            #[cfg(target_arch = "x86_64")]
-            {
-                if std::arch::is_x86_feature_detected!("avx2") {
-                    answers.push(is_zero_avx2(at, len));
-                }
-                if std::arch::is_x86_feature_detected!("avx512f") {
-                    answers.push(is_zero_avx512(at, len));
-                }
+        let mut loops: Vec<Loop> = vec![is_zero_words, fastest()];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if std::arch::is_x86_feature_detected!("avx2") {
+                loops.push(is_zero_avx2);
+            }
+            if std::arch::is_x86_feature_detected!("avx512f") {
+                loops.push(is_zero_avx512);
             }
         }
-        answers
+        // SAFETY: the callers pass a range of a live page; the features were looked up.
+        let answer = |lines| unsafe { is_zero_by(lines, at, len) };
+        loops.into_iter().map(answer).collect()
     }
 
     #[test]
@@ -157,14 +179,34 @@ mod tests {
 
     #[test]
     fn no_variant_looks_outside() {
-        let mut page = Page([0; 8192]);
-        for units in 0..=10 {
-            let (start, len) = (1024, units * UNIT);
-            page.0[start - 1] = 0xFF;
-            page.0[start + len] = 0xFF;
-            let at = page.0[start..].as_ptr();
-            assert!(answers(at, len).iter().all(|zero| *zero), "{len} bytes");
-            page.0[start + len] = 0;
+        let mut page = Page([0xFF; 8192]);
+        for start in 1000..1100 {
+            for len in 0..200 {
+                page.0[start..start + len].fill(0);
+                let at = page.0[start..].as_ptr();
+                assert!(
+                    answers(at, len).iter().all(|zero| *zero),
+                    "{len} bytes at {start}"
+                );
+                page.0[start..start + len].fill(0xFF);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn all_variants_say_the_same_of_any_slice(
+            start in 0..300_usize,
+            len in 0..2000_usize,
+            set in prop::collection::vec((0..2500_usize, 1..=255_u8), 0..3),
+        ) {
+            let mut page = Page([0; 8192]);
+            for (position, byte) in set {
+                page.0[position] = byte;
+            }
+            let is_zero = page.0[start..start + len].iter().all(|byte| *byte == 0);
+            let answers = answers(page.0[start..].as_ptr(), len);
+            prop_assert!(answers.iter().all(|answer| *answer == is_zero), "{answers:?}");
         }
     }
 }

@@ -11,6 +11,7 @@ use super::super::driver::Driver;
 use super::super::env::{DestinationEvent, Env, failure};
 use super::super::lane::{Lane, Report, next_report};
 use super::super::mistake::Mistake;
+use super::super::ram::InOrder;
 use super::super::tally::Happened;
 use super::{DestinationSide, Question};
 
@@ -53,7 +54,12 @@ impl DestinationSide {
             .daemon
             .as_mut()
             .and_then(|daemon| daemon.data.get_mut(index));
-        let zero_bytes = lane.map_or(0, |data| std::mem::take(&mut data.zero_bytes));
+        let zero_bytes = lane.map_or(0, |data| {
+            if let Some(decoder) = &mut data.decoder {
+                decoder.barrier(round);
+            }
+            std::mem::take(&mut data.zero_bytes)
+        });
         self.note_order(env, channel, round);
         self.input(
             env,
@@ -113,6 +119,20 @@ impl DestinationSide {
                     .and_then(|daemon| daemon.data.get_mut(channel - 1));
                 if let Some(data) = lane {
                     data.zero_bytes += bytes;
+                }
+            }
+            message @ (Message::Copied { .. } | Message::Deltas { .. }) => {
+                let placer = InOrder {
+                    ram: &self.ram,
+                    order: &env.plan.order,
+                };
+                let decoder = self
+                    .daemon
+                    .as_mut()
+                    .and_then(|daemon| daemon.data.get_mut(channel - 1)?.decoder.as_mut());
+                if let Some(Err(error)) = decoder.map(|decoder| decoder.take(&message, &placer)) {
+                    env.checker
+                        .violate(format!("encoded pages are refused: {error}"));
                 }
             }
             Message::Barrier { round } => {

@@ -15,6 +15,7 @@ use pagecopy::engine::destination::{Destination, Input, Output, Setup};
 use pagecopy::engine::event::State;
 use pagecopy::engine::journal::{self, Record};
 use pagecopy::engine::{ChannelId, Fault as Blame, MigrationId, Timeouts};
+use pagecopy::host::decode::Decoder;
 use pagecopy::wire::Message;
 use transport::Regions;
 use transport::mem::MemChannel;
@@ -36,10 +37,11 @@ use super::tally::Happened;
 const LINGER: Duration = Duration::from_millis(200);
 
 /// A data channel, and the bytes of zero runs placed since its last barrier.
-#[derive(Debug)]
 struct DataLane {
     lane: Lane,
     zero_bytes: u64,
+    /// None before the source has said Hello.
+    decoder: Option<Decoder>,
 }
 
 impl DataLane {
@@ -47,6 +49,7 @@ impl DataLane {
         DataLane {
             lane,
             zero_bytes: 0,
+            decoder: None,
         }
     }
 }

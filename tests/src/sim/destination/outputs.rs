@@ -1,12 +1,14 @@
 //! Carrying out what the destination's engine asks for.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use pagecopy::engine::Fault as Blame;
 use pagecopy::engine::destination::{Input, Output};
 use pagecopy::engine::event::State;
 use pagecopy::host::Placer;
-use pagecopy::memory::{BlockId, Run};
+use pagecopy::host::decode::Decoder;
+use pagecopy::memory::{BlockId, BlockSpec, Run};
 use pagecopy::wire::Message;
 use transport::{Access, Op};
 
@@ -23,7 +25,12 @@ impl DestinationSide {
         match output {
             Output::Send(message) => self.send(env, &message),
             Output::Journal(record) => self.journal(env, record),
-            Output::Prepare { order } => {
+            Output::Prepare { order, encodings } => {
+                let specs: Arc<[BlockSpec]> = env.plan.blocks.clone().into();
+                let lanes = self.daemon.iter_mut().flat_map(|daemon| &mut daemon.data);
+                for data in lanes {
+                    data.decoder = Some(Decoder::new(encodings, Arc::clone(&specs)));
+                }
                 if order != env.plan.order {
                     env.checker.violate(format!(
                         "the blocks are {:?} and were taken as {order:?}",

@@ -10,15 +10,17 @@ mod qemu;
 mod serving;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pagecopy::engine::doubt::Resolution;
+use pagecopy::engine::encoding::versions::Versions;
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{self, Record};
 use pagecopy::engine::source::{Batch, Input, Output, Pushed, Setup, Source};
 use pagecopy::engine::{ChannelId, Failure, Fault as Blame, MigrationId, Timeouts};
 use pagecopy::host::Tracker;
+use pagecopy::host::encode::Encoder;
 use pagecopy::memory::Run;
 use pagecopy::wire::{Message, Standing};
 use transport::mem::MemChannel;
@@ -70,6 +72,8 @@ struct Daemon {
     data: Vec<DataLane>,
     /// Figures of the batches that are under way.
     batches: BTreeMap<u64, (ChannelId, Batch, Pushed)>,
+    /// With what was sent last; it goes with the daemon.
+    encoder: Encoder,
     detached: bool,
 }
 
@@ -109,6 +113,8 @@ pub(super) struct SourceSide {
     files_gone: bool,
     first_holes: Option<Vec<Run>>,
     /// Per data channel, if channels copy what they are given.
+    /// Pages of which the version sent last is kept.
+    versions: u64,
     buffers: Vec<Arc<SimRam>>,
 }
 
@@ -155,6 +161,7 @@ impl SourceSide {
             restarted: false,
             files_gone: false,
             first_holes: None,
+            versions: plan.wanted.versions,
             buffers,
         }
     }
@@ -179,7 +186,10 @@ impl SourceSide {
     }
 
     fn install(&mut self, engine: Source, control: Option<Lane>, data: Vec<DataLane>) {
+        // A tag takes some room beside the page.
+        let versions = Versions::new(self.versions * 4128);
         self.daemon = Some(Daemon {
+            encoder: Encoder::new(Arc::new(Mutex::new(versions))),
             engine,
             control,
             data,

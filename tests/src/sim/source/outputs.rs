@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use pagecopy::engine::encoding::policy::Choice;
 use pagecopy::engine::event::{Finished, State};
 use pagecopy::engine::journal::Record;
 use pagecopy::engine::source::{Batch, Input, Output, Pushed};
-use pagecopy::engine::split::split;
+use pagecopy::engine::split::{Split, split};
 use pagecopy::engine::{ChannelId, Time};
+use pagecopy::host::encode::{Part, chunks};
 use pagecopy::host::{Ram, Tracker};
 use pagecopy::limits::MAX_RUNS;
 use pagecopy::memory::{BlockId, BlockSpec, Run};
@@ -311,15 +313,20 @@ impl SourceSide {
         let mut split = split(&batch.runs, specs, |block, offset, len| {
             self.ram.is_zero(block, offset, len)
         });
-        let pushed = Pushed {
+        let mut pushed = Pushed {
             raw_bytes: split.raw_bytes(),
             zero_bytes: split.zero_bytes(specs),
+            ..Pushed::default()
         };
         if env.errs(Mistake::DroppedPage) && env.rng.chance(50) {
             split.raw.pop();
         }
         let id = batch.id;
-        let operations = operations(&split.raw, &split.zero);
+        let operations = if batch.encodings.any() {
+            self.encoded(env, &batch, &split, &mut pushed)
+        } else {
+            operations(&split.raw, &split.zero)
+        };
         let count = operations.len();
         let daemon = self.daemon.as_mut().ok_or("the daemon is dead")?;
         daemon.batches.insert(id, (channel, batch, pushed));
@@ -334,6 +341,61 @@ impl SourceSide {
             self.event_after(env, delay, SourceEvent::Handed(id));
         }
         Ok(())
+    }
+
+    /// The operations that carry a batch, some of its pages encoded. What does not go so is what the kernel reads later.
+    fn encoded(
+        &mut self,
+        env: &mut Env,
+        batch: &Batch,
+        split: &Split,
+        pushed: &mut Pushed,
+    ) -> Vec<Op> {
+        let Some(daemon) = &mut self.daemon else {
+            return Vec::new();
+        };
+        let mut parts = Vec::new();
+        for (block, pieces) in chunks(&split.raw) {
+            let choice = Choice {
+                zstd: env.rng.chance(250).then_some(1),
+                delta: env.rng.chance(600) && batch.round > 0,
+            };
+            if choice == Choice::default() && env.errs(Mistake::StaleVersion) {
+                parts.push(Part::AsItIs(block, pieces));
+                continue;
+            }
+            let encoder = &mut daemon.encoder;
+            let cost = encoder.encode(&*self.ram, batch.round, choice, block, pieces, &mut parts);
+            pushed.encoded = pushed.encoded.and(cost.encoded);
+        }
+        pushed.raw_bytes -= pushed.encoded.bytes();
+        for run in &split.zero {
+            if let Some(spec) = env.plan.blocks.get(usize::from(run.block.0)) {
+                let (offset, len) = (run.first * spec.page_size, run.pages * spec.page_size);
+                daemon.encoder.forget(run.block, offset, len);
+            }
+        }
+        let mut operations = operations(&[], &split.zero);
+        for part in parts {
+            match part {
+                Part::AsItIs(block, pieces) => {
+                    let extents: Vec<_> = pieces
+                        .iter()
+                        .map(|piece| (block, piece.offset, piece.len))
+                        .collect();
+                    operations.extend(self::operations(&extents, &[]));
+                }
+                Part::Message(message, _) => {
+                    if matches!(message, Message::Deltas { .. }) {
+                        env.tally.note(Happened::WentAsDelta);
+                    }
+                    if !(env.errs(Mistake::LostVersion) && env.rng.chance(50)) {
+                        operations.push(Op::Send(message.encode()));
+                    }
+                }
+            }
+        }
+        operations
     }
 
     fn copy_to_buffer(&self, channel: ChannelId, op: &Op) {
