@@ -407,9 +407,9 @@ impl World {
             }
             Output::Send(Message::Loaded) => assert_eq!(facts.loads, 1, "{facts:?}"),
             Output::Send(Message::Running) => {
-                // One that was taken over may have been run before.
-                let run = facts.runs > 0 || facts.recovered;
-                assert!(facts.guest_running && run, "{facts:?}");
+                // One that a daemon before this one has run is said to run, too.
+                let was_run = facts.runs > 0 || facts.recovered;
+                assert!(facts.guest_running && was_run, "{facts:?}");
                 // In post-copy it is said again to a source that comes again.
                 assert!(
                     !facts.said_running || facts.armed,

@@ -117,7 +117,8 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
     let kind = match u8::arbitrary(input)? {
         choice @ 0..=209 => choice % 21,
         choice @ 210..=251 => 21 + choice % 6,
-        _ => 27,
+        252 | 253 => 27,
+        _ => 28,
     };
     Ok(match kind {
         0 => Message::Hello {
