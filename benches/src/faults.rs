@@ -211,7 +211,9 @@ mod tests {
         assert_eq!(parse(&["--faults", "--pairs", "2"]), Ok((2, 1000)));
         assert_eq!(parse(&["--link-mbit", "400"]), Ok((3, 400)));
         for wrong in [&["--pairs", "x"][..], &["--what", "1"], &["--set"]] {
-            let error = parse(wrong).unwrap_err();
+            let Err(error) = parse(wrong) else {
+                panic!("{wrong:?} is taken")
+            };
             assert!(error.contains(wrong[0]), "{error}");
         }
     }

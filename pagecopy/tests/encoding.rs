@@ -1,6 +1,6 @@
 //! Encoded pages from one memory to another: whatever the choices are, the pages that were sent arrive; and what a hostile
 //! source sends ends in an error that names it.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::disallowed_types, clippy::unwrap_used, missing_docs)]
 
 use std::io;
 use std::sync::{Arc, Mutex};

@@ -113,3 +113,95 @@ fn time(field: &'static str, input: &mut Reader<'_>) -> Result<u64, WireError> {
     }
     Ok(value)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::engine::MigrationId;
+    use crate::wire::Message;
+    use crate::wire::tests::from_hex;
+
+    const ID: MigrationId = MigrationId([0xab; 16]);
+
+    #[test]
+    fn figures_outside_their_rules_are_refused() {
+        let id = "ab".repeat(16);
+        let quantiles = |faults: u64, p99: u64, max: u64| {
+            let hex = |figure: u64| {
+                figure
+                    .to_le_bytes()
+                    .map(|byte| format!("{byte:02x}"))
+                    .concat()
+            };
+            let [faults, p99, max] = [faults, p99, max].map(hex);
+            format!("{faults} 0000000000000000 0000000000000000 {p99} {p99} {max}")
+        };
+        let times = "0100000000000000 0200000000000000";
+        let figures = [
+            (
+                format!("1b00 0000000000000000 {}", quantiles(1, 0, (1 << 50) + 1)),
+                "faults is 1125899906842625, above its limit of 1125899906842624",
+            ),
+            (
+                format!("1b00 0000000000000000 {}", quantiles(1, 9, 8)),
+                "quantiles are in order",
+            ),
+            (
+                format!("1b00 0000000000000000 {}", quantiles(0, 0, 1)),
+                "zero when there were no faults",
+            ),
+            (
+                format!("1c00 {id} 01 {} {times}", quantiles(0, 0, 0)),
+                "no longer than it is",
+            ),
+            (format!("1c00 {id} 02"), "a flag is 0 or 1"),
+        ];
+        for (hex, expected) in figures {
+            let error = Message::decode(&from_hex(&hex)).unwrap_err().to_string();
+            assert!(error.contains(expected), "{hex}: {error}");
+        }
+    }
+
+    /// A figure beyond its rules would keep the source from hearing that it is not needed any more.
+    #[test]
+    fn figures_of_ours_are_cut_rather_than_refused() {
+        let wild = FaultFigures {
+            faults: 0,
+            faults_waiting: u64::MAX,
+            fault_us: Quantiles {
+                p50: u64::MAX,
+                p99: 3,
+                p999: 2,
+                max: 1 << 60,
+            },
+        };
+        let cost = PostcopyCost {
+            faults: FaultFigures { faults: 5, ..wild },
+            postcopy_us: u64::MAX,
+            paused_us: u64::MAX,
+        };
+        let lacks = Message::Lacks {
+            bytes: 1,
+            faults: wild,
+        };
+        let Ok(Message::Lacks { faults, .. }) = Message::decode(&lacks.encode()) else {
+            panic!()
+        };
+        assert_eq!(faults.fault_us, Quantiles::default());
+        let whole = Message::Whole {
+            id: ID,
+            cost: Some(cost),
+        };
+        let Ok(Message::Whole {
+            cost: Some(cost), ..
+        }) = Message::decode(&whole.encode())
+        else {
+            panic!()
+        };
+        let Quantiles { p50, p99, max, .. } = cost.faults.fault_us;
+        assert_eq!((p50, p99, max), (2, 2, MAX_TIME_US));
+        assert_eq!(cost.paused_us, MAX_TIME_US);
+    }
+}

@@ -1,5 +1,7 @@
-//! The codec against golden samples, against itself, against hostile bytes, and against `WIRE.md`.
+//! The codec against golden samples, against itself, against hostile bytes, and against `WIRE.md` (`document.rs`).
 #![allow(clippy::unwrap_used)]
+
+mod document;
 
 use bytes::Bytes;
 use proptest::collection::vec;
@@ -11,8 +13,6 @@ use crate::engine::MigrationId;
 use crate::engine::event::{FaultFigures, PostcopyCost, Quantiles};
 use crate::limits;
 use crate::memory::{BlockId, BlockSpec, Piece, Run};
-
-const TEXT: &str = include_str!("../../WIRE.md");
 
 fn ram() -> BlockSpec {
     BlockSpec {
@@ -222,7 +222,7 @@ fn samples() -> Vec<(Message, String)> {
     ]
 }
 
-fn from_hex(hex: &str) -> Vec<u8> {
+pub(super) fn from_hex(hex: &str) -> Vec<u8> {
     let digits: String = hex.split_whitespace().collect();
     (0..digits.len())
         .step_by(2)
@@ -411,37 +411,7 @@ fn figures_outside_their_rules_are_refused() {
             "bytes is 262145, above its limit of 262144",
         ),
     ];
-    let quantiles = |faults: u64, p99: u64, max: u64| {
-        let hex = |figure: u64| {
-            figure
-                .to_le_bytes()
-                .map(|byte| format!("{byte:02x}"))
-                .concat()
-        };
-        let [faults, p99, max] = [faults, p99, max].map(hex);
-        format!("{faults} 0000000000000000 0000000000000000 {p99} {p99} {max}")
-    };
-    let times = "0100000000000000 0200000000000000";
-    let figures = [
-        (
-            format!("1b00 0000000000000000 {}", quantiles(1, 0, (1 << 50) + 1)),
-            "faults is 1125899906842625, above its limit of 1125899906842624",
-        ),
-        (
-            format!("1b00 0000000000000000 {}", quantiles(1, 9, 8)),
-            "quantiles are in order",
-        ),
-        (
-            format!("1b00 0000000000000000 {}", quantiles(0, 0, 1)),
-            "zero when there were no faults",
-        ),
-        (
-            format!("1c00 {ID_HEX} 01 {} {times}", quantiles(0, 0, 0)),
-            "no longer than it is",
-        ),
-        (format!("1c00 {ID_HEX} 02"), "a flag is 0 or 1"),
-    ];
-    for (hex, expected) in cases.into_iter().chain(figures) {
+    for (hex, expected) in cases {
         let error = Message::decode(&from_hex(&hex)).unwrap_err().to_string();
         assert!(error.contains(expected), "{hex}: {error}");
     }
@@ -458,47 +428,6 @@ fn a_reason_of_ours_is_cut_and_cleaned_rather_than_refused() {
         panic!()
     };
     assert!(reason.starts_with("line line ü") && reason.len() >= limits::MAX_REASON - 3);
-}
-
-/// A figure beyond its rules would keep the source from hearing that it is not needed any more.
-#[test]
-fn figures_of_ours_are_cut_rather_than_refused() {
-    let wild = FaultFigures {
-        faults: 0,
-        faults_waiting: u64::MAX,
-        fault_us: Quantiles {
-            p50: u64::MAX,
-            p99: 3,
-            p999: 2,
-            max: 1 << 60,
-        },
-    };
-    let cost = PostcopyCost {
-        faults: FaultFigures { faults: 5, ..wild },
-        postcopy_us: u64::MAX,
-        paused_us: u64::MAX,
-    };
-    let lacks = Message::Lacks {
-        bytes: 1,
-        faults: wild,
-    };
-    let Ok(Message::Lacks { faults, .. }) = Message::decode(&lacks.encode()) else {
-        panic!()
-    };
-    assert_eq!(faults.fault_us, Quantiles::default());
-    let whole = Message::Whole {
-        id: ID,
-        cost: Some(cost),
-    };
-    let Ok(Message::Whole {
-        cost: Some(cost), ..
-    }) = Message::decode(&whole.encode())
-    else {
-        panic!()
-    };
-    let Quantiles { p50, p99, max, .. } = cost.faults.fault_us;
-    assert_eq!((p50, p99, max), (2, 2, limits::MAX_TIME_US));
-    assert_eq!(cost.paused_us, limits::MAX_TIME_US);
 }
 
 fn name() -> impl Strategy<Value = String> {
@@ -737,132 +666,5 @@ proptest! {
         if let Ok(message) = Message::decode(&bytes) {
             prop_assert_eq!(message.encode(), bytes);
         }
-    }
-}
-
-/// First two cells of every row of the table under `heading` in `WIRE.md` whose first cell is a number.
-fn rows(heading: &str) -> Vec<(u16, String)> {
-    let (_, section) = TEXT.split_once(&format!("\n### {heading}\n")).unwrap();
-    let section = section.split("\n#").next().unwrap();
-    let row = |line: &str| {
-        let mut cells = line.strip_prefix('|')?.split('|').map(str::trim);
-        Some((cells.next()?.parse().ok()?, cells.next()?.to_owned()))
-    };
-    section.lines().filter_map(row).collect()
-}
-
-#[test]
-fn the_document_and_the_code_name_the_same_numbers() {
-    let of_code: Vec<(u16, String)> = TABLE
-        .iter()
-        .map(|(number, name)| (*number, (*name).to_owned()))
-        .collect();
-    assert_eq!(rows("Messages"), of_code);
-    let of_code = AbortCode::ALL.map(|code| (code as u16, format!("{code:?}")));
-    assert_eq!(rows("Abort codes"), of_code);
-    let mut of_code = Standing::ALL.map(|standing| (standing as u16, format!("{standing:?}")));
-    of_code.sort();
-    assert_eq!(rows("Standings"), of_code);
-    let bits: Vec<u64> = rows("Versions and capabilities")
-        .iter()
-        .map(|(bit, _)| 1 << bit)
-        .collect();
-    let ours = [
-        capability::VERIFY,
-        capability::POSTCOPY,
-        capability::ZSTD,
-        capability::DELTA,
-    ];
-    assert_eq!(bits, ours);
-}
-
-#[test]
-fn the_document_and_the_code_have_the_same_fields() {
-    // `12 Digests { block: u16, …}` in the table against the fourth cell of its row.
-    let code = include_str!("table.rs");
-    for (number, name) in TABLE {
-        let row = TEXT
-            .lines()
-            .find(|line| line.starts_with(&format!("| {number} | {name} |")))
-            .unwrap();
-        let document = row.split('|').nth(4).unwrap();
-        let fields = document
-            .split(',')
-            .map(|field| field.trim().split(' ').next().unwrap().to_owned());
-        let documented: Vec<String> = fields.filter(|field| !field.is_empty()).collect();
-        let line = code
-            .split(&format!("    {number} {name}"))
-            .nth(1)
-            .unwrap()
-            .split(';')
-            .next()
-            .unwrap();
-        let coded: Vec<String> = line
-            .split(['{', '(', ',', '}', ')', '\n'])
-            .filter_map(|field| {
-                field
-                    .trim()
-                    .split_once(':')
-                    .map(|(name, _)| name.to_owned())
-            })
-            .map(|field| {
-                if field == "bytes" && *name == "DeviceState" {
-                    "chunk".into()
-                } else if field == "bytes" && matches!(*name, "Copied" | "Deltas") {
-                    "encoded".into()
-                } else {
-                    field
-                }
-            })
-            .collect();
-        assert_eq!(documented, coded, "{name}");
-    }
-}
-
-#[test]
-fn the_document_and_the_code_have_the_same_limits() {
-    let data_channels = format!("1 to {} data channels", limits::MAX_DATA_CHANNELS);
-    let expected = [
-        format!("*n* from 1 to {};", limits::MAX_NAME),
-        format!("*n* from 0 to {};", limits::MAX_REASON),
-        format!("*n* from 1 to {}; names differ", limits::MAX_BLOCKS),
-        format!(
-            "| runs | u32 *n*, then *n* runs | *n* from 1 to {} |",
-            limits::MAX_RUNS
-        ),
-        format!("*n* from 1 to {} |\n| words", limits::MAX_DIGESTS),
-        format!(
-            "| words | u32 *n*, then *n* × u64 | *n* from 1 to {}; bit 0 of the first is the first page |",
-            limits::MAX_WORDS
-        ),
-        format!(
-            "| chunk | u32 *n*, then [n] | *n* from 1 to {} |",
-            limits::MAX_DEVICE_STATE_CHUNK
-        ),
-        format!(
-            "| pieces | u32 *n*, then *n* × (u64, u64) | *n* from 1 to {};",
-            limits::MAX_PIECES
-        ),
-        format!("{} KiB in all", limits::MAX_ENCODED >> 10),
-        format!(
-            "| encoded | u32 *n*, then [n] | *n* from 1 to {} |",
-            limits::MAX_ENCODED
-        ),
-        format!("1 page to {} TiB", limits::MAX_BLOCK_SIZE >> 40),
-        format!(
-            "from {} KiB to {} MiB",
-            limits::MIN_PAGE_SIZE >> 10,
-            limits::MAX_PAGE_SIZE >> 20
-        ),
-        format!("{} GiB in all at most", limits::MAX_DEVICE_STATE >> 30),
-        format!("a chunk of {} MiB", limits::DIGEST_CHUNK >> 20),
-        format!(
-            "A time is at most 2^{} microseconds",
-            limits::MAX_TIME_US.ilog2()
-        ),
-        data_channels,
-    ];
-    for limit in expected {
-        assert!(TEXT.contains(&limit), "WIRE.md does not say: {limit}");
     }
 }

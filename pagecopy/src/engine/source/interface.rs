@@ -200,6 +200,10 @@ pub enum Input {
 }
 
 /// Something to do.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "there are few at a time, and a message is taken out at once"
+)]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Output {
     /// Send a message on the control channel.
