@@ -57,20 +57,24 @@ fn deltas_over_tls_with_three_channels() {
 #[test]
 fn each_page_as_it_pays_on_a_limited_link() {
     let world = World::plain();
-    let options = ["--bandwidth-limit", "60MB/s", "--downtime-limit", "20ms"];
+    let options = [
+        "--compress",
+        "auto",
+        "--bandwidth-limit",
+        "60MB/s",
+        "--downtime-limit",
+        "20ms",
+    ];
     let moved = world.move_and_check(&dirtier(), &options);
     let finished = moved.outcome.completed();
     assert!(figure(finished, "delta_bytes") > 0, "{finished}");
 }
 
 #[test]
-fn off_encodes_nothing() {
+fn nothing_is_encoded_unasked() {
     let world = World::plain();
     let machine = Machine::new(Version::V7_2, 256, "rate=50 set=64");
-    let moved = world.move_and_check(
-        &machine,
-        &["--compress", "off", "--bandwidth-limit", "100MB/s"],
-    );
+    let moved = world.move_and_check(&machine, &["--bandwidth-limit", "100MB/s"]);
     let finished = moved.outcome.completed();
     let encoded =
         ["zstd_bytes", "zstd_sent", "delta_bytes", "delta_sent"].map(|key| figure(finished, key));

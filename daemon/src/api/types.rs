@@ -28,13 +28,13 @@ pub enum Mode {
 #[serde(rename_all = "lowercase")]
 pub enum Compress {
     /// As they are
+    #[default]
     Off,
     /// Compressed
     Zstd,
     /// As the difference to the version sent before, where there is one
     Delta,
     /// Each page as it is smallest where the link is the limit, as they are where the processors are: measured all the time
-    #[default]
     Auto,
 }
 

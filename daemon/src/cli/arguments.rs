@@ -175,7 +175,7 @@ pub struct MigrateArguments {
     /// The same for a guest that has gone first; pages that it waits for are never limited [default: --bandwidth-limit]
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub postcopy_bandwidth_limit: Option<u64>,
-    /// How pages are encoded [default: auto, or the daemon's configuration]
+    /// How pages are encoded [default: off, or the daemon's configuration]
     #[arg(long, value_enum)]
     pub compress: Option<Compress>,
     /// Memory for the versions of pages that deltas are made from, such as 64MiB [default: 24MiB, or the daemon's configuration]

@@ -129,6 +129,11 @@ impl SourceData {
         choice
     }
 
+    /// Whether the link's rate is being found out.
+    fn learns(&self) -> bool {
+        self.policy.as_ref().is_some_and(Policy::learns)
+    }
+
     fn begin(&mut self, batch: &Batch, ops: &mut Ops) {
         let Encoding { compress, cap, .. } = self.encoding;
         let policy = || Policy::new(compress, batch.encodings, cap);
@@ -148,7 +153,7 @@ impl SourceData {
         };
         self.send_zeroes(&split, ops, &mut rest);
         self.sample(&split);
-        if self.choose(batch.round) == Choice::default() {
+        if self.choose(batch.round) == Choice::default() && !self.learns() {
             self.send_as_it_is(&split, ops, &mut rest);
             self.end(&rest);
         } else {
@@ -266,7 +271,8 @@ impl Handler for SourceData {
     }
 
     fn produce(&mut self, ops: &mut Ops) -> bool {
-        if self.choice != Choice::default() && self.meter.queued() >= MAX_AHEAD {
+        let careful = self.choice != Choice::default() || self.learns();
+        if careful && self.meter.queued() >= MAX_AHEAD {
             return false;
         }
         match self.work.pop_front() {

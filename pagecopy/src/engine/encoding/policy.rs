@@ -9,8 +9,8 @@
 //!
 //! While pages go as they are, a sample is compressed now and then, and the less often the further that is from paying. While
 //! they go compressed and the link is the limit, the link's rate is what left; a sample at a neighbouring level says whether
-//! that would be better. Where the encoder is the limit nobody knows what the link could do: then a window goes as it is, with
-//! growing pauses between such trials.
+//! that would be better. Where the encoder is the limit nobody knows what the link could do: then a window goes as it is, the seldomer
+//! the more compressing pays.
 
 use std::time::Duration;
 
@@ -22,10 +22,17 @@ const LEVELS: [i32; 4] = [-4, 1, 3, 5];
 const FIRST_LEVEL: usize = 1;
 /// A change must promise to be better by so much.
 const BETTER: f64 = 0.93;
+/// Compressing begins only where a sample is compressed so many times faster than the link takes pages as they are: a sample
+/// is quicker than what follows it, since the processors are then shared with the sending.
+const FASTER: f64 = 3.0;
 /// What a delta costs before it was measured, in bytes a second.
 const DELTA_RATE: f64 = 1.5e9;
-/// Windows between trials or samples that did not pay: at most so many.
+/// Windows between samples that did not pay: at most so many.
 const MAX_PAUSE: u32 = 32;
+/// Windows between trials: so many for each time that pages go faster than the link could carry them as they are.
+const TRIAL_PAUSE: f64 = 8.0;
+/// At most so many times.
+const MAX_GAIN: f64 = 16.0;
 /// A link that waits less than this share of the time is not the limit.
 const LIMITS: f64 = 0.1;
 /// How much a new figure counts.
@@ -108,7 +115,9 @@ pub struct Policy {
     on: bool,
     /// A window goes as it is, to learn the link's rate.
     trial: bool,
-    /// Windows until the next sample or trial.
+    /// Windows until the next trial may come.
+    trial_pause: u32,
+    /// Windows until the next sample.
     pause: u32,
     /// What `pause` is set to next.
     next_pause: u32,
@@ -129,6 +138,7 @@ impl Policy {
             level: FIRST_LEVEL,
             on: compress == Compress::Zstd,
             trial: false,
+            trial_pause: 0,
             pause: 0,
             next_pause: 1,
             upwards: true,
@@ -147,6 +157,12 @@ impl Policy {
             // In the first round every page is new, and most are never sent again.
             delta: delta && self.allowed.delta && round > 0 && !self.trial,
         }
+    }
+
+    /// Whether the link's rate is being found out: pages are then not queued far ahead of it.
+    pub fn learns(&self) -> bool {
+        let may = self.compress == Compress::Auto && self.allowed.any();
+        may && (self.trial || self.link().is_none())
     }
 
     /// The level at which a sample is wanted now.
@@ -186,13 +202,7 @@ impl Policy {
         self.pause = self.next_pause;
         let Some(link) = self.link() else { return };
         if !self.on {
-            let pays = foreseen(found, link) < BETTER / link;
-            self.on = pays && self.compress == Compress::Auto;
-            self.next_pause = if self.on {
-                1
-            } else {
-                (self.next_pause * 2).min(MAX_PAUSE)
-            };
+            self.consider(found, link);
             return;
         }
         let current = current.and_then(|(sent, took)| estimate(bytes, sent, took));
@@ -217,6 +227,8 @@ impl Policy {
         if let Some(found) = estimate(window.compared, window.compared, window.comparing) {
             mix(&mut self.delta_rate, found.rate);
         }
+        let known = self.link().is_some();
+        self.trial_pause = self.trial_pause.saturating_sub(1);
         let left = window.sent as f64 / busy;
         let raw = !self.on || self.trial;
         let link_limits = window.waited.as_secs_f64() > LIMITS * busy;
@@ -230,6 +242,13 @@ impl Policy {
             self.link = Some(left);
         }
         if raw {
+            // A sample that came before the link's rate was known counts now.
+            let first = !self.on && !known;
+            if let (true, Some(found), Some(link)) =
+                (first, self.estimates[self.level], self.link())
+            {
+                self.consider(found, link);
+            }
             self.trial = false;
             return;
         }
@@ -246,10 +265,9 @@ impl Policy {
             self.on = false;
             self.pause = self.next_pause;
             self.next_pause = (self.next_pause * 2).min(MAX_PAUSE);
-        } else if !link_limits && self.pause == 0 && !self.capped() {
+        } else if !link_limits && self.trial_pause == 0 && !self.capped() {
             self.trial = true;
-            self.pause = self.next_pause;
-            self.next_pause = (self.next_pause * 2).min(MAX_PAUSE);
+            self.trial_pause = trial_pause(window.bytes as f64 / busy / link);
         }
     }
 
@@ -259,6 +277,18 @@ impl Policy {
             (Some(link), Some(cap)) => Some(link.min(cap)),
             (link, cap) => link.or(cap),
         }
+    }
+
+    /// Whether compressing pays, by what a sample has shown.
+    fn consider(&mut self, found: Estimate, link: f64) {
+        let pays = foreseen(found, link) < BETTER / link && found.rate > FASTER * link;
+        self.on = pays && self.compress == Compress::Auto && self.allowed.zstd;
+        self.next_pause = if self.on {
+            self.trial_pause = trial_pause(1.0 / (foreseen(found, link) * link));
+            1
+        } else {
+            (self.next_pause * 2).min(MAX_PAUSE)
+        };
     }
 
     /// Whether the operator's limit is what counts: a trial would show nothing then.
@@ -280,6 +310,16 @@ impl Policy {
             down.or(up)
         }
     }
+}
+
+/// Windows until the next trial, while pages go `gain` times as fast as the link could carry them as they are.
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "it is clamped to small positive figures"
+)]
+fn trial_pause(gain: f64) -> u32 {
+    (gain.clamp(1.0, MAX_GAIN) * TRIAL_PAUSE) as u32
 }
 
 /// Seconds a byte when compressing and sending take turns: what one can be sure of.
@@ -456,8 +496,8 @@ mod tests {
     #[test]
     fn where_the_encoder_is_the_limit_and_still_pays_it_stays() {
         let world = World {
-            link: 300e6,
-            encoders: [(6e8, 0.3); 4],
+            link: 150e6,
+            encoders: [(6e8, 0.2); 4],
         };
         let mut policy = auto();
         let rate = world.run(&mut policy, 20.0);
