@@ -64,6 +64,8 @@ pub struct Pace {
     doubles: bool,
     measuring: Measuring,
     measured_at: Time,
+    /// The most bytes a second that came in an epoch since then.
+    fastest: f64,
     probed: Probed,
     epoch: Epoch,
 }
@@ -116,6 +118,7 @@ impl Pace {
             doubles: true,
             measuring: Measuring::No,
             measured_at: Time(0),
+            fastest: 0.0,
             probed: Probed::default(),
             epoch: Epoch::default(),
         };
@@ -233,6 +236,10 @@ impl Pace {
         if bytes < self.window || probes < enough {
             return;
         }
+        let took = now.since(self.epoch.begun).as_secs_f64();
+        if took > 0.0 {
+            self.fastest = self.fastest.max(bytes as f64 / took);
+        }
         self.adjust(now, probe, reply, used_up);
         self.epoch = Epoch {
             begun: now,
@@ -246,6 +253,7 @@ impl Pace {
             Measuring::Now { window } => {
                 self.base = Some(probe);
                 self.measured_at = now;
+                self.fastest = 0.0;
                 self.measuring = Measuring::No;
                 self.window = window;
             }
@@ -288,7 +296,11 @@ impl Pace {
     }
 
     fn bounded(&self, window: u64) -> u64 {
-        let least = MIN_WINDOW_BYTES.max(self.page_bytes.saturating_mul(self.channels));
+        // What the link carries within such a time makes no longer queue; where a wait is longer all the same, a host is busy,
+        // and would be more so with smaller requests.
+        let no_queue = part_of_rate(self.fastest, QUEUE).min(REPLY_WINDOW_BYTES);
+        let page = self.page_bytes.saturating_mul(self.channels);
+        let least = MIN_WINDOW_BYTES.max(page).max(no_queue);
         window.clamp(least.min(MAX_WINDOW_BYTES), MAX_WINDOW_BYTES)
     }
 }
@@ -299,6 +311,16 @@ fn shorter(before: Option<Duration>, took: Duration) -> Option<Duration> {
 
 fn ratio(a: Duration, b: Duration) -> f64 {
     a.as_secs_f64() / b.as_secs_f64()
+}
+
+/// The bytes that come in such a time.
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a float cast saturates, and neither factor is negative"
+)]
+fn part_of_rate(bytes_s: f64, time: Duration) -> u64 {
+    (bytes_s * time.as_secs_f64()) as u64
 }
 
 /// A share of a window.
