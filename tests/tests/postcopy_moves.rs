@@ -22,10 +22,13 @@ fn assert_postcopy(moved: &Moved, mode: &str) {
     assert_eq!(end["paused_ms"].as_f64(), Some(0.0), "{end}");
 }
 
+/// What the guest does not wait for comes so slowly that it waits for some of it, on any machine.
+const SLOWLY: [&str; 4] = ["--mode", "postcopy", "--postcopy-bandwidth-limit", "60MB/s"];
+
 #[test]
 fn the_guest_goes_first() {
     let world = World::tls();
-    let moved = world.move_and_check(&machine(), &["--mode", "postcopy"]);
+    let moved = world.move_and_check(&machine(), &SLOWLY);
     assert_postcopy(&moved, "postcopy");
     let id = world.cli(Side::B).id_of("vm");
     let shown = world.cli(Side::B).status(&id);
@@ -50,7 +53,7 @@ fn in_the_clear_with_qemu_7_2_and_two_vcpus() {
     let mut machine = Machine::new(Version::V7_2, 128, "rate=50 set=32 cpus=2");
     machine.vcpus = 2;
     let world = World::plain();
-    let moved = world.move_and_check(&machine, &["--mode", "postcopy"]);
+    let moved = world.move_and_check(&machine, &SLOWLY);
     assert_postcopy(&moved, "postcopy");
     // Both run the guest's work, and each has its own figures.
     let end = world.cli(Side::B).last_finished("vm").unwrap();
