@@ -127,7 +127,7 @@ impl InDoubt {
         Ok(self.on_time(core))
     }
 
-    fn message(self, core: &mut Core, message: Message) -> Phase {
+    fn message(mut self, core: &mut Core, message: Message) -> Phase {
         match message {
             // One that was not asked for and decides nothing is passed over: it may come any number of times.
             Message::Answer { id, standing }
@@ -156,8 +156,15 @@ impl InDoubt {
                 self.has_run(core, Message::Abort { code, reason })
             }
             // It says that the destination wants no more questions on this connection, and decides nothing: what the
-            // destination has decided, it answers.
-            Message::Abort { .. } => self.link_lost(core),
+            // destination has decided, it answers. But who says so is there, and not fenced.
+            Message::Abort { .. } => {
+                if self.contact != Contact::Silent
+                    && let Some(ended) = self.look_into_wish(core, Some(Standing::Unknown))
+                {
+                    return ended;
+                }
+                self.link_lost(core)
+            }
             // The first connection may come to life again with the answer to `Commit` itself.
             Message::Running => self.answered(core, Some(Standing::Running)),
             Message::Ping { nonce } => {

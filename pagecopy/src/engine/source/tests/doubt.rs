@@ -55,6 +55,43 @@ fn an_answer_decides() {
     }
 }
 
+/// It crosses the question that an operator's wish has brought about, say: the connection was idle for too long.
+#[test]
+fn a_destination_that_ends_a_connection_is_not_fenced() {
+    for resolution in [
+        Resolution::ResumeHere { peer_fenced: true },
+        Resolution::Abandon,
+    ] {
+        let mut source = asking();
+        source.handle(NOW, Input::Resolve(resolution));
+        assert_eq!(outputs(&mut source), []);
+        let abort = Message::Abort {
+            code: AbortCode::TimedOut,
+            reason: "no question has come for too long".into(),
+        };
+        source.handle(NOW, Input::Message(abort.clone()));
+        assert!(
+            matches!(&outputs(&mut source)[..], [Output::Decided(Err(_))]),
+            "{resolution:?}"
+        );
+        // Who does not answer at all may be. What comes when that is decided changes nothing of it.
+        source.handle(NOW, Input::Resolve(resolution));
+        outputs(&mut source);
+        source.handle(NOW, Input::Tick);
+        source.handle(NOW, Input::ReconnectFailed("no route".into()));
+        let granted = outputs(&mut source);
+        assert!(
+            granted.contains(&Output::Journal(match resolution {
+                Resolution::Abandon => Record::GuestMoved,
+                _ => Record::TakenBack,
+            })),
+            "{granted:?}"
+        );
+        source.handle(NOW, Input::Message(abort));
+        assert_eq!(outputs(&mut source), [], "{resolution:?}");
+    }
+}
+
 #[test]
 fn an_answer_about_another_migration_decides_nothing() {
     let mut source = asking();
