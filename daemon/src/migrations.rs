@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::failure::{self, Failure, Fault};
 use crate::limits::MAX_HISTORY;
 use crate::pull::FaultReport;
-use crate::session::arrive::Visit;
+use crate::session::arrive::Caller;
 
 /// Ended migrations that stay visible.
 const KEPT: usize = 200;
@@ -48,7 +48,7 @@ pub(crate) enum Request {
     Disconnect,
     /// At the destination: the source asks about a committed guest, or serves the memory of one in post-copy, on this
     /// connection.
-    Serve(Box<Visit>),
+    Serve(Caller),
     /// At the destination of a post-copy: the source does not have what the guest lacks any more, and why.
     Lost(String),
     /// At the destination, of a committed guest: the source's operator has taken it back.

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::arrive::Visit;
+use super::arrive::{Caller, Visit};
 use super::{held, resume};
 use crate::failure::{Shown, host};
 use crate::lane::{LaneEvent, Told};
@@ -50,9 +50,8 @@ impl Visit {
                 tracing::info!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, ?asked, ?standing, "a source asks");
                 if let Asked::Serve(id) = asked {
                     if let Some(fetching) = fetching(&self.service, id) {
-                        // If it is over by now, the connection ends and the source comes again.
                         self.places.clear();
-                        fetching.request(Request::Serve(Box::new(self)));
+                        fetching.request(Request::Serve(Caller::new(id, self)));
                         return;
                     }
                     if is_whole(&self.service, id) {
@@ -64,9 +63,8 @@ impl Visit {
                     && let Some(held) = held(&self.service, id)
                 {
                     match asked {
-                        // If it is over by now, the connection ends and the source asks again.
                         Asked::Query(_) | Asked::Serve(_) => {
-                            held.request(Request::Serve(Box::new(self)));
+                            held.request(Request::Serve(Caller::new(id, self)));
                             return;
                         }
                         Asked::Withdrawn(_) => standing = withdraw(&held).await,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 #[cfg(feature = "steps")]
 use pagecopy::engine::destination::Output;
 use pagecopy::engine::destination::{Destination, Input, Setup};
-use pagecopy::engine::journal::{Record, Side};
+use pagecopy::engine::journal::{Record, Side, standing_for};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Timeouts};
 use pagecopy::wire::{AbortCode, Message, Standing, capability};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -58,6 +58,41 @@ pub(crate) struct Visit {
     pub(super) places: Vec<Share>,
     data: Vec<Box<dyn Channel>>,
     regions: Regions,
+}
+
+/// A source on its way to whoever serves its migration. Should nobody take it, because that has just ended, it is told what the
+/// journal says all the same: a host that is there must not look like one that does not answer.
+#[derive(Debug)]
+pub(crate) struct Caller {
+    id: MigrationId,
+    visit: Option<Box<Visit>>,
+}
+
+impl Caller {
+    pub(super) fn new(id: MigrationId, visit: Visit) -> Caller {
+        let visit = Some(Box::new(visit));
+        Caller { id, visit }
+    }
+
+    /// The visit, for whoever serves it now.
+    pub(super) fn take(mut self) -> Option<Visit> {
+        self.visit.take().map(|visit| *visit)
+    }
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        if let Some(visit) = self.visit.take() {
+            // Only looked at: whoever served it may still be writing.
+            let records = visit
+                .service
+                .store
+                .journals
+                .read(self.id, Side::Destination);
+            let standing = records.map_or(Standing::Unknown, |it| standing_for(it.as_deref()));
+            visit.answer_and_close(self.id, standing);
+        }
+    }
 }
 
 /// A connection that a session goes on with.

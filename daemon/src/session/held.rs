@@ -101,7 +101,11 @@ pub(crate) async fn hold(
                 // The source may have left.
                 let _ = reply.send(standing);
             }
-            Some(Request::Serve(visit)) => held.serve(*visit, requests).await,
+            Some(Request::Serve(caller)) => {
+                if let Some(visit) = caller.take() {
+                    held.serve(visit, requests).await;
+                }
+            }
             Some(
                 Request::Poison(_, reply)
                 | Request::StartPostcopy(reply)

@@ -190,13 +190,14 @@ impl Session {
                         let _ = reply.send(Err(at_the_source()));
                         None
                     }
-                    Some(Request::Serve(visit)) => {
+                    Some(Request::Serve(caller)) => {
                         // The source has lost the connection that there was.
                         if self.control.is_some() {
                             engine.handle(self.clock.now(), Input::LinkLost(superseded()));
                             end = self.carry_out(&mut engine).await;
                         }
-                        self.served(&engine, *visit).map(|events| {
+                        let visit = caller.take();
+                        visit.and_then(|visit| self.served(&engine, visit)).map(|events| {
                             (control, link_there) = (events, true);
                             Input::Served
                         })
