@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::api::types::Compress;
 use crate::failure::{Failure, Fault};
+use crate::limits::MAX_DELTA_CACHE;
 use crate::units::parse_size;
 
 /// The whole file.
@@ -48,7 +49,14 @@ fn default_delta_cache() -> u64 {
 }
 
 fn size<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
-    parse_size(&String::deserialize(from)?).map_err(serde::de::Error::custom)
+    let bytes = parse_size(&String::deserialize(from)?).map_err(serde::de::Error::custom)?;
+    if bytes > MAX_DELTA_CACHE {
+        let most = MAX_DELTA_CACHE >> 30;
+        return Err(serde::de::Error::custom(format!(
+            "the memory for versions of pages is out of range: {most} GiB at most"
+        )));
+    }
+    Ok(bytes)
 }
 
 /// Table `[tls]`: mutual TLS 1.3 between the daemons.
