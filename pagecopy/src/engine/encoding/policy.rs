@@ -39,7 +39,7 @@ const LIMITS: f64 = 0.1;
 const NEW: f64 = 0.4;
 
 /// What the operator wants.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compress {
     /// Pages go as they are.
     Off,
@@ -48,7 +48,6 @@ pub enum Compress {
     /// As deltas where there is a version, as they are elsewhere.
     Delta,
     /// As it pays.
-    #[default]
     Auto,
 }
 
