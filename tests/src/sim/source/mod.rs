@@ -112,9 +112,9 @@ pub(super) struct SourceSide {
     /// The files of the guest's memory went with the host.
     files_gone: bool,
     first_holes: Option<Vec<Run>>,
-    /// Per data channel, if channels copy what they are given.
     /// Pages of which the version sent last is kept.
     versions: u64,
+    /// Per data channel, if channels copy what they are given.
     buffers: Vec<Arc<SimRam>>,
 }
 
