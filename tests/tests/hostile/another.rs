@@ -109,8 +109,8 @@ fn another_allowed_peer_is_served_no_guest() {
         "mallory",
     ];
     migration.wait_event("another name is noticed", PATIENCE, |event| {
-        let text = event["text"].as_str().unwrap_or_default();
-        words.iter().all(|word| text.contains(word))
+        let reason = event["reason"].as_str().unwrap_or_default();
+        words.iter().all(|word| reason.contains(word))
     });
     assert_eq!(destination.qmp.status(), "running");
     std::fs::write(&config, own).unwrap();

@@ -126,7 +126,7 @@ fn the_path_ends_completed() {
     let outputs = outputs(&mut destination);
     assert!(outputs.contains(&Output::Prepare {
         order: vec![1, 0],
-        encodings: Encodings::default(),
+        encodings: Encodings::ALL,
     }));
     let sent: Vec<&str> = outputs
         .iter()

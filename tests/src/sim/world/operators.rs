@@ -27,7 +27,9 @@ impl World {
 
     /// Nobody will ever read the guest's memory at the source again.
     fn never_serves(&self) -> bool {
-        self.source.cannot_serve() || !self.env.wires.reachable()
+        // Started anew, a source that its operator let go of the memory of says that it has ended well.
+        let let_go = self.env.let_go_by_word && self.source.ended == Some(State::Completed);
+        self.source.cannot_serve() || let_go || !self.env.wires.reachable()
     }
 
     /// The destination's daemon will never say that it needs nothing more.

@@ -433,7 +433,7 @@ fn a_destination_that_cannot_says_why_when_it_accepts() {
     let outputs = outputs(&mut destination);
     let accept = Message::Accept {
         version: VERSION_MAX,
-        capabilities: crate::wire::capability::VERIFY,
+        capabilities: crate::wire::capability::VERIFY | Encodings::ALL.bits(),
         host: "beta".into(),
         reason: "no device; what to do: open it".into(),
     };
