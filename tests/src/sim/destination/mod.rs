@@ -186,7 +186,8 @@ impl DestinationSide {
             // A disk that never takes the last record is tried for ever.
             Some(daemon) => {
                 let whole = self.pager.as_ref().is_some_and(|pager| !pager.armed());
-                let tries = whole && self.host.disk.full_for_good();
+                let gone = self.qemu.state == DestinationState::Gone;
+                let tries = (whole || gone) && self.host.disk.full_for_good();
                 self.ended.is_some() || daemon.engine.is_none() || tries
             }
         }
