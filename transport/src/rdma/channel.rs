@@ -439,15 +439,14 @@ impl Channel for RdmaChannel {
 
 impl Drop for RdmaChannel {
     fn drop(&mut self) {
-        if self.failed.is_none() {
-            self.sender.end(Frame::Goodbye);
-            let _ = self.post();
-        }
-        // The last words go out, after what is under way already.
-        let said = matches!(
-            self.failed,
-            None | Some(Error::PeerMisbehaved(_) | Error::NoMemory(_))
-        );
+        // The last words go out, after what is under way already. A connection that never came about takes none.
+        let said = match &self.failed {
+            None => {
+                self.sender.end(Frame::Goodbye);
+                self.post().is_ok()
+            }
+            Some(error) => matches!(error, Error::PeerMisbehaved(_) | Error::NoMemory(_)),
+        };
         let end = Instant::now() + LINGER;
         while said && self.sender.busy() && Instant::now() < end {
             if self.post().is_err() || self.reap().is_err() {

@@ -221,6 +221,28 @@ fn a_broken_queue_pair_is_an_error_at_both_ends() {
 }
 
 #[test]
+fn credits_without_receives_end_the_connection() {
+    let Some(ip) = device() else { return };
+    let ((ours, _), (theirs, _)) = (memory(settings()), memory(settings()));
+    let (mut a, mut b) = pair(ip, &ours, &theirs);
+    // It takes nothing more, and says that it can.
+    b.pause(true);
+    a.set_credits(100);
+    for n in 0..60 {
+        a.submit(Token(n), Op::Send(vec![1].into())).unwrap();
+    }
+    let told = loop {
+        if let Err(error) = next(&mut a, &mut b) {
+            break error;
+        }
+    };
+    assert!(
+        matches!(&told, Error::PeerMisbehaved(text) if text.contains("no receives")),
+        "{told:?}"
+    );
+}
+
+#[test]
 fn no_more_is_pinned_than_may_be() {
     let Some(ip) = device() else { return };
     let limited = Settings {

@@ -250,8 +250,9 @@ fn raw_params(params: &Params<'_>) -> ConnParam {
         initiator_depth: params.reads,
         flow_control: 1,
         retry_count: 7,
-        // Credits see to it that there is a receive for every send, so that this is never needed.
-        rnr_retry_count: 7,
+        // Credits see to it that there is a receive for every send. A peer that gives them and has none ends the
+        // connection, after a few times 655 ms; 7 would be for ever.
+        rnr_retry_count: 3,
         srq: 0,
         qp_num: 0,
     }
@@ -283,11 +284,15 @@ unsafe fn copy_event(event: &bindings::CmEvent) -> CmEvent {
     } else {
         Vec::new()
     };
-    // Only for a request is the identifier a new one. An `Id` made for another event would take ours with it.
-    let request = (kind == EventKind::Request).then(|| Id {
-        id: event.id,
-        events: None,
-    });
+    // Only a request's identifier is a new one. An `Id` made for any other event would take ours with it.
+    let request = if kind == EventKind::Request {
+        Some(Id {
+            id: event.id,
+            events: None,
+        })
+    } else {
+        None
+    };
     CmEvent {
         kind,
         status: event.status,
