@@ -13,7 +13,7 @@ use crate::limits::MAX_CHANNELS;
 use crate::rdma::channel::RdmaChannel;
 use crate::rdma::memory::Memory;
 use crate::rdma::receiver::RECEIVE_SLOTS;
-use crate::rdma::sys::{CmEvent, EventKind, Id, Params};
+use crate::rdma::sys::{CmEvent, EventKind, Id};
 
 /// First bytes of what both sides say.
 const MAGIC: [u8; 4] = *b"PGCR";
@@ -25,8 +25,6 @@ const CALL_LEN: usize = 48;
 const ANSWER_LEN: usize = 8;
 /// Bytes of a refusal's words: 148 fit with what is before them.
 const REASON_LEN: usize = 120;
-/// Reads that may be under way in each direction; a device that can do less says so itself.
-const READS: u8 = 16;
 /// Calls that may wait to be accepted.
 const BACKLOG: i32 = 128;
 
@@ -221,10 +219,7 @@ impl Pending {
         };
         id.settle()?;
         let channel = RdmaChannel::new(id, &memory, usize::from(credits))?;
-        channel.id().accept(&Params {
-            private: &answer(),
-            reads: READS,
-        })?;
+        channel.id().accept(&answer())?;
         wait_for(channel.id(), EventKind::Established, end)?;
         Ok((call, channel))
     }
@@ -249,10 +244,7 @@ pub fn connect(
     id.resolve_route(milliseconds)?;
     wait_for(&id, EventKind::RouteResolved, end)?;
     let mut channel = RdmaChannel::new(id, memory, 0)?;
-    channel.id().connect(&Params {
-        private: &call.encode(),
-        reads: READS,
-    })?;
+    channel.id().connect(&call.encode())?;
     let event = wait_for(channel.id(), EventKind::Established, end)?;
     channel.set_credits(decode_answer(&event.private)?);
     Ok(channel)

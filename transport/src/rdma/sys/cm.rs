@@ -12,6 +12,9 @@ use super::{checked, last_error, library};
 use crate::error::Error;
 
 const PS_TCP: i32 = 0x0106;
+/// As many reads at a time as the device can, and no more than the peer's (`RDMA_MAX_RESP_RES`, `RDMA_MAX_INIT_DEPTH`). A
+/// number would be refused by each device that can do less.
+const MOST_READS: u8 = 0xff;
 
 /// What rdma_cm reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,13 +40,6 @@ pub(in crate::rdma) struct CmEvent {
     pub(in crate::rdma) private: Vec<u8>,
     /// The new connection of a request. It has no event channel of its own yet.
     pub(in crate::rdma) request: Option<Id>,
-}
-
-/// What one side says and offers when it connects or accepts.
-pub(in crate::rdma) struct Params<'a> {
-    pub(in crate::rdma) private: &'a [u8],
-    /// Reads that may be under way in each direction.
-    pub(in crate::rdma) reads: u8,
 }
 
 struct Events(*mut EventChannel);
@@ -121,8 +117,8 @@ impl Id {
 
     /// The port that it is bound to.
     pub(in crate::rdma) fn port(&self) -> u16 {
-        // SAFETY: the identifier is alive.
         library().map_or(0, |library| {
+            // SAFETY: the identifier is alive.
             u16::from_be(unsafe { (library.rdma_get_src_port)(self.id) })
         })
     }
@@ -170,18 +166,18 @@ impl Id {
         self.id
     }
 
-    /// Starts to connect. The queue pair is there, with its receives.
-    pub(in crate::rdma) fn connect(&self, params: &Params<'_>) -> Result<(), Error> {
-        let mut param = raw_params(params);
+    /// Starts to connect, and says `private`. The queue pair is there, with its receives.
+    pub(in crate::rdma) fn connect(&self, private: &[u8]) -> Result<(), Error> {
+        let mut param = parameters(private);
         // SAFETY: the parameters are read during the call only.
         checked("connecting over RDMA", unsafe {
             (library()?.rdma_connect)(self.id, &raw mut param)
         })
     }
 
-    /// Accepts a request. The queue pair is there, with its receives.
-    pub(in crate::rdma) fn accept(&self, params: &Params<'_>) -> Result<(), Error> {
-        let mut param = raw_params(params);
+    /// Accepts a request, and says `private`. The queue pair is there, with its receives.
+    pub(in crate::rdma) fn accept(&self, private: &[u8]) -> Result<(), Error> {
+        let mut param = parameters(private);
         // SAFETY: the parameters are read during the call only.
         checked("accepting an RDMA connection", unsafe {
             (library()?.rdma_accept)(self.id, &raw mut param)
@@ -242,12 +238,12 @@ impl Drop for Id {
     }
 }
 
-fn raw_params(params: &Params<'_>) -> ConnParam {
+fn parameters(private: &[u8]) -> ConnParam {
     ConnParam {
-        private_data: params.private.as_ptr().cast(),
-        private_data_len: u8::try_from(params.private.len()).unwrap_or(u8::MAX),
-        responder_resources: params.reads,
-        initiator_depth: params.reads,
+        private_data: private.as_ptr().cast(),
+        private_data_len: u8::try_from(private.len()).unwrap_or(u8::MAX),
+        responder_resources: MOST_READS,
+        initiator_depth: MOST_READS,
         flow_control: 1,
         retry_count: 7,
         // Credits see to it that there is a receive for every send. A peer that gives them and has none ends the

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 
 use self::bindings::Functions;
 pub(super) use self::bindings::Wc;
-pub(super) use self::cm::{CmEvent, EventKind, Id, Params};
+pub(super) use self::cm::{CmEvent, EventKind, Id};
 pub(super) use self::verbs::{Device, Kind, Pd, QueuePair, Registration, Work, status_text};
 use crate::error::Error;
 
