@@ -2,7 +2,7 @@
 //!
 //! This crate knows *regions* (memory that both sides have mapped), *messages* and *channels*; no pages and no guests.
 //! A [`Channel`] takes [`Op`]s and reports [`Event`]s; it has no thread of its own. The back ends are io_uring over TCP
-//! and unix sockets, TLS over the same, and an in-process network with seeded faults and virtual time.
+//! and unix sockets, TLS over the same, RDMA, and an in-process network with seeded faults and virtual time.
 
 pub mod channel;
 pub mod connect;
@@ -11,6 +11,8 @@ pub mod error;
 pub mod fuzzing;
 pub mod limits;
 pub mod mem;
+#[cfg(feature = "rdma")]
+pub mod rdma;
 pub mod region;
 mod stream;
 mod sys;

@@ -8,7 +8,7 @@ use std::any::Any;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::fmt;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
@@ -166,10 +166,17 @@ impl Drop for Anonymous {
     }
 }
 
+/// Told when a region is closed to the peer, before the call that closes it returns.
+pub trait Watcher: fmt::Debug + Send + Sync {
+    /// The region of that name is closed or replaced; `None`: all are.
+    fn closed(&self, id: Option<RegionId>);
+}
+
 /// The regions of one migration, shared by all its channels. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Regions {
     map: Arc<RwLock<BTreeMap<RegionId, (Region, Access)>>>,
+    watchers: Arc<Mutex<Vec<Weak<dyn Watcher>>>>,
 }
 
 impl Regions {
@@ -180,17 +187,43 @@ impl Regions {
 
     /// Makes `region` known as `id`. Replaces an earlier one of that name.
     pub fn register(&self, id: RegionId, region: Region, access: Access) {
-        self.lock_write().insert(id, (region, access));
+        let earlier = self.lock_write().insert(id, (region, access));
+        if earlier.is_some() {
+            self.tell(Some(id));
+        }
     }
 
     /// Forgets `id`: the peer's later writes and reads of it are refused.
     pub fn revoke(&self, id: RegionId) {
         self.lock_write().remove(&id);
+        self.tell(Some(id));
     }
 
     /// Forgets every region.
     pub fn revoke_all(&self) {
         self.lock_write().clear();
+        self.tell(None);
+    }
+
+    /// Has `watcher` told of every region that is closed from now on, for as long as it lives.
+    pub fn watch(&self, watcher: Weak<dyn Watcher>) {
+        let mut watchers = self.lock_watchers();
+        watchers.retain(|watcher| watcher.strong_count() > 0);
+        watchers.push(watcher);
+    }
+
+    fn tell(&self, id: Option<RegionId>) {
+        // They may take long, and may ask for regions.
+        let watchers = self.lock_watchers().clone();
+        for watcher in watchers.iter().filter_map(Weak::upgrade) {
+            watcher.closed(id);
+        }
+    }
+
+    fn lock_watchers(&self) -> std::sync::MutexGuard<'_, Vec<Weak<dyn Watcher>>> {
+        self.watchers
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// The region called `id`, with what the peer may do to it. Called once per frame, never per page.

@@ -14,8 +14,8 @@ use transport::{
 pub const REGION_LEN: u64 = 32 << 20;
 /// The region of every test.
 pub const REGION: RegionId = RegionId(3);
-/// No step of a test takes longer.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// No step of a test takes longer, in an emulated machine either.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A back end under test.
 pub trait Harness {

@@ -10,6 +10,8 @@ mod body;
 mod certificates;
 mod harness;
 mod hostile;
+#[cfg(feature = "rdma")]
+mod rdma;
 
 use harness::{Mem, Sockets};
 
