@@ -17,6 +17,7 @@ pub mod region;
 mod stream;
 mod sys;
 pub mod tls;
+mod wake;
 
 pub use channel::{Channel, Event, Op, Stats, SubmitError, Token};
 pub use connect::{Address, Greeting, Identity, Listener, Peer, Pending, Security, connect};

@@ -7,12 +7,11 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io::ErrorKind;
 use std::sync::Arc;
-use std::task::{Wake, Waker};
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fd::OwnedFd;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
 
 use crate::channel::{Channel, Event, Op, Stats, SubmitError, Token};
 use crate::error::Error;
@@ -24,6 +23,7 @@ use crate::rdma::sender::{DEPTH, SEND_SLOTS, Sender};
 use crate::rdma::slots::Slots;
 use crate::rdma::sys::{Device, EventKind, Id, QueuePair, Wc, status_text};
 use crate::stream::channel::{check_extents, check_message};
+use crate::wake::WakeFd;
 
 /// How long completions are polled for before the thread sleeps: about what a sleep and a wake-up cost.
 const SPIN: Duration = Duration::from_micros(20);
@@ -31,20 +31,6 @@ const SPIN: Duration = Duration::from_micros(20);
 const LINGER: Duration = Duration::from_millis(500);
 /// One poll in so many that finds nothing looks whether the connection has ended.
 const LOOK_EVERY: u32 = 64;
-
-/// Ends a wait from any thread.
-struct WakeFd(OwnedFd);
-
-impl Wake for WakeFd {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        // The counter cannot overflow in practice, and a full one wakes as well.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
-    }
-}
 
 /// One end of a channel over RDMA.
 ///
@@ -86,8 +72,7 @@ impl RdmaChannel {
         let pair = QueuePair::new(id, &domain, DEPTH, Receiver::count())?;
         let receiver = Receiver::new(Slots::new(&domain, Receiver::count() as usize)?);
         receiver.offer_all(&pair)?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|e| Error::io("making an eventfd", &e.into()))?;
+        let wake = WakeFd::new(EventfdFlags::NONBLOCK)?;
         Ok(RdmaChannel {
             send_slots: Slots::new(&domain, SEND_SLOTS)?,
             receiver,
@@ -95,7 +80,7 @@ impl RdmaChannel {
             memory: memory.clone(),
             device,
             events: VecDeque::new(),
-            wake: Arc::new(WakeFd(wake)),
+            wake: Arc::new(wake),
             woken: false,
             fetched: 0,
             idle: 0,
@@ -307,7 +292,7 @@ impl RdmaChannel {
     /// Sleeps. Returns whether the device has an event, and the connection.
     fn sleep(&mut self, left: Option<Duration>) -> Result<(bool, bool), Error> {
         let mut fds = vec![
-            PollFd::new(&self.wake.0, PollFlags::IN),
+            PollFd::new(&*self.wake, PollFlags::IN),
             PollFd::from_borrowed_fd(self.pair.fd(), PollFlags::IN),
         ];
         if let Some(fd) = self.pair.id().fd() {
@@ -328,7 +313,7 @@ impl RdmaChannel {
 
     /// Takes note of a call of the waker.
     fn take_wake(&mut self) {
-        self.woken |= rustix::io::read(&self.wake.0, &mut [0u8; 8]).is_ok();
+        self.woken |= rustix::io::read(&*self.wake, &mut [0u8; 8]).is_ok();
     }
 
     fn fail(&mut self, error: Error) {

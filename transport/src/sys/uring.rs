@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 
 use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::event::EventfdFlags;
+use rustix::fd::{AsFd, AsRawFd};
 use socket2::Socket;
 
 use crate::error::Error;
 use crate::sys::iovecs::{Gather, Scatter};
+use crate::wake::WakeFd;
 
 /// Room for a send, a receive, the waker's read and a cancel.
 const ENTRIES: u32 = 8;
@@ -47,20 +48,6 @@ impl Progress {
     }
 }
 
-/// Ends a wait from any thread.
-struct WakeFd(OwnedFd);
-
-impl Wake for WakeFd {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        // The counter cannot overflow in practice, and a full one wakes as well.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
-    }
-}
-
 /// A socket and its ring.
 pub(crate) struct Uring {
     ring: IoUring,
@@ -87,12 +74,11 @@ impl Uring {
             .set_nonblocking(false)
             .map_err(|e| Error::io("preparing the socket", &e))?;
         let ring = IoUring::new(ENTRIES).map_err(|e| setup_error(&e))?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC)
-            .map_err(|e| Error::io("making an eventfd", &e.into()))?;
+        let wake = WakeFd::new(EventfdFlags::empty())?;
         Ok(Uring {
             ring,
             socket,
-            wake: Arc::new(WakeFd(wake)),
+            wake: Arc::new(wake),
             wake_count: Box::new([0; 8]),
             waking: false,
             send: None,
@@ -204,9 +190,13 @@ impl Uring {
             return;
         }
         self.waking = true;
-        let entry = opcode::Read::new(Fd(self.wake.0.as_raw_fd()), self.wake_count.as_mut_ptr(), 8)
-            .build()
-            .user_data(WAKE);
+        let entry = opcode::Read::new(
+            Fd(self.wake.as_fd().as_raw_fd()),
+            self.wake_count.as_mut_ptr(),
+            8,
+        )
+        .build()
+        .user_data(WAKE);
         self.push(&entry);
     }
 
