@@ -22,6 +22,16 @@ impl BlockSpec {
     pub fn pages(&self) -> u64 {
         self.size / self.page_size
     }
+
+    /// All of it, as the RAMBlock of that number, in runs of about `bytes` bytes at most, but at least a page each.
+    pub fn pieces(&self, block: BlockId, bytes: u64) -> impl Iterator<Item = Run> + use<> {
+        let all = Run {
+            block,
+            first: 0,
+            pages: self.pages(),
+        };
+        all.pieces(bytes, self.page_size)
+    }
 }
 
 /// Contiguous bytes of one RAMBlock, in units of 4 KiB whatever the block's page is.
@@ -49,5 +59,17 @@ impl Run {
     /// told.
     pub fn end(&self) -> u64 {
         self.first.saturating_add(self.pages)
+    }
+
+    /// The same in runs of about `bytes` bytes at most, but at least a page each, where a page has `page_size`.
+    pub fn pieces(self, bytes: u64, page_size: u64) -> impl Iterator<Item = Run> + use<> {
+        let most = (bytes / page_size.max(1)).max(1);
+        (self.first..self.end())
+            .step_by(usize::try_from(most).unwrap_or(usize::MAX))
+            .map(move |first| Run {
+                first,
+                pages: most.min(self.end() - first),
+                ..self
+            })
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering;
 
 use pagecopy::host::Placer;
-use pagecopy::memory::{BlockId, BlockSpec, Run};
+use pagecopy::memory::{BlockId, BlockSpec};
 
 use super::shared::Shared;
 
@@ -21,7 +21,8 @@ impl Shared {
         // On Linux of this thread alone. The guest's processors and who fetches for them go first.
         let _ = rustix::process::nice(NOT_URGENT);
         let mut lacking = Vec::new();
-        for piece in (0..).map(BlockId).zip(specs).flat_map(pieces) {
+        let blocks = (0..).map(BlockId).zip(specs);
+        for piece in blocks.flat_map(|(block, spec)| spec.pieces(block, PIECE)) {
             lacking.clear();
             // It is inside its block.
             let _ = self.received.missing_within(piece, &mut lacking);
@@ -36,16 +37,4 @@ impl Shared {
             }
         }
     }
-}
-
-/// A block in pieces of [`PIECE`] bytes or a page.
-fn pieces((block, spec): (BlockId, &BlockSpec)) -> impl Iterator<Item = Run> + use<> {
-    let (pages, most) = (spec.pages(), (PIECE / spec.page_size.max(1)).max(1));
-    (0..pages)
-        .step_by(usize::try_from(most).unwrap_or(usize::MAX))
-        .map(move |first| Run {
-            block,
-            first,
-            pages: most.min(pages - first),
-        })
 }

@@ -233,18 +233,9 @@ fn clear_and_register(memory: &Memory, regions: &Regions) -> Result<(), Failure>
 }
 
 /// A run in pieces of at most [`ALLOCATE_AT_ONCE`], so that allocating can be broken off.
-fn pieces(run: Run, specs: &[BlockSpec]) -> impl Iterator<Item = Run> {
-    let page_size = specs
-        .get(usize::from(run.block.0))
-        .map_or(1, |spec| spec.page_size);
-    let most = (ALLOCATE_AT_ONCE / page_size).max(1);
-    (run.first..run.end())
-        .step_by(usize::try_from(most).unwrap_or(usize::MAX))
-        .map(move |first| Run {
-            first,
-            pages: most.min(run.end() - first),
-            ..run
-        })
+fn pieces(run: Run, specs: &[BlockSpec]) -> impl Iterator<Item = Run> + use<> {
+    let spec = specs.get(usize::from(run.block.0));
+    run.pieces(ALLOCATE_AT_ONCE, spec.map_or(1, |spec| spec.page_size))
 }
 
 pub(super) fn allocation_failure(error: &std::io::Error) -> Failure {
