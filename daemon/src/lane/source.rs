@@ -163,15 +163,7 @@ impl SourceData {
     }
 
     fn send_zeroes(&mut self, split: &Split, ops: &mut Ops, rest: &mut Rest) {
-        for run in &split.zero {
-            if let Some(spec) = self.specs.get(usize::from(run.block.0)) {
-                self.encoder.forget(
-                    run.block,
-                    run.first * spec.page_size,
-                    run.pages * spec.page_size,
-                );
-            }
-        }
+        self.encoder.forget(split.zero_pieces(&self.specs));
         for runs in split.zero.chunks(MAX_RUNS) {
             rest.last = Some(ops.push(Op::Send(Message::Zero(runs.to_vec()).encode())));
         }
@@ -179,9 +171,9 @@ impl SourceData {
 
     /// Straight from the guest's memory.
     fn send_as_it_is(&mut self, split: &Split, ops: &mut Ops, rest: &mut Rest) {
-        for (block, offset, len) in &split.raw {
-            self.encoder.forget(*block, *offset, *len);
-        }
+        let pieces = split.raw.iter();
+        self.encoder
+            .forget(pieces.map(|&(block, offset, len)| (block, Piece { offset, len })));
         for (block, extents) in writes(&split.raw) {
             self.write(block, extents, ops, rest);
         }

@@ -1,6 +1,6 @@
 //! Splits a batch into what goes as bytes and what goes as a run of zeroes.
 
-use crate::memory::{BlockId, BlockSpec, Run};
+use crate::memory::{BlockId, BlockSpec, Piece, Run};
 
 /// A batch after the zero test.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,12 +19,19 @@ impl Split {
 
     /// Bytes that are zero.
     pub fn zero_bytes(&self, specs: &[BlockSpec]) -> u64 {
-        let page_size = |run: &Run| {
-            specs
-                .get(usize::from(run.block.0))
-                .map_or(0, |s| s.page_size)
-        };
-        self.zero.iter().map(|run| run.pages * page_size(run)).sum()
+        self.zero_pieces(specs).map(|(_, piece)| piece.len).sum()
+    }
+
+    /// The same, in bytes: where they are.
+    pub fn zero_pieces(&self, specs: &[BlockSpec]) -> impl Iterator<Item = (BlockId, Piece)> {
+        self.zero.iter().filter_map(|run| {
+            let page_size = specs.get(usize::from(run.block.0))?.page_size;
+            let piece = Piece {
+                offset: run.first * page_size,
+                len: run.pages * page_size,
+            };
+            Some((run.block, piece))
+        })
     }
 }
 

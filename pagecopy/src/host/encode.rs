@@ -50,6 +50,8 @@ pub struct Cost {
 /// Encodes. Made once for a channel: its buffers and the compressor's context are used again.
 pub struct Encoder {
     versions: Arc<Mutex<Versions>>,
+    /// There may be some: otherwise nobody waits for the others' lock.
+    keeps: bool,
     compressor: Option<(i32, Compressor<'static>)>,
     sampler: Option<(i32, Compressor<'static>)>,
     /// Copies of the pages of one message.
@@ -60,8 +62,10 @@ pub struct Encoder {
 impl Encoder {
     /// With what all channels of the connection have sent.
     pub fn new(versions: Arc<Mutex<Versions>>) -> Encoder {
+        let keeps = lock(&versions).has_room();
         Encoder {
             versions,
+            keeps,
             compressor: None,
             sampler: None,
             pages: Vec::new(),
@@ -69,9 +73,15 @@ impl Encoder {
         }
     }
 
-    /// `len` bytes at `offset` of a block go in another way: as zero, or straight from the guest's memory.
-    pub fn forget(&self, block: BlockId, offset: u64, len: u64) {
-        forget(&mut lock(&self.versions), block, Piece { offset, len });
+    /// These go in another way: as zero, or straight from the guest's memory.
+    pub fn forget(&self, pieces: impl IntoIterator<Item = (BlockId, Piece)>) {
+        if !self.keeps {
+            return;
+        }
+        let mut versions = lock(&self.versions);
+        for (block, piece) in pieces {
+            forget(&mut versions, block, piece);
+        }
     }
 
     /// Encodes `pieces` of a block, at most [`MAX_ENCODED`] bytes and [`MAX_PIECES`] pieces, which are sent in `round`.
@@ -86,10 +96,7 @@ impl Encoder {
     ) -> Cost {
         let mut cost = Cost::default();
         if choice == Choice::default() {
-            let mut versions = lock(&self.versions);
-            for piece in &pieces {
-                forget(&mut versions, block, *piece);
-            }
+            self.forget(pieces.iter().map(|piece| (block, *piece)));
             out.push(Part::AsItIs(block, pieces));
             return cost;
         }
@@ -97,10 +104,7 @@ impl Encoder {
         let (rest, kept) = if choice.delta {
             self.compare(round, block, &pieces, out, &mut cost)
         } else {
-            let mut versions = lock(&self.versions);
-            for piece in &pieces {
-                forget(&mut versions, block, *piece);
-            }
+            self.forget(pieces.iter().map(|piece| (block, *piece)));
             (pieces, false)
         };
         if !rest.is_empty() {

@@ -42,6 +42,11 @@ impl Versions {
         }
     }
 
+    /// Whether there is room for any page.
+    pub fn has_room(&self) -> bool {
+        !self.tags.is_empty()
+    }
+
     /// The version that the destination surely holds while `round` is sent, and the round in which it was sent: an earlier
     /// one.
     pub fn base(&self, key: Key, round: u32) -> Option<(&Page, u32)> {

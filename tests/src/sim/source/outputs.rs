@@ -369,12 +369,7 @@ impl SourceSide {
             pushed.encoded = pushed.encoded.and(cost.encoded);
         }
         pushed.raw_bytes -= pushed.encoded.bytes();
-        for run in &split.zero {
-            if let Some(spec) = env.plan.blocks.get(usize::from(run.block.0)) {
-                let (offset, len) = (run.first * spec.page_size, run.pages * spec.page_size);
-                daemon.encoder.forget(run.block, offset, len);
-            }
-        }
+        daemon.encoder.forget(split.zero_pieces(&env.plan.blocks));
         let mut operations = operations(&[], &split.zero);
         for part in parts {
             match part {
