@@ -209,11 +209,6 @@ impl Pace {
         self.window
     }
 
-    /// What a page takes that waits for nothing, as far as is known.
-    pub fn base(&self) -> Option<Duration> {
-        self.base
-    }
-
     /// Adjusts the window when enough has come.
     fn end_epoch(&mut self, now: Time) {
         let Epoch {
@@ -279,10 +274,10 @@ impl Pace {
             self.doubles = false;
             // The wait grows with the window: by so much less it will be in the middle.
             let share = ratio((short + long) / 2, probe);
-            self.window = self.bounded(part(self.window, share.max(0.5)));
+            self.window = self.bounded(whole(self.window as f64 * share.max(0.5)));
         } else if reply > slow && self.window > REPLY_WINDOW_BYTES {
             self.doubles = false;
-            let window = part(self.window, ratio(slow, reply).max(0.5));
+            let window = whole(self.window as f64 * ratio(slow, reply).max(0.5));
             self.window = self.bounded(window.max(REPLY_WINDOW_BYTES));
         } else if probe > short {
             self.doubles = false;
@@ -298,7 +293,7 @@ impl Pace {
     fn bounded(&self, window: u64) -> u64 {
         // What the link carries within such a time makes no longer queue; where a wait is longer all the same, a host is busy,
         // and would be more so with smaller requests.
-        let no_queue = part_of_rate(self.fastest, QUEUE).min(REPLY_WINDOW_BYTES);
+        let no_queue = whole(self.fastest * QUEUE.as_secs_f64()).min(REPLY_WINDOW_BYTES);
         let page = self.page_bytes.saturating_mul(self.channels);
         let least = MIN_WINDOW_BYTES.max(page).max(no_queue);
         window.clamp(least.min(MAX_WINDOW_BYTES), MAX_WINDOW_BYTES)
@@ -313,24 +308,14 @@ fn ratio(a: Duration, b: Duration) -> f64 {
     a.as_secs_f64() / b.as_secs_f64()
 }
 
-/// The bytes that come in such a time.
+/// Whole bytes.
 #[allow(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
-    reason = "a float cast saturates, and neither factor is negative"
+    reason = "a float cast saturates, and it is not negative"
 )]
-fn part_of_rate(bytes_s: f64, time: Duration) -> u64 {
-    (bytes_s * time.as_secs_f64()) as u64
-}
-
-/// A share of a window.
-#[allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a float cast saturates, and neither factor is negative"
-)]
-fn part(window: u64, share: f64) -> u64 {
-    (window as f64 * share) as u64
+fn whole(bytes: f64) -> u64 {
+    bytes as u64
 }
 
 #[cfg(test)]
@@ -489,7 +474,7 @@ mod tests {
         let seconds = 4;
         for share in [0.1, 1e-3, 1e-6] {
             for mut link in links() {
-                let rate = part(1, link.bytes_s * share).max(1);
+                let rate = whole(link.bytes_s * share).max(1);
                 link.limit = Pacer::new(Some(rate), Time(0));
                 let mut pace = unknown();
                 let seen = drive(&mut pace, &mut link, Time(0), Time(seconds * SECOND));
