@@ -163,9 +163,8 @@ impl Inner {
     fn keep(&mut self, event: Value) {
         if self.history.len() >= MAX_HISTORY {
             let oldest = self.history.iter().position(|event| {
-                ["notice", "paused"]
-                    .map(|name| Some(json!(name)))
-                    .contains(&event.get("event").cloned())
+                let name = event.get("event").and_then(Value::as_str);
+                matches!(name, Some("notice" | "paused"))
             });
             self.history.remove(oldest.unwrap_or(0));
         }

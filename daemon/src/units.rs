@@ -39,11 +39,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     if text.contains('/') || text.contains("bit") {
         return Err(format!("{text:?} is not a size: write it like 32MiB"));
     }
-    parse_rate(text).map_err(|error| {
-        error
-            .replace("500MB/s", "32MiB")
-            .replace("a rate", "a size")
-    })
+    parse_bytes(text, text, "size", "", "32MiB")
 }
 
 /// Parses a rate in bytes a second such as `500MB/s`, `1GiB/s`, `64k`; the `/s` may be left out.
@@ -53,7 +49,12 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 /// Says what would be right.
 pub fn parse_rate(text: &str) -> Result<u64, String> {
     let per_second = text.strip_suffix("/s").unwrap_or(text);
-    let (number, unit) = split(per_second);
+    parse_bytes(text, per_second, "rate", "/s", "500MB/s")
+}
+
+/// What `text` says, without what stands for `per` in it: a `what`, which is written `like` this.
+fn parse_bytes(text: &str, bytes: &str, what: &str, per: &str, like: &str) -> Result<u64, String> {
+    let (number, unit) = split(bytes);
     let factor = match unit {
         "B" | "" => 1.0,
         "k" | "kB" | "KB" => 1e3,
@@ -66,16 +67,18 @@ pub fn parse_rate(text: &str) -> Result<u64, String> {
         "Gbit" => 1e9 / 8.0,
         _ => {
             return Err(format!(
-                "{unit:?} is not a unit of size: use kB, MB, GB, MiB, GiB, Mbit or Gbit, as in 500MB/s"
+                "{unit:?} is not a unit of size: use kB, MB, GB, MiB, GiB, Mbit or Gbit, as in {like}"
             ));
         }
     };
     let value: f64 = number
         .parse()
-        .map_err(|_| format!("{text:?} is not a rate: write it like 500MB/s"))?;
+        .map_err(|_| format!("{text:?} is not a {what}: write it like {like}"))?;
     let bytes = value * factor;
     if !(1.0..=1e15).contains(&bytes) {
-        return Err(format!("{text:?} is out of range: from 1B/s to 1PB/s"));
+        return Err(format!(
+            "{text:?} is out of range: from 1B{per} to 1PB{per}"
+        ));
     }
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // In range: checked above.
     Ok(bytes as u64)
