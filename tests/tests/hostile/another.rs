@@ -41,6 +41,17 @@ fn speaks_for_it(world: &World, mallory: &Mallory, id: MigrationId) {
     }
 }
 
+/// A guest that runs at the destination, and lacks memory for some time: both QEMUs, and its migration.
+fn gone_first(world: &World) -> (Qemu, Qemu, Migration) {
+    world.net.limit(LINK_MBIT);
+    let source = world.guest("source", &machine());
+    let destination = world.waiting("destination", &machine());
+    let first = ["--mode", "postcopy"];
+    let migration = world.begin(Side::A, "vm", &source, &destination, &first);
+    destination.serial.wait_beats(1);
+    (source, destination, migration)
+}
+
 #[test]
 fn another_allowed_peer_ends_no_migration() {
     let (world, mallory, _) = world();
@@ -62,12 +73,7 @@ fn another_allowed_peer_ends_no_migration() {
 #[test]
 fn another_allowed_peer_serves_no_guest() {
     let (mut world, mallory, _) = world();
-    world.net.limit(LINK_MBIT);
-    let mut source = world.guest("source", &machine());
-    let mut destination = world.waiting("destination", &machine());
-    let first = ["--mode", "postcopy"];
-    let migration = world.begin(Side::A, "vm", &source, &destination, &first);
-    destination.serial.wait_beats(1);
+    let (mut source, mut destination, migration) = gone_first(&world);
     let id = world.cli(Side::A).id_of("vm");
     speaks_for_it(&world, &mallory, id_of(&id));
     let state = |world: &World| world.cli(Side::B).status(&id)["state"].clone();
@@ -91,12 +97,7 @@ fn another_allowed_peer_serves_no_guest() {
 #[test]
 fn another_allowed_peer_is_served_no_guest() {
     let (mut world, _, _) = world();
-    world.net.limit(LINK_MBIT);
-    let mut source = world.guest("source", &machine());
-    let mut destination = world.waiting("destination", &machine());
-    let first = ["--mode", "postcopy"];
-    let migration = world.begin(Side::A, "vm", &source, &destination, &first);
-    destination.serial.wait_beats(1);
+    let (mut source, mut destination, migration) = gone_first(&world);
     world.daemon_mut(Side::B).kill();
     let config = world.folder(Side::B).join("pagecopyd.toml");
     let own = std::fs::read_to_string(&config).unwrap();
