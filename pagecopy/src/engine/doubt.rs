@@ -93,7 +93,7 @@ pub fn when_withdrawn(found: &Found) -> Option<Step> {
     }
 }
 
-/// What the source makes of its operator's decision and of what the destination said; `None`: it did not answer.
+/// What the source makes of its operator's decision and of what it heard of the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum AtSource {
     /// The operator's word counts: `ResumeHere` or `Abandon` is carried out.
@@ -104,50 +104,69 @@ pub(super) enum AtSource {
     Refused(Failure),
 }
 
+/// What was heard of the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Heard {
+    /// There is no connection to it, or what there was died away.
+    Nothing,
+    /// Its pagecopyd is there, and says nothing of the guest: it let the source in or turned it away, and no answer came.
+    Presence,
+    /// Its answer.
+    Answer(Standing),
+}
+
 /// See [`AtSource`].
-pub(super) fn at_source(resolution: Resolution, answer: Option<Standing>) -> AtSource {
+pub(super) fn at_source(resolution: Resolution, heard: Heard) -> AtSource {
+    use Heard::{Answer, Nothing, Presence};
     use Resolution::{Abandon, ResumeHere, RunHere};
     use Standing::{Aborted, Committed, Foreign, NoJournal, Running, Unknown};
-    match (resolution, answer) {
+    match (resolution, heard) {
         (RunHere { .. }, _) => AtSource::Refused(refuse(
             "this is the source of the migration: the guest is stopped here and may run at the destination",
             "use `--resume-here` or `--abandon` here, or `--run-here` at the destination",
         )),
-        (ResumeHere { .. }, Some(Running)) => AtSource::Decided(Err(refuse(
+        (ResumeHere { .. }, Answer(Running)) => AtSource::Decided(Err(refuse(
             "the destination answers that the guest runs there",
             "nothing: the migration completes",
         ))),
-        (Abandon, Some(Running)) => {
+        (Abandon, Answer(Running)) => {
             AtSource::Decided(Ok("the destination answers that the guest runs there"))
         }
-        (ResumeHere { .. }, Some(Aborted)) => AtSource::Decided(Ok(
+        (ResumeHere { .. }, Answer(Aborted)) => AtSource::Decided(Ok(
             "the destination answers that it never will run the guest: it is taken back here",
         )),
-        (Abandon, Some(Aborted)) => AtSource::Decided(Err(refuse(
+        (Abandon, Answer(Aborted)) => AtSource::Decided(Err(refuse(
             "the destination answers that it never will run the guest",
             "nothing: the guest is taken back here",
         ))),
-        (_, Some(Committed)) => AtSource::Refused(refuse(
+        (_, Answer(Committed)) => AtSource::Refused(refuse(
             "the destination answers that the guest is committed to it: it may run there at any moment",
             "wait: the destination runs it now, and the migration completes. If it cannot, decide there with `pagecopy \
              resolve ID --abandon`, or end its QEMU and its pagecopyd for good and decide here then",
         )),
-        (_, Some(Unknown)) => AtSource::Refused(refuse(
+        (_, Presence) => AtSource::Refused(refuse(
+            "the destination's pagecopyd is there, and has not said what became of the guest: it may run it",
+            "ask again in a moment, and see that pagecopyd's log if it stays so. Only when nothing answers at that address any \
+             more, because its pagecopyd and its QEMU are ended for good, decide here",
+        )),
+        (_, Answer(Unknown)) => AtSource::Refused(refuse(
             "the destination's pagecopyd answers, and has not decided: it may still run the guest",
             "ask again in a moment. If its log says that the journal cannot be read, end its pagecopyd and its QEMU for \
              good, then decide here",
         )),
-        (_, Some(Foreign)) => AtSource::Refused(refuse(
+        (_, Answer(Foreign)) => AtSource::Refused(refuse(
             "the destination's pagecopyd answers, and does not take this host for the one that the guest came from: it may run \
              the guest",
             "give pagecopyd the certificate back with which the migration began, or one with the same DNS name. Or end the \
              destination's pagecopyd and its QEMU for good, then decide here",
         )),
-        (ResumeHere { peer_fenced: true } | Abandon, None | Some(NoJournal)) => AtSource::Granted,
-        (ResumeHere { peer_fenced: false }, None | Some(NoJournal)) => {
-            let why = match answer {
-                None => "the destination does not answer",
-                Some(_) => "the destination's pagecopyd knows nothing of this migration",
+        (ResumeHere { peer_fenced: true } | Abandon, Nothing | Answer(NoJournal)) => {
+            AtSource::Granted
+        }
+        (ResumeHere { peer_fenced: false }, Nothing | Answer(NoJournal)) => {
+            let why = match heard {
+                Answer(_) => "the destination's pagecopyd knows nothing of this migration",
+                _ => "the destination does not answer",
             };
             AtSource::Refused(refuse(
                 format!("{why}, and the guest may run there: two would run"),
@@ -226,25 +245,27 @@ mod tests {
 
     #[test]
     fn the_destinations_answer_beats_every_word_and_silence_needs_a_fence() {
-        let answers = [
-            None,
-            Some(Standing::Running),
-            Some(Standing::Aborted),
-            Some(Standing::Unknown),
-            Some(Standing::Committed),
-            Some(Standing::NoJournal),
-            Some(Standing::Foreign),
+        let all = [
+            Heard::Nothing,
+            Heard::Presence,
+            Heard::Answer(Standing::Running),
+            Heard::Answer(Standing::Aborted),
+            Heard::Answer(Standing::Unknown),
+            Heard::Answer(Standing::Committed),
+            Heard::Answer(Standing::NoJournal),
+            Heard::Answer(Standing::Foreign),
         ];
-        let outcome = |resolution, answer| match at_source(resolution, answer) {
+        let outcome = |resolution, heard| match at_source(resolution, heard) {
             AtSource::Granted => "granted",
             AtSource::Decided(Ok(_)) => "agreed",
             AtSource::Decided(Err(_)) => "overruled",
             AtSource::Refused(_) => "refused",
         };
-        let row = |resolution| answers.map(|answer| outcome(resolution, answer));
+        let row = |resolution| all.map(|heard| outcome(resolution, heard));
         assert_eq!(
             row(Resolution::ResumeHere { peer_fenced: false }),
             [
+                "refused",
                 "refused",
                 "overruled",
                 "agreed",
@@ -258,6 +279,7 @@ mod tests {
             row(Resolution::ResumeHere { peer_fenced: true }),
             [
                 "granted",
+                "refused",
                 "overruled",
                 "agreed",
                 "refused",
@@ -270,6 +292,7 @@ mod tests {
             row(Resolution::Abandon),
             [
                 "granted",
+                "refused",
                 "agreed",
                 "overruled",
                 "refused",
@@ -280,7 +303,7 @@ mod tests {
         );
         assert_eq!(
             row(Resolution::RunHere { peer_fenced: true }),
-            ["refused"; 7]
+            ["refused"; 8]
         );
     }
 }

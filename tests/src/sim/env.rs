@@ -94,6 +94,8 @@ pub(super) enum SourceEvent {
     Connect(u32, bool),
     /// It cannot be made, and why.
     ConnectFails(u32, &'static str),
+    /// The same, and somebody is there.
+    ConnectRefused(u32, &'static str),
     /// What was still to be sent has had its time.
     Close,
 }

@@ -267,6 +267,9 @@ impl World {
         Ok(match order {
             Order::Journal(record) if fails => Input::JournalFailed(record, failure("disk")),
             Order::Journal(record) => Input::Journaled(record),
+            Order::Connect | Order::ConnectAll if fails && input.ratio(1, 2)? => {
+                Input::ReconnectRefused("not now".to_owned())
+            }
             Order::Connect | Order::ConnectAll if fails => {
                 Input::ReconnectFailed("no route".to_owned())
             }

@@ -1,6 +1,7 @@
 //! The source's session.
 
 mod serve;
+mod unreached;
 mod work;
 
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ use tokio::sync::oneshot;
 use transport::{Channel, Regions};
 
 use self::serve::Served;
+use self::unreached::Unreached;
 use super::telling;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::dial::{Target, dial_control};
@@ -47,9 +49,9 @@ enum Incoming {
     /// A lane of this connection; earlier connections' lanes are not listened to any more.
     Lane(u32, Told),
     /// By the attempt of that number; earlier attempts do not count any more.
-    Connected(u32, Result<Box<dyn Channel>, Failure>),
+    Connected(u32, Result<Box<dyn Channel>, Unreached>),
     /// All channels, the control channel first.
-    ConnectedAll(u32, Result<Vec<Box<dyn Channel>>, Failure>),
+    ConnectedAll(u32, Result<Vec<Box<dyn Channel>>, Unreached>),
 }
 
 /// The guest's memory, as the session has it.
@@ -315,8 +317,8 @@ impl Session {
                     Err(failure) => Some(Input::ReconnectFailed(failure.what)),
                 }
             }
-            Incoming::Connected(_, Err(failure)) | Incoming::ConnectedAll(_, Err(failure)) => {
-                Some(Input::ReconnectFailed(failure.what))
+            Incoming::Connected(_, Err(unreached)) | Incoming::ConnectedAll(_, Err(unreached)) => {
+                Some(unreached.into())
             }
             Incoming::Lane(connection, _) if connection != self.connection => None,
             Incoming::Lane(_, told) => self.lane_input(told.take()),
@@ -449,7 +451,11 @@ impl Session {
         let (target, sender) = (self.target.clone(), self.sender.clone());
         let attempt = self.connection;
         tokio::spawn(async move {
-            let _ = sender.send(Incoming::Connected(attempt, dial_control(&target).await));
+            let dialled = match dial_control(&target).await {
+                Ok(channel) => Ok(channel),
+                Err(failure) => Err(Unreached::by(failure, &target).await),
+            };
+            let _ = sender.send(Incoming::Connected(attempt, dialled));
         });
     }
 

@@ -10,6 +10,7 @@ use pagecopy::memory::{BlockId, BlockSpec};
 use pagecopy::wire::Message;
 use transport::{Access, Address, Channel, RegionId};
 
+use super::unreached::Unreached;
 use super::{Incoming, Session};
 use crate::dial::dial;
 use crate::failure::Failure;
@@ -73,11 +74,11 @@ impl Session {
             // Joining the lanes' threads may block for a moment.
             let _ = tokio::task::spawn_blocking(move || drop(lanes)).await;
             let wanted = |address: &Address| default_channels(address).max(POSTCOPY_CHANNELS) + 1;
-            let dialled = dial(&target, wanted, &regions).await;
-            let _ = sender.send(Incoming::ConnectedAll(
-                attempt,
-                dialled.map(|(channels, _)| channels),
-            ));
+            let dialled = match dial(&target, wanted, &regions).await {
+                Ok((channels, _)) => Ok(channels),
+                Err(failure) => Err(Unreached::by(failure, &target).await),
+            };
+            let _ = sender.send(Incoming::ConnectedAll(attempt, dialled));
         });
     }
 
@@ -88,18 +89,21 @@ impl Session {
         tokio::spawn(async move {
             let reason = failure.what.clone();
             let silence = Timeouts::default().silence;
-            let heard = match ask(Message::Lost { id, reason }, &target, silence).await {
+            let (heard, answers) = match ask(Message::Lost { id, reason }, &target, silence).await {
                 Ok(answer) => {
                     // It may end the matter: nothing lacks there any more, say. A session that has ended needs no word.
                     let _ = sender.send(Incoming::Engine(Input::Message(answer)));
-                    "the destination knows".to_owned()
+                    ("the destination knows".to_owned(), true)
                 }
-                Err(unheard) => unheard.what,
+                Err(unheard) => {
+                    let unreached = Unreached::by(unheard, &target).await;
+                    (unreached.what, unreached.answers)
+                }
             };
             let what = format!("{}; {heard}; what to do: {}", failure.what, failure.remedy);
-            let told = Incoming::ConnectedAll(attempt, Err(Failure { what, ..failure }));
+            let unreached = Unreached { what, answers };
             // A session that has ended needs no word.
-            let _ = sender.send(told);
+            let _ = sender.send(Incoming::ConnectedAll(attempt, Err(unreached)));
         });
     }
 

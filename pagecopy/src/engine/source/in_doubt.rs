@@ -16,7 +16,8 @@
 //! doubt, and the doubt ends when the guest has run: until then everything here is as it was, and can be taken back.
 //!
 //! A decision of the operator makes the next question come at once; what the destination answers, or that it does not,
-//! goes through [`doubt::at_source`].
+//! goes through [`doubt::at_source`]. A destination that lets the source in, or turns it away, is there: without an answer it
+//! has not decided, and is not fenced.
 
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ use super::interface::{Input, Output, Resolution};
 use super::reasons::by_peer;
 use super::rollback::Rollback;
 use super::{Phase, Step};
-use crate::engine::doubt::{self, AtSource};
+use crate::engine::doubt::{self, AtSource, Heard};
 use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;
@@ -41,6 +42,8 @@ pub(super) struct InDoubt {
     backoff: Duration,
     /// The operator's decision, which waits for the destination's answer or for the journal.
     wish: Option<Resolution>,
+    /// Since that wish, a connection came about: the destination's pagecopyd is there, whether it answers or not.
+    met: bool,
 }
 
 /// Where the search for the destination stands.
@@ -77,6 +80,7 @@ impl InDoubt {
             contact: Contact::Connecting,
             backoff: pauses(core).0,
             wish: None,
+            met: false,
         };
         doubt.connect(core);
         Phase::InDoubt(doubt)
@@ -86,12 +90,19 @@ impl InDoubt {
         match input {
             Input::Reconnected if self.contact == Contact::Connecting => {
                 core.link.restored(core.now);
+                self.met = true;
                 self.ask(core);
             }
             Input::ReconnectFailed(why) if self.contact == Contact::Connecting => {
                 core.out
                     .notice(format!("the destination cannot be asked yet: {why}"));
-                return Ok(self.answered(core, None));
+                return Ok(self.answered(core, Heard::Nothing));
+            }
+            Input::ReconnectRefused(why) if self.contact == Contact::Connecting => {
+                core.out.notice(format!(
+                    "the destination is there and cannot be asked yet: {why}"
+                ));
+                return Ok(self.answered(core, Heard::Presence));
             }
             Input::LinkLost(_) if core.link.is_up() => return Ok(self.link_lost(core)),
             Input::Message(message) => {
@@ -139,7 +150,7 @@ impl InDoubt {
                     // The connection was for serving, and is of no use.
                     core.link_lost();
                 }
-                self.answered(core, Some(standing))
+                self.answered(core, Heard::Answer(standing))
             }
             Message::Resumed if core.serves && matches!(self.contact, Contact::Asking { .. }) => {
                 self.served(core)
@@ -159,14 +170,14 @@ impl InDoubt {
             // destination has decided, it answers. But who says so is there, and not fenced.
             Message::Abort { .. } => {
                 if self.contact != Contact::Silent
-                    && let Some(ended) = self.look_into_wish(core, Some(Standing::Unknown))
+                    && let Some(ended) = self.look_into_wish(core, Heard::Presence)
                 {
                     return ended;
                 }
                 self.link_lost(core)
             }
             // The first connection may come to life again with the answer to `Commit` itself.
-            Message::Running => self.answered(core, Some(Standing::Running)),
+            Message::Running => self.answered(core, Heard::Answer(Standing::Running)),
             Message::Ping { nonce } => {
                 core.send(Message::Pong { nonce });
                 Phase::InDoubt(self)
@@ -189,7 +200,7 @@ impl InDoubt {
         self.contact = Contact::Served;
         self.backoff = pauses(core).0;
         core.has_data = true;
-        self.look_into_wish(core, Some(Standing::Committed))
+        self.look_into_wish(core, Heard::Answer(Standing::Committed))
             .unwrap_or(Phase::InDoubt(self))
     }
 
@@ -202,7 +213,14 @@ impl InDoubt {
     fn link_lost(mut self, core: &mut Core) -> Phase {
         core.link_lost();
         match self.contact {
-            Contact::Asking { .. } => self.answered(core, None),
+            // Who let us in and then went, or said nothing, is not fenced.
+            Contact::Asking { .. } if self.met => self.answered(core, Heard::Presence),
+            // The connection is older than the wish, and its end says nothing: another one will.
+            Contact::Asking { .. } if self.wish.is_some() => {
+                self.connect(core);
+                Phase::InDoubt(self)
+            }
+            Contact::Asking { .. } => self.answered(core, Heard::Nothing),
             Contact::Served => {
                 self.wait(core);
                 Phase::InDoubt(self)
@@ -211,33 +229,33 @@ impl InDoubt {
         }
     }
 
-    /// What the destination said, or (`None`) that it did not.
-    fn answered(mut self, core: &mut Core, answer: Option<Standing>) -> Phase {
-        match answer {
-            Some(Standing::Running) => {
+    /// What the question led to.
+    fn answered(mut self, core: &mut Core, heard: Heard) -> Phase {
+        match heard {
+            Heard::Answer(Standing::Running) => {
                 self.tell_operator(core, Standing::Running);
                 return Moved::begin(core);
             }
-            Some(Standing::Aborted) => {
+            Heard::Answer(Standing::Aborted) => {
                 self.tell_operator(core, Standing::Aborted);
                 let end = by_peer(AbortCode::Aborted, "it has not committed and never will");
                 return Rollback::begin(core, end);
             }
             // The operator's word is being recorded: an answer of this kind to an earlier question changes nothing.
             _ if self.contact == Contact::Silent => return Phase::InDoubt(self),
-            Some(Standing::Committed) => core
+            Heard::Answer(Standing::Committed) => core
                 .out
                 .notice("the destination has committed but the guest does not run there yet"),
-            Some(Standing::Unknown) => core
+            Heard::Answer(Standing::Unknown) => core
                 .out
                 .notice("the destination has not decided yet what became of the migration"),
-            Some(Standing::NoJournal) => core
+            Heard::Answer(Standing::NoJournal) => core
                 .out
                 .notice("the destination's pagecopyd knows nothing of this migration"),
-            Some(Standing::Foreign) => core.out.notice(foreign()),
-            None => {}
+            Heard::Answer(Standing::Foreign) => core.out.notice(foreign()),
+            Heard::Nothing | Heard::Presence => {}
         }
-        if let Some(ended) = self.look_into_wish(core, answer) {
+        if let Some(ended) = self.look_into_wish(core, heard) {
             return ended;
         }
         if self.contact != Contact::Silent {
@@ -246,9 +264,9 @@ impl InDoubt {
         Phase::InDoubt(self)
     }
 
-    /// What the answer makes of the operator's wish, if there is one. Returns the phase that it leads to.
-    fn look_into_wish(&mut self, core: &mut Core, answer: Option<Standing>) -> Option<Phase> {
-        match self.wish.map(|wish| (wish, doubt::at_source(wish, answer))) {
+    /// What becomes of the operator's wish, if there is one. Returns the phase that it leads to.
+    fn look_into_wish(&mut self, core: &mut Core, heard: Heard) -> Option<Phase> {
+        match self.wish.map(|wish| (wish, doubt::at_source(wish, heard))) {
             None => {}
             Some((Resolution::Abandon, AtSource::Granted)) => {
                 core.decided(Ok(
@@ -271,8 +289,9 @@ impl InDoubt {
 
     /// The destination's answer has ended the doubt: says what became of the operator's wish, if there is one.
     fn tell_operator(&self, core: &mut Core, answer: Standing) {
-        if let Some(AtSource::Decided(result)) =
-            self.wish.map(|wish| doubt::at_source(wish, Some(answer)))
+        if let Some(AtSource::Decided(result)) = self
+            .wish
+            .map(|wish| doubt::at_source(wish, Heard::Answer(answer)))
         {
             core.decided(result);
         }
@@ -287,16 +306,17 @@ impl InDoubt {
             )));
         }
         if let (Resolution::RunHere { .. }, AtSource::Refused(why)) =
-            (resolution, doubt::at_source(resolution, None))
+            (resolution, doubt::at_source(resolution, Heard::Nothing))
         {
             return core.decided(Err(why));
         }
         self.wish = Some(resolution);
+        self.met = false;
         match self.contact {
             Contact::Waiting { .. } => self.contact = Contact::Waiting { until: core.now },
             // It answers, by fetching.
             Contact::Served => {
-                self.look_into_wish(core, Some(Standing::Committed));
+                self.look_into_wish(core, Heard::Answer(Standing::Committed));
             }
             Contact::Connecting | Contact::Asking { .. } | Contact::Silent => {}
         }

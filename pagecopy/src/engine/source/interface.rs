@@ -125,6 +125,8 @@ pub enum Input {
     Reconnected,
     /// Answer to [`Output::Connect`]: not now.
     ReconnectFailed(String),
+    /// The same, and the peer is there: its daemon refused, or ended what had begun.
+    ReconnectRefused(String),
     /// Answer to [`Output::Attach`]: tracking is armed. Every page not in `populated` reads as zero.
     Attached {
         /// How long QEMU's thread stood still.
@@ -255,10 +257,10 @@ pub enum Output {
     /// QMP `quit`. No answer.
     QuitGuest,
     /// Make a control channel to the peer anew and say `Hello` is not needed: the engine asks by `Query`. Answer:
-    /// `Reconnected` or `ReconnectFailed`. An attempt that is given up for another, or by `Detach`, is not answered any more.
+    /// `Reconnected`, `ReconnectFailed` or `ReconnectRefused`. An attempt that is given up for another, or by `Detach`, is not answered any more.
     Connect,
     /// Post-copy: let go of the connection that there was and of an attempt under way, and make control and data channels
-    /// anew, with RAM open to the peer's reads. Answer: `Reconnected` or `ReconnectFailed`; the latter, too, when a daemon
+    /// anew, with RAM open to the peer's reads. Answer: as to `Connect`; no connection is made, either, when a daemon
     /// that was started anew cannot open the RAM files: it tells the destination so (`Lost`), and people may see to that, or
     /// let go. Should the destination answer `Whole`, that is an input.
     ConnectAll,

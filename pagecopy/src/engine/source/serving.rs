@@ -91,7 +91,9 @@ impl Serving {
                     deadline: core.now.after(core.setup.timeouts.silence),
                 };
             }
-            Input::ReconnectFailed(why) if self.contact == Contact::Connecting => {
+            Input::ReconnectFailed(why) | Input::ReconnectRefused(why)
+                if self.contact == Contact::Connecting =>
+            {
                 core.out.pause(why);
                 self.wait(core);
             }

@@ -254,8 +254,13 @@ impl SourceSide {
             SourceEvent::ConnectFails(attempt, why) if attempt == self.attempt => {
                 self.input(env, Input::ReconnectFailed(why.into()));
             }
+            SourceEvent::ConnectRefused(attempt, why) if attempt == self.attempt => {
+                self.input(env, Input::ReconnectRefused(why.into()));
+            }
             // It was given up for another.
-            SourceEvent::Connect(..) | SourceEvent::ConnectFails(..) => {}
+            SourceEvent::Connect(..)
+            | SourceEvent::ConnectFails(..)
+            | SourceEvent::ConnectRefused(..) => {}
             SourceEvent::Close => {
                 if let Some(daemon) = &mut self.daemon {
                     daemon.control = None;

@@ -116,7 +116,7 @@ impl SourceSide {
 
     /// What would be served is gone: that is said, on a connection of its own.
     fn say_lost(&mut self, env: &mut Env, attempt: u32) {
-        let mut delay = Duration::ZERO;
+        let why = "the RAM files went with the host";
         if env.wires.passable() && env.destination_listens {
             let (ours, theirs) = env.wires.connect(&self.regions[..1], &Regions::new());
             env.incoming.push_back(theirs);
@@ -127,9 +127,10 @@ impl SourceSide {
             self.send(env, &Message::Lost { id, reason });
             env.tally.note(Happened::SaidLost);
             // The answer is waited for.
-            delay = Duration::from_secs(10);
+            let unanswered = SourceEvent::ConnectRefused(attempt, why);
+            return self.event_after(env, Duration::from_secs(10), unanswered);
         }
-        let fails = SourceEvent::ConnectFails(attempt, "the RAM files went with the host");
-        self.event_after(env, delay, fails);
+        let fails = SourceEvent::ConnectFails(attempt, why);
+        self.event_after(env, Duration::ZERO, fails);
     }
 }

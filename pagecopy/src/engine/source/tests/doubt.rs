@@ -92,6 +92,58 @@ fn a_destination_that_ends_a_connection_is_not_fenced() {
     }
 }
 
+fn cut() -> Input {
+    Input::LinkLost(Failure::new(Fault::Network, "cut", ""))
+}
+
+/// It lets the source in and then goes, or says nothing for as long as one waits, or turns it away.
+#[test]
+fn a_destination_that_is_there_and_does_not_answer_is_not_fenced() {
+    for resolution in [FENCED, Resolution::Abandon] {
+        let refused = |ends: &dyn Fn(&mut Source)| {
+            let mut source = unanswered();
+            source.handle(NOW, Input::Resolve(resolution));
+            assert_eq!(outputs(&mut source), [Output::Connect]);
+            ends(&mut source);
+            let told = outputs(&mut source);
+            assert!(
+                matches!(decided(&told), Some(Err(why)) if why.what.contains("pagecopyd is there")),
+                "{resolution:?}: {told:?}"
+            );
+            assert_eq!(phase(&source), "InDoubt");
+            assert!(source.poll_timeout().is_some(), "it is asked on");
+        };
+        refused(&|source| {
+            source.handle(NOW, Input::Reconnected);
+            source.handle(NOW, cut());
+        });
+        refused(&|source| {
+            source.handle(NOW, Input::Reconnected);
+            source.handle(NOW.after(setup().timeouts.silence), Input::Tick);
+        });
+        refused(&|source| source.handle(NOW, Input::ReconnectRefused("too many channels".into())));
+    }
+}
+
+/// The host may have been fenced since: only what is tried now can tell.
+#[test]
+fn a_connection_that_is_older_than_the_operators_wish_says_nothing() {
+    for idle in [false, true] {
+        let mut source = asking();
+        if idle {
+            source.handle(NOW, answer(Standing::Unknown));
+        }
+        source.handle(NOW, Input::Resolve(FENCED));
+        source.handle(NOW, Input::Tick);
+        outputs(&mut source);
+        let later = NOW.after(setup().timeouts.silence);
+        source.handle(later, Input::Tick);
+        assert_eq!(outputs(&mut source), [Output::Connect], "idle: {idle}");
+        source.handle(later, Input::ReconnectFailed("no route".into()));
+        assert!(outputs(&mut source).contains(&Output::Journal(Record::TakenBack)));
+    }
+}
+
 #[test]
 fn an_answer_about_another_migration_decides_nothing() {
     let mut source = asking();
@@ -106,10 +158,7 @@ fn an_answer_about_another_migration_decides_nothing() {
 /// In doubt, with nobody there.
 fn unanswered() -> Source {
     let mut source = asking();
-    source.handle(
-        NOW,
-        Input::LinkLost(Failure::new(Fault::Network, "cut", "")),
-    );
+    source.handle(NOW, cut());
     outputs(&mut source);
     source
 }
