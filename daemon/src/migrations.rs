@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use pagecopy::engine::MigrationId;
 use pagecopy::engine::doubt::Resolution;
@@ -12,6 +13,7 @@ use pagecopy::wire::Standing;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::failure::{self, Failure, Fault};
@@ -56,12 +58,14 @@ pub(crate) enum Request {
 }
 
 /// How a migration ended: the last event, as the command line prints it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Finished {
     /// Always `finished`.
     pub event: String,
     /// The migration.
     pub id: Uuid,
+    /// When, in milliseconds since 1970.
+    pub at_ms: u64,
     /// `completed`, `failed`, `cancelled` or `in-doubt`.
     pub status: State,
     /// How it moved: `precopy`, `hybrid` or `postcopy`.
@@ -95,6 +99,7 @@ impl Finished {
         Finished {
             event: "finished".to_owned(),
             id: Uuid::from_bytes(id.0),
+            at_ms: now_ms(),
             status,
             mode: mode(&figures).to_owned(),
             transport: None,
@@ -116,8 +121,37 @@ fn mode(figures: &Figures) -> &'static str {
     }
 }
 
+/// One event of a migration, as it is sent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum Told {
+    /// While it runs.
+    Running {
+        /// When, in milliseconds since 1970.
+        at_ms: u64,
+        /// What.
+        #[serde(flatten)]
+        report: Report,
+    },
+    /// Its end.
+    Finished(Box<Finished>),
+}
+
+impl Told {
+    fn value(&self) -> Value {
+        serde_json::to_value(self).unwrap_or(Value::Null)
+    }
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
+}
+
 /// What is shown of a migration.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Shown {
     /// The migration.
     pub id: Uuid,
@@ -128,12 +162,14 @@ pub struct Shown {
     /// The other daemon.
     pub peer: String,
     /// QEMU's QMP socket here.
+    #[schema(value_type = String)]
     pub qmp: PathBuf,
     /// Its state.
     pub state: State,
     /// Why it is paused, while it is.
     pub reason: Option<String>,
     /// The last progress event.
+    #[schema(value_type = Option<Report>)]
     pub progress: Option<Value>,
     /// At the destination of a post-copy that is under way: what its page faults cost, in detail.
     pub faults: Option<FaultReport>,
@@ -222,7 +258,11 @@ impl Migration {
 
     /// An engine's report.
     pub fn report(&self, report: &Report) {
-        let value = serde_json::to_value(report).unwrap_or(Value::Null);
+        let told = Told::Running {
+            at_ms: now_ms(),
+            report: report.clone(),
+        };
+        let value = told.value();
         let mut inner = self.lock();
         match report {
             Report::State { state } => {
@@ -249,7 +289,7 @@ impl Migration {
 
     /// The migration ended so (an in-doubt one may end once more).
     pub fn finish(&self, finished: Finished) {
-        let value = serde_json::to_value(&finished).unwrap_or(Value::Null);
+        let value = Told::Finished(Box::new(finished.clone())).value();
         let mut inner = self.lock();
         inner.shown.state = finished.status;
         inner.shown.reason = None;

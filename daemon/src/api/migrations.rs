@@ -16,22 +16,30 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use uuid::Uuid;
 
-use super::ApiError;
+use super::problem::{ApiError, Problems};
 use super::types::{Begun, MigrationRequest, RecoverRequest, ResolveRequest, Resolved};
 use crate::dial::check_host_port;
 use crate::failure::{Failure, operator};
-use crate::migrations::{Decided, Migration, Request, Shown};
+use crate::migrations::{Decided, Migration, Request, Shown, Told};
 use crate::service::Service;
 
+#[utoipa::path(
+    post, path = "/v1/migrations", tag = "migrations", operation_id = "begin_migration", request_body = MigrationRequest,
+    responses((status = 201, description = "It has begun.", body = Begun), Problems)
+)]
 pub(super) async fn begin(
     State(service): State<Arc<Service>>,
     request: Result<Json<MigrationRequest>, JsonRejection>,
 ) -> Result<(StatusCode, Json<Begun>), ApiError> {
-    let Json(request) = request.map_err(bad_json)?;
+    let Json(request) = request?;
     let id = service.begin(request).await?;
     Ok((StatusCode::CREATED, Json(Begun { id })))
 }
 
+#[utoipa::path(
+    get, path = "/v1/migrations", tag = "migrations", operation_id = "list_migrations",
+    responses((status = 200, description = "In the order in which they began.", body = Vec<Shown>), Problems)
+)]
 pub(super) async fn list(State(service): State<Arc<Service>>) -> Json<Vec<Shown>> {
     Json(
         service
@@ -43,6 +51,11 @@ pub(super) async fn list(State(service): State<Arc<Service>>) -> Json<Vec<Shown>
     )
 }
 
+#[utoipa::path(
+    get, path = "/v1/migrations/{id}", tag = "migrations", operation_id = "show_migration",
+    params(("id" = Uuid, Path, description = "The migration's id.")),
+    responses((status = 200, description = "What is known of it now.", body = Shown), Problems)
+)]
 pub(super) async fn show(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
@@ -50,6 +63,11 @@ pub(super) async fn show(
     Ok(Json(find(&service, &id)?.shown()))
 }
 
+#[utoipa::path(
+    post, path = "/v1/migrations/{id}/cancel", tag = "migrations", operation_id = "cancel_migration",
+    params(("id" = Uuid, Path, description = "The migration's id.")),
+    responses((status = 202, description = "It ends; the guest stays at the source."), Problems)
+)]
 pub(super) async fn cancel(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
@@ -81,6 +99,11 @@ pub(super) async fn cancel(
     Ok(StatusCode::ACCEPTED)
 }
 
+#[utoipa::path(
+    post, path = "/v1/migrations/{id}/start-postcopy", tag = "migrations", operation_id = "start_postcopy",
+    params(("id" = Uuid, Path, description = "The migration's id.")),
+    responses((status = 200, description = "The guest goes first.", body = Resolved), Problems)
+)]
 pub(super) async fn start_postcopy(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
@@ -89,12 +112,17 @@ pub(super) async fn start_postcopy(
     ask(&migration, Request::StartPostcopy).await
 }
 
+#[utoipa::path(
+    post, path = "/v1/migrations/{id}/recover", tag = "migrations", operation_id = "recover_migration",
+    params(("id" = Uuid, Path, description = "The migration's id.")), request_body = RecoverRequest,
+    responses((status = 200, description = "The destination is dialled.", body = Resolved), Problems)
+)]
 pub(super) async fn recover(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
     request: Result<Json<RecoverRequest>, JsonRejection>,
 ) -> Result<Json<Resolved>, ApiError> {
-    let Json(RecoverRequest { to }) = request.map_err(bad_json)?;
+    let Json(RecoverRequest { to }) = request?;
     if let Some(to) = to.as_ref().filter(|to| !to.starts_with("unix:")) {
         check_host_port(to)?;
     }
@@ -117,12 +145,17 @@ async fn ask(
     }
 }
 
+#[utoipa::path(
+    post, path = "/v1/migrations/{id}/resolve", tag = "migrations", operation_id = "resolve_migration",
+    params(("id" = Uuid, Path, description = "The migration's id.")), request_body = ResolveRequest,
+    responses((status = 200, description = "The decision is taken.", body = Resolved), Problems)
+)]
 pub(super) async fn resolve(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
     request: Result<Json<ResolveRequest>, JsonRejection>,
 ) -> Result<Json<Resolved>, ApiError> {
-    let Json(request) = request.map_err(bad_json)?;
+    let Json(request) = request?;
     let ResolveRequest {
         resume_here,
         run_here,
@@ -199,6 +232,15 @@ fn nothing_to_decide(shown: &Shown) -> Failure {
     }
 }
 
+#[utoipa::path(
+    get, path = "/v1/migrations/{id}/events", tag = "migrations", operation_id = "follow_migration",
+    params(("id" = Uuid, Path, description = "The migration's id.")),
+    responses(
+        (status = 200, description = "Server-sent events: what has happened, then what happens, up to `finished`.",
+            body = Told, content_type = "text/event-stream"),
+        Problems
+    )
+)]
 pub(super) async fn events(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
@@ -264,12 +306,4 @@ fn find(service: &Service, id: &str) -> Result<Arc<Migration>, ApiError> {
             "see `pagecopy list`",
         )
     })
-}
-
-pub(super) fn bad_json(rejection: JsonRejection) -> ApiError {
-    operator(
-        format!("the request is not understood: {}", rejection.body_text()),
-        "see the API's documentation",
-    )
-    .into()
 }

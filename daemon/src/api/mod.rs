@@ -1,21 +1,13 @@
 //! The daemon's API: HTTP over a unix socket that only its owner may open.
 //!
-//! ```text
-//! POST   /v1/migrations                begin one: MigrationRequest → {"id": …}
-//! GET    /v1/migrations                all
-//! GET    /v1/migrations/ID             one
-//! GET    /v1/migrations/ID/events      server-sent events, the history first, up to "finished"
-//! POST   /v1/migrations/ID/cancel
-//! POST   /v1/migrations/ID/resolve     {"resume_here" | "run_here" | "abandon": true, "peer_fenced": …} → {"done": …};
-//!                                      answered when the other host has been asked; 409 with the reason when refused
-//! POST   /v1/receivers                 {"vm", "qmp"}: this QEMU waits for that guest
-//! GET    /v1/receivers
-//! DELETE /v1/receivers/VM
-//! ```
+//! Its paths, with what they take and give, are described at `/v1/openapi.json`, which is made of the handlers themselves
+//! (`openapi.rs`): a route is added with `routes!`, and cannot be without its description. Every error is a [`Problem`].
 //!
-//! Errors are JSON: `{"error": what and whose fault, "remedy": what to do}`.
+//! [`Problem`]: problem::Problem
 
 mod migrations;
+mod openapi;
+pub mod problem;
 mod receivers;
 pub mod types;
 
@@ -25,35 +17,48 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use axum::Router;
-use axum::http::StatusCode;
-use axum::response::{IntoResponse, Json, Response};
-use axum::routing::{delete, get, post};
+use axum::extract::DefaultBodyLimit;
+use axum::middleware::from_fn;
+use axum::{Extension, Router};
 use tokio::net::UnixListener;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
-use crate::failure::{Failure, Fault, Shown, host, operator};
+use crate::failure::{Failure, host, operator};
 use crate::service::Service;
-use types::ErrorBody;
+
+/// The longest request that is taken.
+const MAX_REQUEST: usize = 64 << 10;
 
 /// The API of `service`.
 pub fn router(service: Arc<Service>) -> Router {
+    let (routes, description) = routes().split_for_parts();
+    let text = openapi::text(&description);
+    let routes = routes
+        .fallback(problem::no_such_route)
+        .layer(Extension(text))
+        .layer(DefaultBodyLimit::max(MAX_REQUEST))
+        .with_state(service);
+    // Around the whole of it: a layer of its own would not see what methods a path takes.
     Router::new()
-        .route(
-            "/v1/migrations",
-            post(migrations::begin).get(migrations::list),
-        )
-        .route("/v1/migrations/{id}", get(migrations::show))
-        .route("/v1/migrations/{id}/events", get(migrations::events))
-        .route("/v1/migrations/{id}/cancel", post(migrations::cancel))
-        .route(
-            "/v1/migrations/{id}/start-postcopy",
-            post(migrations::start_postcopy),
-        )
-        .route("/v1/migrations/{id}/recover", post(migrations::recover))
-        .route("/v1/migrations/{id}/resolve", post(migrations::resolve))
-        .route("/v1/receivers", post(receivers::add).get(receivers::list))
-        .route("/v1/receivers/{vm}", delete(receivers::remove))
-        .with_state(service)
+        .fallback_service(routes)
+        .layer(from_fn(problem::every_error))
+}
+
+/// Every path, with its description.
+fn routes() -> OpenApiRouter<Arc<Service>> {
+    OpenApiRouter::with_openapi(openapi::Description::openapi())
+        .routes(routes!(migrations::begin, migrations::list))
+        .routes(routes!(migrations::show))
+        .routes(routes!(migrations::events))
+        .routes(routes!(migrations::cancel))
+        .routes(routes!(migrations::start_postcopy))
+        .routes(routes!(migrations::recover))
+        .routes(routes!(migrations::resolve))
+        .routes(routes!(receivers::add, receivers::list))
+        .routes(routes!(receivers::remove))
+        .routes(routes!(openapi::describe))
 }
 
 /// Makes the socket, readable and writable for its owner only. One that nobody listens on any more is replaced.
@@ -90,53 +95,4 @@ pub fn listen(path: &Path) -> Result<UnixListener, Failure> {
     fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600)).map_err(cannot)?;
     fs::rename(&hidden, path).map_err(cannot)?;
     Ok(listener)
-}
-
-/// A failure as an HTTP answer.
-pub(crate) struct ApiError(StatusCode, ErrorBody);
-
-impl ApiError {
-    fn not_found(what: String, remedy: &str) -> ApiError {
-        ApiError(
-            StatusCode::NOT_FOUND,
-            ErrorBody {
-                error: what,
-                remedy: remedy.to_owned(),
-                fault: Fault::Operator,
-            },
-        )
-    }
-
-    fn conflict(failure: &Failure) -> ApiError {
-        ApiError(StatusCode::CONFLICT, body(failure))
-    }
-}
-
-fn body(failure: &Failure) -> ErrorBody {
-    let without_remedy = Failure {
-        remedy: String::new(),
-        ..failure.clone()
-    };
-    ErrorBody {
-        error: Shown(&without_remedy).to_string(),
-        remedy: failure.remedy.clone(),
-        fault: failure.fault,
-    }
-}
-
-impl From<Failure> for ApiError {
-    fn from(failure: Failure) -> ApiError {
-        let status = match failure.fault {
-            Fault::Operator => StatusCode::BAD_REQUEST,
-            Fault::ThisHost => StatusCode::INTERNAL_SERVER_ERROR,
-            _ => StatusCode::BAD_GATEWAY,
-        };
-        ApiError(status, body(&failure))
-    }
-}
-
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        (self.0, Json(self.1)).into_response()
-    }
 }

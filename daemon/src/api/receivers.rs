@@ -7,17 +7,20 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::Json;
 
-use super::ApiError;
-use super::migrations::bad_json;
+use super::problem::{ApiError, Problems};
 use super::types::ReceiverRequest;
 use crate::service::Service;
 use crate::store::Receiver;
 
+#[utoipa::path(
+    post, path = "/v1/receivers", tag = "receivers", operation_id = "add_receiver", request_body = ReceiverRequest,
+    responses((status = 201, description = "Its QEMU waits for the guest."), Problems)
+)]
 pub(super) async fn add(
     State(service): State<Arc<Service>>,
     request: Result<Json<ReceiverRequest>, JsonRejection>,
 ) -> Result<StatusCode, ApiError> {
-    let Json(request) = request.map_err(bad_json)?;
+    let Json(request) = request?;
     service
         .receive(Receiver {
             vm: request.vm,
@@ -27,10 +30,19 @@ pub(super) async fn add(
     Ok(StatusCode::CREATED)
 }
 
+#[utoipa::path(
+    get, path = "/v1/receivers", tag = "receivers", operation_id = "list_receivers",
+    responses((status = 200, description = "By the name of the guest.", body = Vec<Receiver>), Problems)
+)]
 pub(super) async fn list(State(service): State<Arc<Service>>) -> Json<Vec<Receiver>> {
     Json(service.store.receivers.list())
 }
 
+#[utoipa::path(
+    delete, path = "/v1/receivers/{vm}", tag = "receivers", operation_id = "remove_receiver",
+    params(("vm" = String, Path, description = "The guest's name.")),
+    responses((status = 204, description = "No QEMU waits for it any more."), Problems)
+)]
 pub(super) async fn remove(
     State(service): State<Arc<Service>>,
     Path(vm): Path<String>,

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::failure::Fault;
-
 /// How the guest's memory moves.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum, ToSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// As `precopy`; where that would not converge and post-copy is allowed, the guest goes first
@@ -24,7 +25,9 @@ pub enum Mode {
 }
 
 /// How pages are encoded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum, ToSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Compress {
     /// As they are
@@ -39,12 +42,13 @@ pub enum Compress {
 }
 
 /// `POST /v1/migrations`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MigrationRequest {
     /// The guest's name, the same on both sides.
     pub vm: String,
     /// QMP socket of the QEMU that it leaves.
+    #[schema(value_type = String)]
     pub qmp: PathBuf,
     /// The other daemon: `HOST:PORT`.
     pub to: String,
@@ -84,24 +88,25 @@ pub struct MigrationRequest {
 }
 
 /// The answer to `POST /v1/migrations`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Begun {
     /// The migration.
     pub id: Uuid,
 }
 
 /// `POST /v1/receivers`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ReceiverRequest {
     /// The guest's name.
     pub vm: String,
     /// QMP socket of the QEMU that waits for it.
+    #[schema(value_type = String)]
     pub qmp: PathBuf,
 }
 
 /// `POST /v1/migrations/ID/recover`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RecoverRequest {
     /// Another address of the destination's daemon: `HOST:PORT`.
@@ -109,7 +114,7 @@ pub struct RecoverRequest {
 }
 
 /// `POST /v1/migrations/ID/resolve`: one of the first four is true.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ResolveRequest {
     /// At the source: take the guest back.
@@ -125,19 +130,8 @@ pub struct ResolveRequest {
 }
 
 /// The answer to `POST /v1/migrations/ID/resolve`. A refusal is an error.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Resolved {
     /// What is done.
     pub done: String,
-}
-
-/// Every error.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ErrorBody {
-    /// What happened, and whose fault it is.
-    pub error: String,
-    /// What to do about it.
-    pub remedy: String,
-    /// Whose fault, for tools.
-    pub fault: Fault,
 }

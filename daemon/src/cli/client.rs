@@ -13,7 +13,8 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::net::UnixStream;
 
-use crate::api::types::ErrorBody;
+use crate::api::problem::Problem;
+use crate::failure::{Failure, Shown};
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -109,10 +110,10 @@ impl Client {
         }
         let status = answer.status();
         let bytes = read_body(answer).await?;
-        Err(match serde_json::from_slice::<ErrorBody>(&bytes) {
-            Ok(body) => CliError {
-                what: body.error,
-                remedy: body.remedy,
+        Err(match serde_json::from_slice::<Problem>(&bytes) {
+            Ok(problem) => CliError {
+                what: Shown(&Failure::new(problem.fault, problem.detail, "")).to_string(),
+                remedy: problem.remedy,
             },
             Err(_) => broken(&format!("{status}: {}", String::from_utf8_lossy(&bytes))),
         })

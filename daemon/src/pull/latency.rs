@@ -6,6 +6,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use pagecopy::engine::event::{FaultFigures, Quantiles};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::shared::lock;
 
@@ -15,7 +16,7 @@ const DIGITS: u8 = 2;
 const MAX_VCPUS: usize = 256;
 
 /// Where the time went. Half of all, and 99 of 100, took no longer; microseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Stage {
     /// Half of them.
     pub p50: u64,
@@ -24,7 +25,7 @@ pub struct Stage {
 }
 
 /// What the faults of a post-copy cost, in more detail than [`FaultFigures`].
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FaultReport {
     /// Of the wait, until the kernel's report was read, as far as that is known.
     pub read_us: Stage,
@@ -47,7 +48,7 @@ pub struct FaultReport {
 }
 
 /// What one vCPU waited.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VcpuFaults {
     /// Its index.
     pub vcpu: u32,
@@ -57,7 +58,7 @@ pub struct VcpuFaults {
 }
 
 /// What a thread waited.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ThreadFaults {
     /// How often.
     pub faults: u64,

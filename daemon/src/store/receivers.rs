@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::files::Folder;
 
@@ -13,11 +14,12 @@ use super::files::Folder;
 const NAME: &str = "receivers.json";
 
 /// A QEMU that waits for a guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Receiver {
     /// The guest's name.
     pub vm: String,
     /// QEMU's QMP socket.
+    #[schema(value_type = String)]
     pub qmp: PathBuf,
 }
 

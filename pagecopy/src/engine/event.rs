@@ -6,6 +6,7 @@ use super::Failure;
 use super::encoding::Encoded;
 
 /// The state of a migration as a person sees it.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
@@ -49,6 +50,7 @@ impl State {
 }
 
 /// Something worth telling while a migration runs.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Report {
@@ -99,6 +101,7 @@ pub enum Report {
 }
 
 /// Where a round stands.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Round, from 0.
@@ -123,6 +126,7 @@ pub struct Progress {
 }
 
 /// Where post-copy stands.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PostcopyProgress {
     /// Bytes that the guest lacks: for these it depends on its source.
@@ -138,6 +142,7 @@ pub struct PostcopyProgress {
 
 /// Page faults that waited for pages which were not there yet, as the destination's daemon has counted them since it was
 /// started.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultFigures {
     /// How many are over.
@@ -149,6 +154,7 @@ pub struct FaultFigures {
 }
 
 /// How long things took, in microseconds. Each is at least the one before.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quantiles {
     /// Half of them took no longer.
@@ -173,6 +179,7 @@ pub struct PostcopyCost {
 }
 
 /// The figures of a migration, complete when it has ended.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// From the start to the end, in milliseconds.

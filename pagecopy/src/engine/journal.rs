@@ -11,6 +11,7 @@ use crate::memory::BlockSpec;
 use crate::wire::Standing;
 
 /// Which side a journal belongs to.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Side {

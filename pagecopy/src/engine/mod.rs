@@ -67,6 +67,7 @@ pub struct ChannelId(pub u16);
 pub const CONTROL: ChannelId = ChannelId(0);
 
 /// Whose fault a failure is.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fault {

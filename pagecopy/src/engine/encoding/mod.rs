@@ -64,6 +64,7 @@ impl Encodings {
 }
 
 /// What was encoded, and as how much.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Encoded {
     /// Bytes of pages that went compressed.

@@ -2,83 +2,17 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod harness;
+mod openapi;
+mod problems;
+
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::Command;
 
 use serde_json::Value;
 
-const CONFIG: &str = "name = 'a'\nlisten = '127.0.0.1:0'\napi = 'api.sock'\nstate-dir = 'state'\ninsecure-plaintext = true\n";
-
-/// A daemon in a directory of its own, ended with the test.
-struct Daemon {
-    dir: PathBuf,
-    child: Child,
-}
-
-impl Daemon {
-    fn start(name: &str) -> Daemon {
-        let dir = std::env::temp_dir().join(format!("pagecopy-api-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&dir);
-        std::fs::create_dir_all(&dir).unwrap();
-        std::fs::write(dir.join("c.toml"), CONFIG).unwrap();
-        Daemon {
-            child: start(&dir),
-            dir,
-        }
-    }
-
-    fn cli(&self, words: &[&str]) -> Output {
-        let api = self.dir.join("api.sock");
-        Command::new(env!("CARGO_BIN_EXE_pagecopy"))
-            .arg("--api")
-            .arg(api)
-            .args(words)
-            .output()
-            .unwrap()
-    }
-
-    fn signal(&self, signal: rustix::process::Signal) {
-        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal)
-            .unwrap();
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let _ = std::fs::remove_dir_all(&self.dir);
-    }
-}
-
-/// Starts the daemon and waits until it tells systemd (here: us) that it is ready.
-fn start(dir: &Path) -> Child {
-    let notify = dir.join("notify");
-    let _ = std::fs::remove_file(&notify);
-    let socket = UnixDatagram::bind(&notify).unwrap();
-    socket
-        .set_read_timeout(Some(std::time::Duration::from_secs(20)))
-        .unwrap();
-    let child = Command::new(env!("CARGO_BIN_EXE_pagecopyd"))
-        .arg("--config")
-        .arg(dir.join("c.toml"))
-        .env("NOTIFY_SOCKET", &notify)
-        .env("NO_COLOR", "1")
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut buffer = [0; 64];
-    let got = socket.recv(&mut buffer).unwrap();
-    assert_eq!(buffer[..got].trim_ascii(), b"READY=1");
-    child
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
+use harness::{Daemon, start, stderr};
 
 #[test]
 fn an_empty_daemon_answers_and_ends_in_order() {
