@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer};
 use crate::api::types::Compress;
 use crate::failure::{Failure, Fault};
 use crate::limits::MAX_DELTA_CACHE;
+use crate::queue;
 use crate::units::parse_size;
 
 /// The whole file.
@@ -39,6 +40,9 @@ pub struct Config {
     /// Memory for the versions of pages that deltas are made from, for each migration, where `migrate` does not say.
     #[serde(default = "default_delta_cache", deserialize_with = "size")]
     pub delta_cache: u64,
+    /// Bytes a second that all migrations from this host may send together; none is unlimited.
+    #[serde(default, deserialize_with = "queue::config::rate")]
+    pub bandwidth_limit: Option<u64>,
     /// TLS between the peers.
     pub tls: Option<Tls>,
 }
@@ -258,6 +262,20 @@ mod tests {
         assert!(error.contains("HOST:PORT"), "{error}");
         let error = parse(&format!("{PLAIN}{}", TLS.replace("'b.example'", ""))).unwrap_err();
         assert!(error.contains("tls.allow is empty"), "{error}");
+    }
+
+    #[test]
+    fn the_hosts_bandwidth_is_a_rate() {
+        let with = |value: &str| parse(&format!("{PLAIN}bandwidth-limit = {value}\n{TLS}"));
+        assert_eq!(
+            parse(&format!("{PLAIN}{TLS}")).unwrap().bandwidth_limit,
+            None
+        );
+        let limit = with("'10GB/s'").unwrap().bandwidth_limit;
+        assert_eq!(limit, Some(10_000_000_000));
+        for wrong in ["'0'", "'fast'", "5"] {
+            assert!(with(wrong).unwrap_err().contains("line 5"), "{wrong}");
+        }
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod privilege;
 pub mod pull;
 pub mod qemu;
 pub mod qmp;
+pub mod queue;
 pub mod quota;
 pub mod seldom;
 pub mod service;

@@ -22,6 +22,7 @@ use crate::migrations::{Migration, Migrations, Request, Shown};
 use crate::qemu::discover;
 use crate::qemu::faults::Device;
 use crate::qmp::Qmp;
+use crate::queue::budget::Budget;
 use crate::session::{begin, recover};
 use crate::start::Start;
 use crate::store::{Receiver, Store};
@@ -38,6 +39,8 @@ pub struct Service {
     pub store: Store,
     /// What runs, and ran.
     pub migrations: Migrations,
+    /// What those that leave may send.
+    pub budget: Budget,
     /// How peers are trusted.
     pub security: Security,
     /// What QEMUs are lent whose page faults they could not let anybody see.
@@ -52,6 +55,7 @@ impl Service {
     fn open(config: Config, security: Security, userfaultfd: Device) -> Result<Service, Failure> {
         let store = Store::open(&config.state_dir)?;
         Ok(Service {
+            budget: Budget::new(config.bandwidth_limit),
             config,
             store,
             migrations: Migrations::default(),

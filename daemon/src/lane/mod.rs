@@ -5,6 +5,8 @@
 
 pub mod control;
 pub mod destination;
+#[cfg(test)]
+mod limited;
 mod meter;
 pub mod source;
 
@@ -124,6 +126,19 @@ pub trait Handler: Send + 'static {
     fn produce(&mut self, _ops: &mut Ops) -> bool {
         false
     }
+
+    /// How long until there may be something to produce, if that is known.
+    fn wait(&self) -> Option<Duration> {
+        None
+    }
+
+    /// How long nothing more is taken from the peer, if it has had its share.
+    fn hold(&self) -> Option<Duration> {
+        None
+    }
+
+    /// So many bytes have gone over the channel in all.
+    fn moved(&mut self, _sent: u64) {}
 
     /// The channel was waited for, with nothing to produce.
     fn waited(&mut self, _took: Duration) {}
@@ -355,16 +370,19 @@ impl<H: Handler> Driver<H> {
             } else {
                 MAX_BACKLOG - 1
             };
-            let full = self.events.backlog() > most;
+            let hold = self.handler.hold();
+            let full = hold.is_some() || self.events.backlog() > most;
             if full != paused {
                 paused = full;
                 self.channel.pause(full);
             }
             // What is made next is made beside what is sent; only then there is nothing to do but to wait.
             let begun = Instant::now();
-            let event = self
-                .channel
-                .poll(if produced { Some(Duration::ZERO) } else { left });
+            let longest = [left, hold, self.handler.wait()];
+            let event = self.channel.poll(match produced {
+                true => Some(Duration::ZERO),
+                false => longest.into_iter().flatten().min(),
+            });
             if !produced {
                 self.handler.waited(begun.elapsed());
             }
@@ -427,8 +445,9 @@ impl<H: Handler> Driver<H> {
         }
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         let stats = self.channel.stats();
+        self.handler.moved(stats.sent);
         self.moved.sent.store(stats.sent, Ordering::Relaxed);
         self.moved.received.store(stats.received, Ordering::Relaxed);
     }

@@ -4,10 +4,14 @@
 //! page goes once more in a later round.
 //!
 //! Pages are encoded here, in the channel's own thread, a message at a time and never far ahead of what the link takes.
+//!
+//! Here a bandwidth limit is kept to the byte: pages are taken from the migration's share as they are submitted, in small
+//! pieces, and what has gone beyond (headers, encryption) is taken when it has. When the destination reads, what somebody
+//! waits for goes at once, on the first channel; on the others a share that is used up makes its requests wait.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pagecopy::engine::ChannelId;
@@ -16,8 +20,8 @@ use pagecopy::engine::encoding::versions::Versions;
 use pagecopy::engine::source::{Batch, Pushed};
 use pagecopy::engine::split::{Split, split};
 use pagecopy::host::Ram;
-use pagecopy::host::encode::{Encoder, Part, chunks};
-use pagecopy::limits::MAX_RUNS;
+use pagecopy::host::encode::{Encoder, Part, chunks_of};
+use pagecopy::limits::{MAX_ENCODED, MAX_RUNS};
 use pagecopy::memory::{BlockId, BlockSpec, Piece};
 use pagecopy::wire::Message;
 use transport::limits::{MAX_EXTENTS, MAX_PAYLOAD};
@@ -25,9 +29,18 @@ use transport::{Extent, Op, RegionId, Token};
 
 use super::meter::Meter;
 use super::{Events, Handler, LaneEvent, Ops};
+use crate::queue::budget::Share;
 
 /// Encoded bytes that may wait for the link.
 const MAX_AHEAD: u64 = 1 << 20;
+
+/// The channel on which the destination reads what somebody waits for.
+const FAULTS: ChannelId = ChannelId(1);
+
+/// Where a share may be used up by reads, they are counted so often …
+const READS: Duration = Duration::from_micros(500);
+/// … and so often while there are none.
+const NO_READS: Duration = Duration::from_millis(5);
 
 /// What the session asks of a data channel.
 #[derive(Debug)]
@@ -71,6 +84,13 @@ pub struct SourceData {
     batches: VecDeque<(Token, u64, Pushed)>,
     encoding: Encoding,
     encoder: Encoder,
+    share: Arc<Share>,
+    /// Bytes that were taken from it.
+    taken: u64,
+    /// It is used up until then.
+    until: Option<Instant>,
+    /// Something has gone over the channel just now that was not taken before.
+    reads: bool,
     /// Made when the first batch says what was agreed on.
     policy: Option<Policy>,
     /// How pages went last.
@@ -101,6 +121,7 @@ impl SourceData {
         specs: Arc<[BlockSpec]>,
         ram: Arc<dyn Ram>,
         encoding: Encoding,
+        share: Arc<Share>,
     ) -> SourceData {
         SourceData {
             id,
@@ -110,6 +131,10 @@ impl SourceData {
             batches: VecDeque::new(),
             encoder: Encoder::new(Arc::clone(&encoding.versions)),
             encoding,
+            share,
+            taken: 0,
+            until: None,
+            reads: false,
             policy: None,
             choice: Choice::default(),
             meter: Meter::new(),
@@ -153,11 +178,13 @@ impl SourceData {
         };
         self.send_zeroes(&split, ops, &mut rest);
         self.sample(&split);
-        if self.choose(batch.round) == Choice::default() && !self.learns() {
+        let quantum = self.share.quantum();
+        let plain = self.choose(batch.round) == Choice::default() && !self.learns();
+        if plain && quantum.is_none() {
             self.send_as_it_is(&split, ops, &mut rest);
             self.end(&rest);
         } else {
-            rest.chunks = chunks(&split.raw).into();
+            rest.chunks = chunks_of(&split.raw, quantum.unwrap_or(MAX_ENCODED as u64)).into();
             self.go_on(rest, ops);
         }
     }
@@ -184,6 +211,7 @@ impl SourceData {
         let region = RegionId(block.0.into());
         let token = ops.push(Op::Write { region, extents });
         self.meter.queue(token, bytes, bytes);
+        self.taken += bytes;
         rest.pushed.raw_bytes += bytes;
         rest.last = Some(token);
     }
@@ -207,11 +235,20 @@ impl SourceData {
         }
     }
 
-    /// Encodes one message more of `rest`. With the last one it ends: its last operation has not left then.
+    /// Encodes one message more of `rest`, if it may go now. With the last one it ends: its last operation has not left then.
     fn go_on(&mut self, mut rest: Rest, ops: &mut Ops) {
-        let Some((block, pieces)) = rest.chunks.pop_front() else {
+        let Some((_, pieces)) = rest.chunks.front() else {
             return self.end(&rest);
         };
+        let pages: u64 = pieces.iter().map(|piece| piece.len).sum();
+        if let Some(wait) = self.share.take(pages) {
+            self.until = Some(Instant::now() + wait);
+            return self.work.push_front(Work::Rest(rest));
+        }
+        let Some((block, pieces)) = rest.chunks.pop_front() else {
+            return;
+        };
+        let before = self.taken;
         let choice = self.choose(rest.round);
         let mut parts = Vec::new();
         let cost = self
@@ -233,11 +270,13 @@ impl SourceData {
                     let wire = bytes.len() as u64;
                     let token = ops.push(Op::Send(bytes));
                     self.meter.queue(token, wire, pages);
+                    self.taken += wire;
                     rest.last = Some(token);
                 }
             }
         }
         rest.pushed.raw_bytes += cost.copied;
+        self.share.refund(pages.saturating_sub(self.taken - before));
         if rest.chunks.is_empty() {
             self.end(&rest);
         } else {
@@ -263,6 +302,10 @@ impl Handler for SourceData {
     }
 
     fn produce(&mut self, ops: &mut Ops) -> bool {
+        if self.until.is_some_and(|until| until > Instant::now()) {
+            return false;
+        }
+        self.until = None;
         let careful = self.choice != Choice::default() || self.learns();
         if careful && self.meter.queued() >= MAX_AHEAD {
             return false;
@@ -275,7 +318,32 @@ impl Handler for SourceData {
             Some(Work::Rest(rest)) => self.go_on(rest, ops),
             None => return false,
         }
-        true
+        self.until.is_none()
+    }
+
+    fn wait(&self) -> Option<Duration> {
+        if let Some(until) = self.until {
+            return Some(until.saturating_duration_since(Instant::now()));
+        }
+        // The channel answers reads by itself, and comes back to be looked at only then.
+        let looks = self.share.is_serving() && self.share.quantum().is_some();
+        looks.then_some(if self.reads { READS } else { NO_READS })
+    }
+
+    fn hold(&self) -> Option<Duration> {
+        let holds = self.share.is_serving() && self.id != FAULTS;
+        holds.then(|| self.share.wait()).flatten()
+    }
+
+    fn moved(&mut self, sent: u64) {
+        let more = sent.saturating_sub(self.taken);
+        self.taken += more;
+        self.reads = more > 0;
+        match more {
+            0 => {}
+            _ if self.share.is_serving() && self.id == FAULTS => self.share.spend_at_once(more),
+            _ => self.share.spend(more),
+        }
     }
 
     fn waited(&mut self, took: Duration) {

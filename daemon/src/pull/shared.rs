@@ -7,7 +7,6 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use pagecopy::engine::event::FaultFigures;
-use pagecopy::engine::pacing::Pacer;
 use pagecopy::engine::pull::pace::Pace;
 use pagecopy::engine::pull::{Answer, Arrival, Class, Puller, Request};
 use pagecopy::engine::{Failure, Time};
@@ -22,6 +21,7 @@ use super::latency::{FaultReport, Latencies, Vcpus, Waited};
 use super::unread::Reader;
 use super::{PullEvent, pager_failure};
 use crate::failure::host;
+use crate::queue::budget::Share;
 use crate::sys;
 
 /// Shared by all threads.
@@ -30,8 +30,8 @@ pub(super) struct Shared {
     /// Of the connection that there is, if it has channels for what nobody waits for.
     pace: Mutex<Option<Pace>>,
     /// The operator's limit of what nobody waits for.
-    limit: Mutex<Pacer>,
-    /// When the clock of both began.
+    limit: Share,
+    /// When its clock began.
     begun: Instant,
     page_bytes: u64,
     pub(super) received: Received,
@@ -75,7 +75,7 @@ impl Shared {
         let page_bytes = specs.iter().map(|spec| spec.page_size).max().unwrap_or(0);
         Shared {
             pace: Mutex::new(None),
-            limit: Mutex::new(Pacer::new(background, Time::default())),
+            limit: Share::alone(background),
             begun: Instant::now(),
             page_bytes,
             state: Mutex::new(State {
@@ -161,7 +161,7 @@ impl Shared {
     /// A page that nobody waits for, to see what one takes now that somebody does.
     pub(super) fn probe(&self) -> Option<Request> {
         let now = self.time(Instant::now());
-        if !lock(&self.limit).may_send(now) {
+        if self.limit.wait().is_some() {
             return None;
         }
         let due = lock(&self.pace).as_mut()?.probe(now);
@@ -170,23 +170,24 @@ impl Shared {
 
     /// What to fetch next, of what nobody waits for, on a channel on which so many bytes are on their way.
     pub(super) fn next_ahead(&self, under_way: u64) -> Option<Request> {
-        if !lock(&self.limit).may_send(self.time(Instant::now())) {
+        if self.limit.wait().is_some() {
             return None;
         }
         let bytes = lock(&self.pace).as_mut()?.may_request(under_way)?;
-        self.state().puller.next_ahead(bytes)
+        let most = self.limit.quantum().unwrap_or(bytes);
+        self.state().puller.next_ahead(bytes.min(most))
     }
 
     /// So many bytes that nobody waits for are being asked for.
     pub(super) fn spend(&self, bytes: u64) {
-        lock(&self.limit).spend(bytes);
+        self.limit.spend(bytes);
     }
 
     /// How long a channel for what nobody waits for may sleep when nothing comes.
     pub(super) fn idle(&self) -> Duration {
-        let again = lock(&self.limit).next();
-        let wait = again.map(|at| at.since(self.time(Instant::now())));
-        wait.map_or(super::LOOK_EVERY, |wait| wait.min(super::LOOK_EVERY))
+        self.limit
+            .wait()
+            .map_or(super::LOOK_EVERY, |wait| wait.min(super::LOOK_EVERY))
     }
 
     /// A page came on the channel for those that somebody waits for.

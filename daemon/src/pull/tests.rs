@@ -244,7 +244,7 @@ fn everything_comes_and_who_waits_comes_first() {
     destination.assert_whole(&[PAGES - 2]);
 }
 
-/// The limit's first burst and what was under way comes, then next to nothing but what somebody waits for.
+/// A page on each channel comes, then next to nothing but what somebody waits for.
 #[test]
 fn a_limit_holds_back_what_nobody_waits_for_and_nothing_else() {
     skip_unless!(is_root(), "needs root");
@@ -263,9 +263,8 @@ fn a_limit_holds_back_what_nobody_waits_for_and_nothing_else() {
         }
         assert!(begun.elapsed() < LIMIT, "it goes on: {lacks}");
     };
-    let burst = pagecopy::limits::MAX_BATCH_BYTES;
     let came = PAGES * PAGE - held_back;
-    assert!((burst..2 * burst).contains(&came), "{came} bytes came");
+    assert!(came <= 3 * PAGE, "{came} bytes came");
     let mut missing = Vec::new();
     let received = destination.memory.record.open(false);
     let received = Received::open(&received, ID, &destination.memory.specs).unwrap();

@@ -160,7 +160,8 @@ pub(crate) async fn migrate(
         Err(failure) => return super::end_early(id, &migration, &failure),
     };
     let setup = prepared.setup;
-    let encoding = encoding(&request, &service.config, setup.data_channels);
+    let share = service.budget.share(0, request.bandwidth_limit);
+    let encoding = encoding(&request, &service.config, share.rate(), setup.data_channels);
     let parts = Parts {
         id,
         service,
@@ -173,6 +174,7 @@ pub(crate) async fn migrate(
         target: prepared.target,
         memory: Some(prepared.memory),
         encoding,
+        share,
         channels: prepared.channels,
     };
     match Session::start(parts) {
@@ -387,8 +389,13 @@ fn compress(request: &MigrationRequest, config: &Config) -> policy::Compress {
     }
 }
 
-/// The operator's limit is shared by the channels. The memory for versions is only asked for where there may be deltas.
-fn encoding(request: &MigrationRequest, config: &Config, data_channels: u16) -> Encoding {
+/// The bandwidth is shared by the channels. The memory for versions is only asked for where there may be deltas.
+fn encoding(
+    request: &MigrationRequest,
+    config: &Config,
+    bandwidth: Option<u64>,
+    data_channels: u16,
+) -> Encoding {
     let compress = compress(request, config);
     let cache = if compress.encodings().delta {
         request.delta_cache.unwrap_or(config.delta_cache)
@@ -397,9 +404,7 @@ fn encoding(request: &MigrationRequest, config: &Config, data_channels: u16) -> 
     };
     Encoding {
         compress,
-        cap: request
-            .bandwidth_limit
-            .map(|limit| limit / u64::from(data_channels.max(1))),
+        cap: bandwidth.map(|limit| limit / u64::from(data_channels.max(1))),
         versions: Arc::new(Mutex::new(Versions::new(cache))),
     }
 }

@@ -154,6 +154,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         target,
         memory,
         encoding: Encoding::none(),
+        share: service.budget.share(0, None),
         channels: Vec::new(),
     };
     let engine = Source::recover(

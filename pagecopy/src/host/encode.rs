@@ -286,6 +286,12 @@ fn compress(
 
 /// Takes extents of a batch apart into pieces for one message each, all of one block.
 pub fn chunks(extents: &[(BlockId, u64, u64)]) -> Vec<(BlockId, Vec<Piece>)> {
+    chunks_of(extents, MAX_ENCODED as u64)
+}
+
+/// The same, of so many bytes at most, which are whole pages.
+pub fn chunks_of(extents: &[(BlockId, u64, u64)], most: u64) -> Vec<(BlockId, Vec<Piece>)> {
+    let most = most.min(MAX_ENCODED as u64);
     let mut chunks: Vec<(BlockId, Vec<Piece>)> = Vec::new();
     let mut room = 0;
     for &(block, mut offset, mut len) in extents {
@@ -296,7 +302,7 @@ pub fn chunks(extents: &[(BlockId, u64, u64)]) -> Vec<(BlockId, Vec<Piece>)> {
                     .is_some_and(|(of, pieces)| *of == block && pieces.len() < MAX_PIECES);
             if !fits {
                 chunks.push((block, Vec::new()));
-                room = MAX_ENCODED as u64;
+                room = most;
             }
             let part = len.min(room);
             if let Some((_, pieces)) = chunks.last_mut() {

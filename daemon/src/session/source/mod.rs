@@ -37,6 +37,7 @@ use crate::qemu::Guest;
 use crate::qemu::outgoing::Outgoing;
 use crate::qemu::settings::Settings;
 use crate::qmp::{Qmp, QmpError};
+use crate::queue::budget::Share;
 use crate::service::Service;
 use crate::store::JournalFile;
 
@@ -85,6 +86,8 @@ pub(crate) struct Parts {
     pub(crate) memory: Option<Memory>,
     /// How pages are encoded.
     pub(crate) encoding: Encoding,
+    /// What it may send.
+    pub(crate) share: Share,
     /// Control channel first; empty after a restart.
     pub(crate) channels: Vec<Box<dyn Channel>>,
 }
@@ -115,6 +118,7 @@ pub(crate) struct Session {
     data: Vec<Lane<Command>>,
     /// Of the connection on which pages are pushed: there is only one such.
     encoding: Encoding,
+    share: Arc<Share>,
     teller: Teller,
     /// Scans, and everything else that touches QEMU's memory map.
     memory_worker: Worker,
@@ -154,6 +158,7 @@ impl Session {
             connection: 0,
             data: Vec::new(),
             encoding: parts.encoding,
+            share: Arc::new(parts.share),
             teller: Teller::new(parts.id, Arc::clone(&parts.migration), parts.clock),
             memory_worker: Worker::start("memory")?,
             journal_worker: Worker::start("journal")?,
@@ -214,6 +219,7 @@ impl Session {
                 Arc::clone(&specs),
                 Arc::clone(&ram),
                 self.encoding.clone(),
+                Arc::clone(&self.share),
             );
             let lane = Lane::start("data", id, channel, handler, (), self.tell())?;
             self.teller.add(&lane);
@@ -380,9 +386,15 @@ impl Session {
             Output::ConnectAll => self.connect_all(),
             Output::LookAgain => self.look_again(),
             Output::DrainIo => self.drain_io(),
-            Output::StopGuest => self.stop_guest(),
+            Output::StopGuest => {
+                self.share.urgent(true);
+                self.stop_guest();
+            }
             Output::SaveDeviceState => self.save_device_state(),
-            Output::ResumeGuest => self.resume_guest(),
+            Output::ResumeGuest => {
+                self.share.urgent(false);
+                self.resume_guest();
+            }
             Output::Digest => self.digest(),
             Output::PageDigests { block, chunk } => self.page_digests(block, chunk),
             Output::Journal(record) => self.journal(record),

@@ -31,6 +31,7 @@ impl Session {
     pub(super) fn open_reads(&mut self) {
         let Some(served) = &self.served else { return };
         self.serves = true;
+        self.share.serve();
         self.data.first().inspect(|lane| lane.hurry());
         let access = Access {
             peer_writes: false,
