@@ -76,6 +76,38 @@ impl Doubt {
         doubt
     }
 
+    /// The same of a guest that went first, and the source's daemon has come back without the RAM file.
+    fn committed_without_its_file() -> Doubt {
+        let mut doubt = Doubt::with("Journaled(Committed)", &["--mode", "postcopy"]);
+        doubt.world.daemon_mut(Side::B).kill();
+        doubt.held = None;
+        doubt.wait_in_doubt();
+        doubt.world.daemon_mut(Side::A).kill();
+        std::fs::remove_file(doubt.source.ram()).unwrap();
+        doubt.world.restart(Side::A);
+        doubt.world.restart(Side::B);
+        let told = eventually(Duration::from_secs(60), || {
+            let shown = doubt.world.cli(Side::B).status(&doubt.id);
+            let error = shown["finished"]["error"].as_str().unwrap_or_default();
+            match error.contains("does not have the memory any more") {
+                true => Ok(error.to_owned()),
+                false => Err(shown.to_string()),
+            }
+        });
+        assert_says(
+            &told.unwrap(),
+            &["RAM file back", "--abandon", "--run-here --peer-fenced"],
+        );
+        assert_eq!(doubt.state(Side::B), "in-doubt");
+        assert_eq!(doubt.state(Side::A), "in-doubt");
+        assert_eq!(
+            doubt.destination.serial.beats(),
+            0,
+            "run without its memory"
+        );
+        doubt
+    }
+
     /// The command line has told the doubt, and so does the daemon.
     fn wait_in_doubt(&mut self) {
         let outcome = self.migration.take().unwrap().finish();
@@ -292,6 +324,38 @@ fn a_guest_that_went_first_runs_when_its_source_serves_in_doubt() {
     doubt.wait_state(Side::B, "completed");
     doubt.wait_state(Side::A, "completed");
     doubt.assert_runs_only_at_destination();
+}
+
+/// It is committed to a destination that is killed before it runs it, and the source comes back without its RAM file: nothing is
+/// run with what is there. The source's QEMU still has all of it.
+#[test]
+fn a_guest_that_went_first_and_never_ran_is_taken_back_though_its_file_is_gone() {
+    let mut doubt = Doubt::committed_without_its_file();
+    doubt.refused(Side::B, &["--abandon"], &["end this host's QEMU"]);
+    doubt.refused(Side::B, &["--run-here"], &["--peer-fenced"]);
+    doubt.destination.kill();
+    let done = doubt.resolve(Side::B, &["--abandon"]).unwrap();
+    assert_says(&done, &["never will run here"]);
+    doubt.wait_state(Side::A, "failed");
+    doubt.assert_runs_only_at_source();
+}
+
+/// The same, and the source's QEMU is gone, too: the operators go on with what there is.
+#[test]
+fn a_guest_that_went_first_and_whose_source_is_gone_is_run_by_the_operators_word() {
+    let mut doubt = Doubt::committed_without_its_file();
+    doubt.source.kill();
+    doubt.world.daemon_mut(Side::A).kill();
+    let done = doubt
+        .resolve(Side::B, &["--run-here", "--peer-fenced"])
+        .unwrap();
+    assert_says(&done, &["the guest runs here"]);
+    doubt.wait_state(Side::B, "paused");
+    let done = doubt
+        .resolve(Side::B, &["--poison", "--peer-fenced"])
+        .unwrap();
+    assert_says(&done, &["goes on without"]);
+    doubt.wait_state(Side::B, "completed");
 }
 
 #[test]

@@ -351,6 +351,35 @@ fn doubt_ends_both_ways() {
     }
 }
 
+/// Committed to a destination whose daemon dies before it runs it, and the source's host goes with the memory: no seed comes
+/// by that often enough.
+#[test]
+fn a_guest_that_has_not_run_waits_for_people_when_its_memory_is_gone() {
+    for (operator, end) in [
+        (true, Happened::Poisoned),
+        (false, Happened::DoubtedForGood),
+    ] {
+        let plan = format!(
+            r#"{{"data_channels":2,"operator":{operator},"wanted":{{"how":"Postcopy"}},"network":{{"bytes_per_second":200000}},
+                "habits":{{"touched_percent":100}},"blocks":[{{"name":"ram0","page_size":4096,"size":262144}}],"faults":[
+                [{{"Named":["Destination","RunGuest",1,"Before"]}},{{"HostDies":["Source",1000000]}}],
+                [{{"Named":["Destination","RunGuest",1,"Before"]}},{{"DaemonDies":["Destination",500000]}}]]}}"#
+        );
+        let mut plan = Plan::read(&plan).unwrap();
+        let mut ended = 0;
+        for chance in 0..kept::CHANCES {
+            plan.chance = chance;
+            let outcome = run(&plan, None);
+            assert_eq!(outcome.violation, None, "chance {chance}");
+            let happened = outcome.tally.happened();
+            let both = [Happened::KeptWithoutMemory, end];
+            ended += u64::from(both.iter().all(|what| happened.contains(what)));
+        }
+        // All of it may have come while the devices waited for some of it, or the operator may have come first.
+        assert!(ended > kept::CHANCES / 2, "{end:?}: {ended} times");
+    }
+}
+
 #[test]
 fn a_seed_decides_everything() {
     for seed in 0..40 {

@@ -3,14 +3,17 @@
 //!
 //! That is so after a restart between `Committed` and `Running`, and when QEMU would not start the guest. Everything that
 //! may decide it comes here and is done one after the other: the source asks (the guest is run), the source says that its
-//! operator has taken the guest back (`Aborted` is recorded), this host's operator decides. What each of them may do is
+//! operator has taken the guest back (`Aborted` is recorded), this host's operator decides. A source that says that what the
+//! guest lacks is gone decides nothing. What each of them may do is
 //! [`pagecopy::engine::doubt`]'s.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pagecopy::engine::destination::Destination;
-use pagecopy::engine::doubt::{Found, Resolution, Step, at_destination, when_withdrawn};
+use pagecopy::engine::doubt::{
+    Found, Resolution, Step, at_destination, memory_gone, when_withdrawn,
+};
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for};
 use pagecopy::engine::{Failure, MigrationId};
@@ -129,7 +132,15 @@ fn show(id: MigrationId, migration: &Migration, why: &str) {
          (powered off, disk gone), run `pagecopy resolve ID --run-here --peer-fenced`; if the guest cannot run here, \
          `pagecopy resolve ID --abandon`, and the source takes it back",
     );
-    finish(id, migration, State::InDoubt, Some(&failure));
+    show_failure(id, migration, &failure);
+}
+
+/// Says it once, however often it comes.
+fn show_failure(id: MigrationId, migration: &Migration, failure: &Failure) {
+    let shown = migration.shown().finished.and_then(|end| end.error);
+    if shown.as_deref() != Some(&Shown(failure).to_string()) {
+        finish(id, migration, State::InDoubt, Some(failure));
+    }
 }
 
 fn finish(id: MigrationId, migration: &Migration, state: State, failure: Option<&Failure>) {
@@ -209,18 +220,16 @@ impl Held {
         self.standing()
     }
 
-    /// A source without the guest's memory has not taken the guest back, and cannot serve it: it is run with what is here, and
-    /// waits for the rest.
+    /// A source without the guest's memory cannot serve it, and may still have all of it in its QEMU: nothing is run without a
+    /// person's word, and people must know.
     async fn source_lost(&self, reason: &str) {
         let (found, qmp) = look(&self.qmp).await;
         tracing::error!(id = %Uuid::from_bytes(self.id.0), reason, ?found, "what the guest lacks is not at its source any more");
-        let step = match found {
-            Found::Runs => Step::RecordRunning,
-            Found::StandsStill => Step::Run,
-            Found::Gone | Found::Unclear(_) => return,
-        };
-        if let Err(failure) = self.take(step, qmp).await {
-            tracing::error!(failure = %Shown(&failure), "the guest is not run");
+        if found != Found::Runs {
+            return show_failure(self.id, &self.migration, &memory_gone(reason));
+        }
+        if let Err(failure) = self.take(Step::RecordRunning, qmp).await {
+            tracing::error!(failure = %Shown(&failure), "that the guest runs could not be recorded");
         }
     }
 

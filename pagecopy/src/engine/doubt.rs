@@ -93,6 +93,23 @@ pub fn when_withdrawn(found: &Found) -> Option<Step> {
     }
 }
 
+/// The source came without the memory (`Lost`) that a committed guest lacks, which has not run here. It is not run: without
+/// that memory it stands still at its first touch of it, for good. Nor is it lost yet: the file may come back, and a QEMU at
+/// the source may hold all of the guest though its file was unlinked. Which of these it is only people can see.
+pub fn memory_gone(reason: &str) -> Failure {
+    Failure::new(
+        Fault::PeerHost,
+        format!(
+            "the guest is committed to this host and has not run here, and the source's host does not have the memory any more \
+             that it lacks: {reason}"
+        ),
+        "bring the source's RAM file back, and the guest is run here by itself. If the source's QEMU is still there, it has the \
+         whole guest: end this host's QEMU, then run `pagecopy resolve ID --abandon` here, and the source takes the guest back. If \
+         that is gone, too, make sure that the source's pagecopyd cannot run any more and run `pagecopy resolve ID --run-here \
+         --peer-fenced` here, then `pagecopy resolve ID --poison --peer-fenced`: the guest goes on without what it lacks",
+    )
+}
+
 /// What the source makes of its operator's decision and of what it heard of the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum AtSource {

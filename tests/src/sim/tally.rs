@@ -95,6 +95,8 @@ pub enum Happened {
     SaidLost,
     /// The destination heard of that and was paused.
     HeardOfLoss,
+    /// A guest that has not run is kept, for its memory is gone at the source.
+    KeptWithoutMemory,
     /// The guest lacked nothing any more.
     BecameWhole,
     /// `Serve` was answered by `Whole`, from the journal.

@@ -5,6 +5,7 @@ use super::core::Core;
 use super::fetching::{Fetching, fetch_on};
 use super::interface::{Input, Output};
 use super::{Phase, Step};
+use crate::engine::doubt::memory_gone;
 use crate::engine::end::End;
 use crate::engine::event::State;
 use crate::engine::journal::Record;
@@ -28,7 +29,7 @@ impl Committing {
     pub(super) fn handle(self, core: &mut Core, input: Input) -> Step {
         match input {
             Input::Journaled(Record::Committed) => match self.qemu_failed {
-                None => return Ok(Starting::begin(core)),
+                None => return Ok(without_memory(core).unwrap_or_else(|| Starting::begin(core))),
                 Some(failure) => {
                     return Ok(Aborting::after_commit(
                         core,
@@ -60,7 +61,11 @@ fn after_commit(core: &mut Core, input: Input) {
         Input::Cancel => core
             .out
             .notice("too late to cancel: the guest is committed to this host"),
-        Input::LinkLost(_) | Input::SourceLost { .. } => core.link_lost(),
+        Input::LinkLost(_) => core.link_lost(),
+        Input::SourceLost { reason } => {
+            core.link_lost();
+            core.memory_gone = Some(reason).filter(|_| core.armed && !core.whole);
+        }
         Input::PullFailed(failure) => {
             core.out.notice(format!(
                 "fetching has stopped, what the guest touches and lacks waits: {}",
@@ -104,9 +109,13 @@ impl Starting {
             // QEMU may wait for a page that lacks, and not say whether the guest runs before it is here.
             Input::Served if core.armed => {
                 core.link.restored(core.now);
+                core.memory_gone = None;
                 fetch_on(core);
             }
             Input::QemuFailed(failure) if self.again.is_none() => {
+                if let Some(left) = without_memory(core) {
+                    return Ok(left);
+                }
                 if core.now >= self.since.after(timeouts.run_most) {
                     return Ok(leave_to_operator(core, failure));
                 }
@@ -117,6 +126,11 @@ impl Starting {
                 self.again = Some(core.now.after(timeouts.run_again));
             }
             other => after_commit(core, other),
+        }
+        if self.again.is_some()
+            && let Some(left) = without_memory(core)
+        {
+            return Ok(left);
         }
         if self.again.is_some_and(|again| core.now >= again) {
             self.again = None;
@@ -144,6 +158,13 @@ fn leave_to_operator(core: &mut Core, failure: Failure) -> Phase {
     );
     core.finish(State::InDoubt, Some(failure));
     Phase::Ended
+}
+
+/// A guest that does not run yet is not run when the source has come without what it lacks: that is for people.
+fn without_memory(core: &mut Core) -> Option<Phase> {
+    let failure = memory_gone(core.memory_gone.as_deref()?);
+    core.finish(State::InDoubt, Some(failure));
+    Some(Phase::Ended)
 }
 
 /// The guest runs here. What is left is for the journals.

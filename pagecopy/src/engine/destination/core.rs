@@ -40,6 +40,8 @@ pub(super) struct Core {
     pub(super) course: Option<Course>,
     /// Nothing lacks any more, and QEMU's memory was let go of.
     pub(super) whole: bool,
+    /// The source has come without the memory that lacks, in its words.
+    pub(super) memory_gone: Option<String>,
     /// Whether digests are compared.
     pub(super) verify: bool,
     /// Whether a `Hello` came: before it there is nothing to record.
@@ -64,6 +66,7 @@ impl Core {
             faults: FaultFigures::default(),
             course: None,
             whole: false,
+            memory_gone: None,
             verify: false,
             greeted: false,
             qemu_used: false,

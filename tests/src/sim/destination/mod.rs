@@ -98,6 +98,8 @@ pub(super) struct DestinationSide {
     loads_when: Option<(u32, Vec<usize>)>,
     /// Its devices have touched what they touch.
     devices_touched: bool,
+    /// The source has said that what the guest lacks is gone, and neither served since nor did an operator decide.
+    memory_gone: bool,
     setup: Setup,
     id: MigrationId,
     daemon: Option<Daemon>,
@@ -129,6 +131,7 @@ impl DestinationSide {
             received: None,
             loads_when: None,
             devices_touched: false,
+            memory_gone: false,
             ended: None,
             host: Host::new(Disk::new(
                 env.plan.destination.disk,

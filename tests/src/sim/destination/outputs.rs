@@ -208,6 +208,10 @@ impl DestinationSide {
         match self.qemu.state {
             // `cont` of a running guest is no error.
             DestinationState::Running => return self.answer_after(env, delay, Input::GuestRunning),
+            DestinationState::Paused if self.memory_gone => env.checker.violate(
+                "a guest that has not run is run without its memory, and nobody decided that"
+                    .to_owned(),
+            ),
             DestinationState::Paused => {}
             other => {
                 let failed = failure(Blame::Qemu, &format!("QEMU cannot run a guest: {other:?}"));

@@ -96,6 +96,13 @@ impl DestinationSide {
             && self.standing(self.id) != Standing::Committed
     }
 
+    /// Whether a committed guest stands still here, and lacks pages.
+    pub(in crate::sim) fn keeps_a_guest_that_lacks_pages(&self) -> bool {
+        self.holds()
+            && self.found() == Found::StandsStill
+            && journal::postcopy(&self.records()) == Postcopy::Open
+    }
+
     fn has_guest(&self) -> bool {
         matches!(self.found(), Found::Runs | Found::StandsStill)
     }
@@ -122,7 +129,10 @@ impl DestinationSide {
             format_args!("resolves at the destination, {found:?}: {resolution:?}: {step:?}"),
         );
         match step {
-            Ok(Step::Run) => self.run_guest(env),
+            Ok(Step::Run) => {
+                self.memory_gone = false;
+                self.run_guest(env);
+            }
             Ok(Step::RecordRunning) => self.runs_after_all(env),
             Ok(Step::RecordAborted) => self.append(env, Record::Aborted, Hand::Daemon),
             Err(_) if found == Found::Runs => self.runs_after_all(env),
@@ -189,6 +199,7 @@ impl DestinationSide {
             let Question { control, data } = daemon.questions.remove(lane);
             daemon.control = Some(control);
             daemon.served = data;
+            self.memory_gone = false;
             self.close_to_writes(env);
             return self.input(env, Input::Served);
         }
@@ -217,13 +228,13 @@ impl DestinationSide {
         }
         let standing = self.standing(id);
         if self.holds() {
-            // It has not been taken back there, and is run with what is here.
-            match self.found() {
-                Found::Runs => self.runs_after_all(env),
-                Found::StandsStill => self.run_guest(env),
-                Found::Gone | Found::Unclear(_) => {}
+            if self.found() == Found::Runs {
+                self.runs_after_all(env);
+            } else {
+                env.tally.note(Happened::KeptWithoutMemory);
             }
         }
+        self.memory_gone = true;
         self.answer_question(env, lane, Message::Answer { id, standing });
     }
 
@@ -256,6 +267,7 @@ impl DestinationSide {
         if let Some(daemon) = &mut self.daemon {
             let Question { control, data } = daemon.questions.remove(lane);
             let serves = !data.is_empty();
+            self.memory_gone &= !serves;
             daemon.control = Some(control);
             daemon.served = data;
             daemon.engine = Some(engine);

@@ -79,7 +79,13 @@ impl World {
     /// In doubt, nobody who could end it will ever come back, and no operator looks after it, or can.
     pub(super) fn in_doubt_for_good(&self) -> bool {
         let looked_after = self.env.plan.operator && !self.source.host.disk.full_for_good();
-        self.source.ended == Some(State::InDoubt) && !looked_after && self.hopeless()
+        let forsaken = self.hopeless() || self.waits_for_lost_memory();
+        self.source.ended == Some(State::InDoubt) && !looked_after && forsaken
+    }
+
+    /// A guest that has not run at the destination is not run there by itself, for the source's host has lost its memory.
+    fn waits_for_lost_memory(&self) -> bool {
+        self.source.files_gone() && self.destination.keeps_a_guest_that_lacks_pages()
     }
 
     /// The destination can never be asked again what became of the guest, or never tell.
@@ -100,6 +106,10 @@ impl World {
             .agenda
             .after(Duration::from_secs(60), Event::Operator);
         if !self.hopeless() {
+            // The host that was started anew has no QEMU any more, either.
+            if self.waits_for_lost_memory() {
+                self.operator_asks(Side::Destination, Wish::RunHere, true);
+            }
             return;
         }
         if self.env.checker.runs(Side::Destination) {

@@ -109,17 +109,24 @@ fn arming() -> (Destination, Vec<Output>) {
 }
 
 /// The guest is about to run.
-fn starting() -> Destination {
+fn committing() -> Destination {
     let (mut destination, _) = arming();
     for input in [
         armed_input(),
         Input::Journaled(armed()),
         Input::DeviceStateLoaded,
         Input::Message(Message::Commit),
-        Input::Journaled(Record::Committed),
     ] {
         destination.handle(NOW, input);
     }
+    assert_eq!(phase(&destination), "Committing");
+    outputs(&mut destination);
+    destination
+}
+
+fn starting() -> Destination {
+    let mut destination = committing();
+    destination.handle(NOW, Input::Journaled(Record::Committed));
     assert_eq!(phase(&destination), "Starting");
     outputs(&mut destination);
     destination
@@ -472,7 +479,7 @@ fn a_source_without_the_memory_is_a_pause_with_a_reason() {
         assert!(served.contains(&Output::Pull) && reason_of(&served).is_none());
         assert_eq!(destination.state(), State::Migrating);
     }
-    // Before the guest runs here it only says that the connection is of no use.
+    // Before the guest runs here, and while it is being run, it only says that the connection is of no use.
     for (mut destination, expected) in [
         (arming().0, vec![]),
         (starting(), vec![Output::StopPulling]),
@@ -484,4 +491,43 @@ fn a_source_without_the_memory_is_a_pause_with_a_reason() {
             (expected, before)
         );
     }
+}
+
+/// It is not run with what is here, unless it is being run already.
+#[test]
+fn a_guest_that_has_not_run_is_not_run_without_its_memory() {
+    let lost = || Input::SourceLost {
+        reason: "no such file".into(),
+    };
+    let failed = || Input::QemuFailed(Failure::new(Fault::Qemu, "not now", ""));
+    let left = |destination: &mut Destination| {
+        let told = outputs(destination);
+        assert!(!told.contains(&Output::RunGuest), "{told:?}");
+        assert!(
+            matches!(&told[..], [.., Output::Finished { state: State::InDoubt, failure: Some(why), .. }]
+                if why.what.contains("no such file") && why.remedy.contains("--abandon")),
+            "{told:?}"
+        );
+    };
+    // Before the order to run it, while it is carried out in vain, and between two attempts.
+    let mut destination = committing();
+    destination.handle(NOW, lost());
+    destination.handle(NOW, Input::Journaled(Record::Committed));
+    left(&mut destination);
+    let mut destination = starting();
+    destination.handle(NOW, lost());
+    destination.handle(NOW, failed());
+    left(&mut destination);
+    let mut destination = starting();
+    destination.handle(NOW, failed());
+    destination.handle(NOW, lost());
+    left(&mut destination);
+    // It is there after all.
+    let mut destination = starting();
+    destination.handle(NOW, lost());
+    destination.handle(NOW, Input::Served);
+    destination.handle(NOW, failed());
+    let again = destination.poll_timeout().unwrap();
+    destination.handle(again, Input::Tick);
+    assert!(outputs(&mut destination).contains(&Output::RunGuest));
 }
