@@ -188,7 +188,9 @@ impl Held {
     async fn resolve(&self, resolution: Resolution) -> Decided {
         let (found, qmp) = look(&self.qmp).await;
         tracing::warn!(id = %Uuid::from_bytes(self.id.0), ?resolution, ?found, "the operator decides");
-        if resolution == Resolution::Abandon && found != Found::Gone && self.depends_on_its_source()
+        if resolution == Resolution::Abandon
+            && found == Found::StandsStill
+            && self.depends_on_its_source()
         {
             return Err(operator(
                 "refused: the source may have been told that the guest runs here, and then it would run nowhere",
