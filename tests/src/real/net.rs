@@ -120,18 +120,7 @@ impl Net {
     /// Runs `work` on a thread of this process that is in a host's namespace; sockets that it makes stay there.
     pub fn within<T: Send>(&self, side: Side, work: impl FnOnce() -> T + Send) -> T {
         let namespace = std::path::Path::new("/run/netns").join(self.namespace(side));
-        let handle = std::fs::File::open(&namespace).expect("the namespace exists");
-        std::thread::scope(|scope| {
-            let inside = scope.spawn(move || {
-                move_into_link_name_space(handle.as_fd(), Some(LinkNameSpaceType::Network))
-                    .expect("root may enter a namespace");
-                work()
-            });
-            match inside.join() {
-                Ok(done) => done,
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        })
+        in_namespace(&namespace, work)
     }
 
     /// Gives a host one more address on the link.
@@ -252,6 +241,25 @@ impl Drop for Net {
     }
 }
 
+/// Runs `work` on a thread of this process that is in a network namespace.
+pub(super) fn in_namespace<T: Send>(
+    namespace: &std::path::Path,
+    work: impl FnOnce() -> T + Send,
+) -> T {
+    let handle = std::fs::File::open(namespace).expect("the namespace exists");
+    std::thread::scope(|scope| {
+        let inside = scope.spawn(move || {
+            move_into_link_name_space(handle.as_fd(), Some(LinkNameSpaceType::Network))
+                .expect("root may enter a namespace");
+            work()
+        });
+        match inside.join() {
+            Ok(done) => done,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
 fn sweep() {
     let Ok(entries) = std::fs::read_dir("/run/netns") else {
         return;
@@ -270,7 +278,7 @@ fn ip(arguments: &[&str]) {
     run(Command::new("ip").args(arguments));
 }
 
-fn run(command: &mut Command) {
+pub(super) fn run(command: &mut Command) {
     let output = command
         .output()
         .unwrap_or_else(|error| panic!("{command:?} does not start: {error}"));

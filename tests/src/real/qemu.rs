@@ -335,7 +335,7 @@ impl Qemu {
 }
 
 /// Waits until QEMU has connected, and fails at once with its words if it ends instead.
-fn accept_or_die(listener: &UnixListener, process: &mut Process) {
+pub(super) fn accept_or_die(listener: &UnixListener, process: &mut Process) {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let slice = Timespec::try_from(Duration::from_millis(200)).expect("a short time");
     let deadline = std::time::Instant::now() + PATIENCE;
