@@ -12,7 +12,7 @@ use tests::real::{
     cpu_seconds, outside_downtime,
 };
 
-use super::qemu;
+use super::{qemu, warm};
 
 /// The guest beats each millisecond; before and after a migration, this many are waited for.
 const MARGIN_BEATS: usize = 1000;
@@ -80,6 +80,7 @@ pub(crate) fn run(way: &Way, link: Link, work: Work, plan: &Plan) -> Result<Run,
         world.daemon(Side::B).pid(),
     ];
     let cpu = || pids.iter().map(|pid| cpu_seconds(*pid)).sum::<f64>();
+    drop(warm::memory(plan.mib));
     source.serial.touches(); // counted from here on
     let (cpu_before, bytes_before, begun) = (cpu(), world.net.bytes_carried(), Instant::now());
     carry_out(way, plan, &world, &mut source, &mut destination)?;
