@@ -6,7 +6,8 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,7 +23,8 @@ const HELD: usize = 32 << 10;
 /// A download under way.
 #[derive(Debug)]
 pub struct Download {
-    hurry: Arc<AtomicBool>,
+    /// The rest is taken at once when it is dropped.
+    hurry: Sender<()>,
     taken: Arc<AtomicU64>,
     thread: JoinHandle<Result<(), String>>,
     file: PathBuf,
@@ -34,12 +36,13 @@ impl Download {
         let stream = switch.connect().expect("the guest serves HTTP");
         rustix::net::sockopt::set_socket_recv_buffer_size(&stream, HELD)
             .expect("a socket takes a size");
-        let (hurry, taken) = (Arc::default(), Arc::default());
-        let (theirs, count, to) = (Arc::clone(&hurry), Arc::clone(&taken), file.to_owned());
+        let (hurry, slowly) = channel();
+        let taken = Arc::default();
+        let (count, to) = (Arc::clone(&taken), file.to_owned());
         Download {
             hurry,
             taken,
-            thread: std::thread::spawn(move || take(stream, &to, &theirs, &count)),
+            thread: std::thread::spawn(move || take(stream, &to, &slowly, &count)),
             file: file.to_owned(),
         }
     }
@@ -54,7 +57,7 @@ impl Download {
     /// # Errors
     /// The connection broke, in words.
     pub fn finish(self) -> Result<String, String> {
-        self.hurry.store(true, Ordering::Relaxed);
+        drop(self.hurry);
         self.thread.join().expect("the download does not panic")?;
         let output = Command::new("sha256sum")
             .arg(&self.file)
@@ -68,7 +71,7 @@ impl Download {
 fn take(
     mut stream: TcpStream,
     file: &Path,
-    hurry: &AtomicBool,
+    slowly: &Receiver<()>,
     taken: &AtomicU64,
 ) -> Result<(), String> {
     let broken = |error: std::io::Error| format!("the download broke: {error}");
@@ -77,11 +80,9 @@ fn take(
     let mut left = length(&mut stream).map_err(broken)?;
     let mut file = File::create(file).map_err(broken)?;
     while left > 0 {
-        let piece = if hurry.load(Ordering::Relaxed) {
-            left
-        } else {
-            std::thread::sleep(TURN);
-            left.div_ceil(PARTS)
+        let piece = match slowly.recv_timeout(TURN) {
+            Err(RecvTimeoutError::Timeout) => left.div_ceil(PARTS),
+            _ => left,
         };
         let mut bytes = vec![0; usize::try_from(piece).expect("a file of some megabytes")];
         stream.read_exact(&mut bytes).map_err(broken)?;
