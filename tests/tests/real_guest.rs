@@ -1,17 +1,20 @@
-//! A whole guest: Debian's kernel with a network card on a bridge and two disks, moved there and back while somebody
-//! talks to it and fio writes to its disks.
+//! What is around a guest moves with it: a whole guest, Debian's kernel with a network card on a bridge and two disks, moved
+//! there and back while somebody talks to it and fio writes to its disks; and the network that hears where a guest is.
 
 #![allow(clippy::unwrap_used)]
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tests::real::{
-    Download, LinuxGuest, LinuxState, PATIENCE, Ping, Role, Side, Switch, World,
-    assert_nothing_left_in, eventually,
+    Download, LinuxGuest, LinuxState, Machine, Manner, PATIENCE, Ping, Qemu, Role, RunAs, Scratch,
+    Side, Steps, Switch, Trust, Version, World, assert_nothing_left_in, eventually, let_it_last,
 };
 
 /// How far a clock of the guest may be from ours: what it has stood still, and what a busy machine adds.
 const NEAR: f64 = 15.0;
+
+/// Within this time QEMU says what it says by itself of a guest that has come.
+const ANNOUNCED: Duration = Duration::from_secs(3);
 
 /// What is asked of the guest again and again: that its time goes on, and its disks are sound.
 struct Observer<'a> {
@@ -118,4 +121,50 @@ fn heavy_debian_there_and_back() {
     println!("{pinged:?}");
     assert!(pinged.longest_gap < Duration::from_secs(10), "{pinged:?}");
     assert!(pinged.answered > pinged.sent / 2, "{pinged:?}");
+}
+
+/// QEMU says a few times within a second where its guest is, and only while that runs. One that is run later has to be heard
+/// of, too: this guest has no driver for its card and says nothing itself.
+#[test]
+fn the_network_is_told_of_a_guest_that_is_run_late() {
+    let scratch = Scratch::new();
+    let hold = ["destination RunGuest 1".to_owned()];
+    let steps = Steps::listen(&scratch.files().join("steps.sock"), &hold);
+    let manner = |side: Side, steps| Manner {
+        name: side.name().to_owned(),
+        trust: Trust::Plaintext,
+        steps,
+        run_as: RunAs::User,
+    };
+    let manners = [
+        manner(Side::A, None),
+        manner(Side::B, Some(steps.socket().to_owned())),
+    ];
+    let world = World::of(scratch, &manners);
+    let switch = Switch::between(&world.net);
+    let mut machine = Machine::new(Version::V10_0, 64, "rate=5 set=8");
+    machine.extra = [
+        "-netdev",
+        "tap,id=net,ifname=tap0,script=no,downscript=no",
+        "-device",
+        &format!("virtio-net-pci,netdev=net,mac={}", LinuxGuest::MAC),
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    let start = |side, name, role| {
+        let command = world.net.command(side, machine.version.binary());
+        Qemu::start_with(&world.scratch, name, &machine, role, command)
+    };
+    let source = start(Side::A, "source", Role::Source);
+    let destination = start(Side::B, "destination", Role::Destination);
+    source.serial.wait_filled();
+    let migration = world.begin(Side::A, "vm", &source, &destination, &[]);
+    let held = steps.wait(PATIENCE).unwrap();
+    let_it_last(ANNOUNCED);
+    assert_eq!(switch.port_of(LinuxGuest::MAC), None);
+    held.go();
+    switch.wait_learnt(LinuxGuest::MAC, Side::B);
+    destination.serial.wait_beats(100);
+    destination.serial.verify();
+    drop(migration);
 }

@@ -111,12 +111,18 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        let ended = match self.child.try_wait() {
+            Ok(Some(status)) => format!("{status}"),
+            Ok(None) => "it ran on".to_owned(),
+            Err(error) => error.to_string(),
+        };
         self.kill();
         if std::thread::panicking() {
             let output = self.output();
             let lines: Vec<&str> = output.lines().collect();
             let tail = &lines[lines.len().saturating_sub(60)..];
-            eprintln!("--- {} printed last:\n{}\n---", self.name, tail.join("\n"));
+            let (name, tail) = (&self.name, tail.join("\n"));
+            eprintln!("--- {name} ({ended}) printed last:\n{tail}\n---");
         }
     }
 }
