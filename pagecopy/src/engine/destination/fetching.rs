@@ -86,7 +86,11 @@ impl Fetching {
                 core.stop_pulling(why);
             }
             Input::QemuFailed(failure) => {
-                return Ok(Ending::begin(core, Some(guest_lost(&failure))));
+                let lost = guest_lost(&failure);
+                if self.poisoning {
+                    core.out.push(Output::Decided(Err(ended_by_poison(&lost))));
+                }
+                return Ok(Ending::begin(core, Some(lost)));
             }
             Input::Journaled(Record::Running) => {}
             // `Committed` is on disk and says as much to a restarted daemon: it looks and finds the guest running.
@@ -213,6 +217,18 @@ fn guest_lost(why: &Failure) -> Failure {
             why.what
         ),
         "see QEMU's log for why it ended, then start the guest anew",
+    )
+}
+
+/// The answer to whoever had what the guest lacks poisoned.
+fn ended_by_poison(lost: &Failure) -> Failure {
+    Failure::new(
+        lost.fault,
+        format!(
+            "the guest did not go on without what it lacked, and touched it: a memory error ends a QEMU without KVM; {}",
+            lost.what
+        ),
+        lost.remedy.clone(),
     )
 }
 

@@ -343,6 +343,25 @@ fn giving_up_what_lacks_and_fetching_it_do_not_mix() {
     assert!(asked.contains(&Output::Pull) && sent(&asked) == ["Resumed"]);
 }
 
+/// Whoever had it poisoned hears what became of the guest.
+#[test]
+fn a_guest_that_touches_what_it_has_lost_ends_and_the_operator_hears_it() {
+    let mut destination = paused();
+    destination.handle(NOW, Input::Poison { peer_fenced: true });
+    outputs(&mut destination);
+    let gone = Failure::new(Fault::Qemu, "QEMU is gone", "");
+    destination.handle(NOW, Input::QemuFailed(gone));
+    let asked = outputs(&mut destination);
+    let [
+        Output::Decided(Err(failure)),
+        Output::Journal(Record::Whole),
+    ] = &asked[..]
+    else {
+        panic!("{asked:?}");
+    };
+    assert!(failure.what.contains("a memory error"), "{failure:?}");
+}
+
 /// The operator hears how much would be lost, also when the source went before anything was fetched.
 #[test]
 fn a_refusal_names_the_bytes_that_lack() {
