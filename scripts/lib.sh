@@ -21,8 +21,9 @@ die() {
     exit 1
 }
 
-# have COMMAND: whether it can be called. /usr/sbin is where iproute2 and nftables live, and not on every PATH.
-export PATH="$PATH:$HOME/.cargo/bin:/usr/sbin:/sbin"
+# have COMMAND: whether it can be called. /usr/sbin is where iproute2 and nftables live, and not on every PATH; single
+# tools that were fetched are in the cache.
+export PATH="$PATH:$HOME/.cargo/bin:/usr/sbin:/sbin:$cache/bin"
 have() { command -v "$1" >/dev/null 2>&1; }
 
 # as_root COMMAND...: runs it as root, with sudo where we are not root already.

@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod dial;
 pub mod failure;
+pub mod feed;
 pub mod lane;
 pub mod limits;
 mod listener;

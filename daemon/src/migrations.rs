@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use pagecopy::engine::MigrationId;
@@ -16,7 +16,9 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::api::metrics::Counters;
 use crate::failure::{self, Failure, Fault};
+use crate::feed::Feed;
 use crate::limits::MAX_HISTORY;
 use crate::pull::FaultReport;
 use crate::session::arrive::Caller;
@@ -138,6 +140,17 @@ pub enum Told {
 }
 
 impl Told {
+    /// Whether it is one of many that tell how far a migration is.
+    pub(crate) fn is_progress(&self) -> bool {
+        matches!(
+            self,
+            Told::Running {
+                report: Report::Progress(_) | Report::Postcopy(_),
+                ..
+            }
+        )
+    }
+
     fn value(&self) -> Value {
         serde_json::to_value(self).unwrap_or(Value::Null)
     }
@@ -185,6 +198,15 @@ pub struct Migration {
     requests: mpsc::UnboundedSender<Request>,
     /// Whether the session has ended.
     over: watch::Sender<bool>,
+    /// Who else is told, once the daemon knows it.
+    host: OnceLock<Host>,
+}
+
+/// Those who are told of every migration of this host.
+#[derive(Clone, Debug)]
+struct Host {
+    feed: Arc<Feed>,
+    counters: Arc<Counters>,
 }
 
 #[derive(Debug)]
@@ -241,6 +263,7 @@ impl Migration {
                 live,
                 requests,
                 over,
+                host: OnceLock::new(),
             }),
             receiver,
         )
@@ -275,8 +298,11 @@ impl Migration {
             }
             _ => {}
         }
-        if !matches!(report, Report::Progress { .. } | Report::Postcopy { .. }) {
+        if !told.is_progress() {
             inner.keep(value.clone());
+        }
+        if let Some(host) = self.host.get() {
+            host.feed.tell(&inner.shown, &told);
         }
         // Without a reader nobody needs it.
         let _ = self.live.send(value);
@@ -289,8 +315,13 @@ impl Migration {
 
     /// The migration ended so (an in-doubt one may end once more).
     pub fn finish(&self, finished: Finished) {
-        let value = Told::Finished(Box::new(finished.clone())).value();
+        let told = Told::Finished(Box::new(finished.clone()));
+        let value = told.value();
         let mut inner = self.lock();
+        if let Some(host) = self.host.get() {
+            host.counters.finished(inner.shown.side, &finished);
+            host.feed.tell(&inner.shown, &told);
+        }
         inner.shown.state = finished.status;
         inner.shown.reason = None;
         inner.shown.faults = None;
@@ -344,9 +375,22 @@ impl Migration {
 }
 
 /// All migrations of this daemon.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Migrations {
     map: Mutex<BTreeMap<u64, Arc<Migration>>>,
+    host: Host,
+}
+
+impl Default for Migrations {
+    fn default() -> Migrations {
+        Migrations {
+            map: Mutex::default(),
+            host: Host {
+                feed: Arc::default(),
+                counters: Arc::new(Counters::new()),
+            },
+        }
+    }
 }
 
 impl Migrations {
@@ -361,6 +405,8 @@ impl Migrations {
         if let Some(running) = running.filter(|_| !migration.is_over()) {
             return Err(running.shown().id);
         }
+        // One that is taken up again was told already.
+        let _ = migration.host.set(self.host.clone());
         let key = map.keys().next_back().map_or(0, |last| last + 1);
         map.insert(key, Arc::clone(migration));
         let ended: Vec<u64> = map
@@ -416,6 +462,16 @@ impl Migrations {
     /// All, in the order in which they began.
     pub fn list(&self) -> Vec<Arc<Migration>> {
         self.lock().values().cloned().collect()
+    }
+
+    /// What happens to all of them.
+    pub(crate) fn feed(&self) -> &Arc<Feed> {
+        &self.host.feed
+    }
+
+    /// What adds up over all of them.
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.host.counters
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Migration>>> {

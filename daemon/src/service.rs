@@ -264,6 +264,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     tracing::info!("ending");
     tell_systemd(NotifyState::Stopping);
     end.store(true, Ordering::Relaxed);
+    service.migrations.feed().end();
     service.end().await;
     // Readers of events get the end of their migration; those of one in doubt are let go.
     drop(end_api);

@@ -1,26 +1,22 @@
 //! `/v1/migrations`.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use axum::response::sse::{Event, KeepAlive, Sse};
-use axum::response::{IntoResponse, Json};
+use axum::response::Json;
 use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::State as MigrationState;
 use pagecopy::engine::journal::Side;
-use serde_json::Value;
-use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::problem::{ApiError, Problems};
 use super::types::{Begun, MigrationRequest, RecoverRequest, ResolveRequest, Resolved};
 use crate::dial::check_host_port;
 use crate::failure::{Failure, operator};
-use crate::migrations::{Decided, Migration, Request, Shown, Told};
+use crate::migrations::{Decided, Migration, Request, Shown};
 use crate::service::Service;
 
 #[utoipa::path(
@@ -232,68 +228,7 @@ fn nothing_to_decide(shown: &Shown) -> Failure {
     }
 }
 
-#[utoipa::path(
-    get, path = "/v1/migrations/{id}/events", tag = "migrations", operation_id = "follow_migration",
-    params(("id" = Uuid, Path, description = "The migration's id.")),
-    responses(
-        (status = 200, description = "Server-sent events: what has happened, then what happens, up to `finished`.",
-            body = Told, content_type = "text/event-stream"),
-        Problems
-    )
-)]
-pub(super) async fn events(
-    State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-) -> Result<impl IntoResponse, ApiError> {
-    let migration = find(&service, &id)?;
-    let (sender, receiver) = mpsc::channel(16);
-    tokio::spawn(stream(migration, sender));
-    Ok(Sse::new(ReceiverStream::new(receiver)).keep_alive(KeepAlive::default()))
-}
-
-/// Sends the history and then what happens, up to the `finished` event or until the reader leaves.
-async fn stream(migration: Arc<Migration>, sender: mpsc::Sender<Result<Event, Infallible>>) {
-    let (history, mut live) = migration.events();
-    drop(migration);
-    for event in history {
-        let last = is_finished(&event);
-        if sender
-            .send(Ok(Event::default().data(event.to_string())))
-            .await
-            .is_err()
-            || last
-        {
-            return;
-        }
-    }
-    loop {
-        let event = tokio::select! {
-            event = live.recv() => event,
-            () = sender.closed() => return,
-        };
-        let event = match event {
-            Ok(event) => event,
-            // A reader that is far behind misses old progress, never the end.
-            Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => continue,
-            Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
-        };
-        let last = is_finished(&event);
-        if sender
-            .send(Ok(Event::default().data(event.to_string())))
-            .await
-            .is_err()
-            || last
-        {
-            return;
-        }
-    }
-}
-
-fn is_finished(event: &Value) -> bool {
-    event.get("event").and_then(Value::as_str) == Some("finished")
-}
-
-fn find(service: &Service, id: &str) -> Result<Arc<Migration>, ApiError> {
+pub(super) fn find(service: &Service, id: &str) -> Result<Arc<Migration>, ApiError> {
     let id = Uuid::parse_str(id).map_err(|_| {
         operator(
             format!("{id:?} is not the id of a migration"),

@@ -5,6 +5,9 @@
 //!
 //! [`Problem`]: problem::Problem
 
+mod events;
+mod health;
+pub mod metrics;
 mod migrations;
 mod openapi;
 pub mod problem;
@@ -51,13 +54,17 @@ fn routes() -> OpenApiRouter<Arc<Service>> {
     OpenApiRouter::with_openapi(openapi::Description::openapi())
         .routes(routes!(migrations::begin, migrations::list))
         .routes(routes!(migrations::show))
-        .routes(routes!(migrations::events))
+        .routes(routes!(events::of_one))
         .routes(routes!(migrations::cancel))
         .routes(routes!(migrations::start_postcopy))
         .routes(routes!(migrations::recover))
         .routes(routes!(migrations::resolve))
         .routes(routes!(receivers::add, receivers::list))
         .routes(routes!(receivers::remove))
+        .routes(routes!(events::of_all))
+        .routes(routes!(metrics::metrics))
+        .routes(routes!(health::healthz))
+        .routes(routes!(health::readyz))
         .routes(routes!(openapi::describe))
 }
 

@@ -59,6 +59,8 @@ pub(crate) enum Kind {
     Conflict,
     TooLarge,
     MediaType,
+    /// Not now.
+    NotReady,
     ThisHost,
     PeerHost,
     Network,
@@ -111,6 +113,7 @@ impl Kind {
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
                 "The request is not JSON",
             ),
+            Kind::NotReady => ("not-ready", StatusCode::SERVICE_UNAVAILABLE, "Not now"),
             Kind::ThisHost => (
                 "this-host",
                 StatusCode::INTERNAL_SERVER_ERROR,

@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod events;
 mod harness;
+mod metrics;
 mod openapi;
 mod problems;
 
