@@ -83,11 +83,8 @@ impl Config {
     /// # Errors
     /// [`ConfigError`], ready for the operator.
     pub fn load(file: &Path) -> Result<Config, ConfigError> {
-        let text = std::fs::read_to_string(file).map_err(|error| ConfigError {
-            file: file.to_owned(),
-            line: None,
-            what: format!("cannot be read: {error}"),
-        })?;
+        let text =
+            std::fs::read_to_string(file).map_err(|error| ConfigError::unreadable(file, &error))?;
         Config::parse(file, &text)
     }
 
@@ -174,6 +171,17 @@ pub struct ConfigError {
     pub line: Option<usize>,
     /// What is wrong with it, and what would be right.
     pub what: String,
+}
+
+impl ConfigError {
+    /// The file cannot be read.
+    pub(crate) fn unreadable(file: &Path, error: &std::io::Error) -> ConfigError {
+        ConfigError {
+            file: file.to_owned(),
+            line: None,
+            what: format!("cannot be read: {error}"),
+        }
+    }
 }
 
 impl std::error::Error for ConfigError {}

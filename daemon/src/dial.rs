@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::failure::{Failure, Fault, host, operator};
 use crate::names;
+use crate::reload::Trust;
 use crate::session::link_failure;
 
 /// How long making one channel may take.
@@ -21,7 +22,7 @@ pub struct Target {
     /// `HOST:PORT`, or `unix:PATH`.
     pub to: String,
     /// TLS or not.
-    pub security: Security,
+    pub security: Trust,
     /// Who is meant: a peer with one of these names. None: whoever is let in.
     pub names: Vec<String>,
 }
@@ -102,7 +103,7 @@ pub async fn dial(
     regions: &Regions,
 ) -> Result<(Vec<Box<dyn Channel>>, Peer), Failure> {
     let addresses = resolve(&target.to).await?;
-    let (security, regions, to) = (target.security.clone(), regions.clone(), target.to.clone());
+    let (security, regions, to) = (target.security.now(), regions.clone(), target.to.clone());
     let names = target.names.clone();
     let task = tokio::task::spawn_blocking(move || {
         let mut failure = None;

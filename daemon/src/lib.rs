@@ -4,6 +4,7 @@
 //! and decides nothing about a migration by itself.
 
 pub mod api;
+pub mod arguments;
 pub mod cli;
 pub mod config;
 pub mod dial;
@@ -12,6 +13,7 @@ pub mod feed;
 pub mod lane;
 pub mod limits;
 mod listener;
+pub mod log;
 pub mod migrations;
 mod names;
 mod nic;
@@ -21,6 +23,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod queue;
 pub mod quota;
+pub mod reload;
 pub mod seldom;
 pub mod service;
 pub mod session;
@@ -29,4 +32,5 @@ pub mod start;
 mod steps;
 pub mod store;
 pub mod sys;
+mod systemd;
 pub mod units;

@@ -111,7 +111,7 @@ impl Gate {
     fn establish(&self, pending: Pending) {
         let address = pending.peer_address();
         let admit = |greeting: &Greeting, peer: &Peer| self.admit(greeting, peer);
-        match pending.establish(&self.service.security, GREETING_LIMIT, admit) {
+        match pending.establish(&self.service.security.now(), GREETING_LIMIT, admit) {
             Ok((greeting, peer, channel)) => self.arrived(&greeting, peer, channel),
             Err(error) => self.tell(&address, &format!("a peer was turned away: {error}")),
         }

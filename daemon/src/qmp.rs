@@ -25,6 +25,7 @@ use tokio::sync::{broadcast, oneshot, watch};
 use tokio::time::timeout;
 
 use crate::failure::{Failure, operator, qemu};
+use crate::log;
 
 /// How long QEMU may take to greet. It does so at once unless another client holds the socket.
 pub const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
@@ -183,7 +184,7 @@ impl Qmp {
         let waiting = Arc::new(Waiting::default());
         let (events, _) = broadcast::channel(EVENT_BACKLOG);
         let (gone_sender, gone) = watch::channel(false);
-        let reader = tokio::spawn(read_all(
+        let reader = log::spawn(read_all(
             lines,
             Arc::clone(&waiting),
             events.clone(),

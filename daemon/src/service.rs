@@ -1,14 +1,17 @@
 //! The service: starting, serving, ending.
 
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use pagecopy::engine::MigrationId;
 use pagecopy::engine::journal::Side;
 use sd_notify::NotifyState;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 use transport::{Listener, Security};
 use uuid::Uuid;
@@ -18,14 +21,17 @@ use crate::api::types::MigrationRequest;
 use crate::config::Config;
 use crate::failure::{Failure, host, operator};
 use crate::listener;
+use crate::log;
 use crate::migrations::{Migration, Migrations, Request, Shown};
 use crate::qemu::discover;
 use crate::qemu::faults::Device;
 use crate::qmp::Qmp;
 use crate::queue::budget::Budget;
+use crate::reload::{self, InForce, Trust};
 use crate::session::{begin, recover};
 use crate::start::Start;
 use crate::store::{Receiver, Store};
+use crate::systemd;
 
 /// How long running migrations may take to end when the daemon does.
 const END_LIMIT: Duration = Duration::from_secs(15);
@@ -33,8 +39,10 @@ const END_LIMIT: Duration = Duration::from_secs(15);
 /// What everything in the daemon shares.
 #[derive(Debug)]
 pub struct Service {
-    /// The configuration.
+    /// The configuration that the daemon was started with. What a reload may change is in `in_force`.
     pub config: Config,
+    /// The configuration that is in force.
+    pub in_force: InForce,
     /// What outlives the daemon.
     pub store: Store,
     /// What runs, and ran.
@@ -42,7 +50,7 @@ pub struct Service {
     /// What those that leave may send.
     pub budget: Budget,
     /// How peers are trusted.
-    pub security: Security,
+    pub security: Trust,
     /// What QEMUs are lent whose page faults they could not let anybody see.
     pub userfaultfd: Device,
 }
@@ -52,14 +60,20 @@ impl Service {
     ///
     /// # Errors
     /// It cannot be used.
-    fn open(config: Config, security: Security, userfaultfd: Device) -> Result<Service, Failure> {
+    fn open(
+        in_force: InForce,
+        security: Security,
+        userfaultfd: Device,
+    ) -> Result<Service, Failure> {
+        let config = (*in_force.now()).clone();
         let store = Store::open(&config.state_dir)?;
         Ok(Service {
             budget: Budget::new(config.bandwidth_limit),
             config,
+            in_force,
             store,
             migrations: Migrations::default(),
-            security,
+            security: Trust::new(security),
             userfaultfd,
         })
     }
@@ -91,13 +105,8 @@ impl Service {
             )
         })?;
         tracing::info!(id = %uuid, vm = request.vm, to = request.to, "migration requested");
-        tokio::spawn(begin::migrate(
-            Arc::clone(self),
-            id,
-            migration,
-            request,
-            requests,
-        ));
+        let task = begin::migrate(Arc::clone(self), id, migration, request, requests);
+        log::spawn_for(id, task);
         Ok(uuid)
     }
 
@@ -226,15 +235,21 @@ fn not_kept(error: &std::io::Error) -> Failure {
 pub async fn run(start: Start) -> Result<(), Failure> {
     let listener = start.listener;
     let service = Arc::new(Service::open(
-        start.config,
+        start.in_force,
         start.security,
         start.userfaultfd,
     )?);
-    let (mut terminate, mut interrupt) = (
+    let (mut terminate, mut interrupt, mut hangup) = (
         on_signal(SignalKind::terminate())?,
         on_signal(SignalKind::interrupt())?,
+        on_signal(SignalKind::hangup())?,
     );
-    let api_socket = api::listen(&service.config.api)?;
+    let is_passed = start.api.is_some();
+    let api_socket = match start.api {
+        Some(passed) => UnixListener::from_std(passed)
+            .map_err(|error| host(error.to_string(), "report this"))?,
+        None => api::listen(&service.config.api)?,
+    };
     recover::recover(&service);
     service.prune();
 
@@ -255,14 +270,17 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         state_dir = %service.config.state_dir.display(), tls = service.config.tls.is_some(),
         user = service.config.user, "ready"
     );
-    tell_systemd(NotifyState::Ready);
+    systemd::tell(&[NotifyState::Ready]);
 
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    until_ended(
+        [&mut terminate, &mut interrupt],
+        &mut hangup,
+        &service,
+        &accepting,
+    )
+    .await;
     tracing::info!("ending");
-    tell_systemd(NotifyState::Stopping);
+    systemd::tell(&[NotifyState::Stopping]);
     end.store(true, Ordering::Relaxed);
     service.migrations.feed().end();
     service.end().await;
@@ -276,12 +294,41 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     }
     // A panic in the thread has been told already.
     let _ = tokio::task::spawn_blocking(move || accepting.join()).await;
-    // The next daemon makes its own.
-    let _ = std::fs::remove_file(&service.config.api);
+    if !is_passed {
+        // The next daemon makes its own.
+        let _ = std::fs::remove_file(&service.config.api);
+    }
     Ok(())
 }
 
-fn on_signal(kind: SignalKind) -> Result<tokio::signal::unix::Signal, Failure> {
+/// Reloads when it is told to, and tells systemd that it lives, until it is told to end.
+async fn until_ended(
+    [terminate, interrupt]: [&mut Signal; 2],
+    hangup: &mut Signal,
+    service: &Arc<Service>,
+    accepting: &JoinHandle<()>,
+) {
+    let mut watchdog = pin!(systemd::keep_watchdog(|| !accepting.is_finished()));
+    let mut is_watched = true;
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return,
+            _ = interrupt.recv() => return,
+            _ = hangup.recv() => reload(service).await,
+            () = &mut watchdog, if is_watched => is_watched = false,
+        }
+    }
+}
+
+async fn reload(service: &Arc<Service>) {
+    systemd::tell_reloading();
+    let reloaded = Arc::clone(service);
+    // A panic in it has been told already, and all is as it was.
+    let _ = tokio::task::spawn_blocking(move || reload::reload(&reloaded)).await;
+    systemd::tell(&[NotifyState::Ready]);
+}
+
+fn on_signal(kind: SignalKind) -> Result<Signal, Failure> {
     signal(kind).map_err(|error| host(format!("signals cannot be taken: {error}"), "report this"))
 }
 
@@ -289,7 +336,7 @@ fn accept(
     service: &Arc<Service>,
     listener: Listener,
     end: &Arc<AtomicBool>,
-) -> Result<std::thread::JoinHandle<()>, Failure> {
+) -> Result<JoinHandle<()>, Failure> {
     let (service, end, runtime) = (
         Arc::clone(service),
         Arc::clone(end),
@@ -304,10 +351,4 @@ fn accept(
                 "raise the limit of processes",
             )
         })
-}
-
-fn tell_systemd(state: NotifyState<'_>) {
-    if let Err(error) = sd_notify::notify(&[state]) {
-        tracing::debug!(%error, "systemd was not told");
-    }
 }

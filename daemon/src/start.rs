@@ -1,15 +1,15 @@
 //! The start, while there is one thread and perhaps root's privileges: what only root can do is done, and then given up.
 //!
-//! As root: limits are raised, the TLS key is read, TCP is listened on (a port below 1024 may be wanted), `/dev/userfaultfd`
+//! systemd's socket is taken. As root: limits are raised, the TLS key is read, TCP is listened on (a port below 1024 may be wanted), `/dev/userfaultfd`
 //! is opened, and folders that are missing are made and given to the user. Everything later is done as that user.
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use transport::connect::Identity;
 use transport::{Listener, Security};
 
 use crate::config::Config;
@@ -17,7 +17,9 @@ use crate::dial;
 use crate::failure::{Failure, host, operator};
 use crate::privilege::{self, User};
 use crate::qemu::faults::Device;
+use crate::reload::{self, InForce};
 use crate::session::link_failure;
+use crate::systemd;
 
 /// Open files that the daemon asks for: channels, RAM files, QMP and API connections.
 const OPEN_FILES: u64 = 65_536;
@@ -27,8 +29,9 @@ const ATTACH_PRIORITY: u64 = 1;
 /// A daemon that has its configuration, its certificates and its socket, and no privilege that it does not need.
 #[derive(Debug)]
 pub struct Start {
-    pub(crate) config: Config,
+    pub(crate) in_force: InForce,
     pub(crate) security: Security,
+    pub(crate) api: Option<UnixListener>,
     pub(crate) listener: Listener,
     pub(crate) userfaultfd: Device,
 }
@@ -39,7 +42,9 @@ impl Start {
     /// # Errors
     /// What is wrong with the configuration, the files that it names, or the privileges.
     pub fn from_file(config_file: &Path) -> Result<Start, Failure> {
-        let config = Config::load(config_file)?;
+        let in_force = InForce::load(config_file)?;
+        let config = in_force.now();
+        let api = systemd::passed_socket(&config.api)?;
         let user = config.user.as_deref().map(User::look_up).transpose()?;
         raise_limits();
         let security = security(&config)?;
@@ -61,8 +66,9 @@ impl Start {
             None => bind(&config.listen)?,
         };
         Ok(Start {
-            config,
+            in_force,
             security,
+            api,
             listener,
             userfaultfd,
         })
@@ -78,13 +84,7 @@ fn security(config: &Config) -> Result<Security, Failure> {
         );
         return Ok(Security::Plaintext);
     };
-    let identity = Identity::load(&tls.ca, &tls.cert, &tls.key, tls.allow.clone());
-    Ok(Security::Tls(identity.map_err(|error| {
-        operator(
-            format!("[tls]: {error}"),
-            "see the files that [tls] names in the configuration",
-        )
-    })?))
+    reload::tls(tls)
 }
 
 /// Makes a folder for `user` if it is not there. One that is there stays as it is: whether it will do is found out as that

@@ -26,6 +26,7 @@ use transport::{Channel, Error, Event, Op, SubmitError, Token};
 
 use crate::failure::{Failure, host};
 use crate::limits::{CLOSE_LIMIT, LINGER, MAX_BACKLOG};
+use crate::log;
 use crate::sys;
 
 /// What a lane tells its session.
@@ -245,7 +246,9 @@ impl<C: Send + 'static> Lane<C> {
         };
         let thread = std::thread::Builder::new()
             .name(format!("{name}-{}", id.0))
-            .spawn(move || (driver.run(), Box::new(held) as Box<dyn Send>))
+            .spawn(log::inherited(move || {
+                (driver.run(), Box::new(held) as Box<dyn Send>)
+            }))
             .map_err(|error| {
                 host(
                     format!("no thread for a channel: {error}"),

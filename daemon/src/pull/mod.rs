@@ -41,6 +41,7 @@ pub use self::latency::{FaultReport, Stage, ThreadFaults, VcpuFaults};
 pub(crate) use self::latency::{Vcpu, Vcpus};
 use self::shared::Shared;
 use crate::failure::host;
+use crate::log;
 
 /// How often a thread looks whether it is to end.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -337,7 +338,9 @@ fn thread<T: Send + 'static>(
     name: String,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, Failure> {
-    let spawned: io::Result<_> = std::thread::Builder::new().name(name).spawn(work);
+    let spawned: io::Result<_> = std::thread::Builder::new()
+        .name(name)
+        .spawn(log::inherited(work));
     spawned.map_err(|error| {
         host(
             format!("no thread for the guest's memory: {error}"),

@@ -22,6 +22,7 @@ use tokio::sync::{Mutex, mpsc};
 
 use super::status::{failure_words, is_final, migration_status, query_status, run_guest, wait_for};
 use crate::failure::{Failure, host, qemu};
+use crate::log;
 use crate::qmp::{Qmp, QmpEvent};
 
 /// How long QEMU may take to stop: it drains and flushes the guest's disks.
@@ -85,7 +86,7 @@ impl Outgoing {
                 .execute("migrate", json!({ "uri": format!("fd:{FD_NAME}") }))
                 .await?;
             let (sender, stream) = mpsc::unbounded_channel();
-            tokio::spawn(read_stream(ours, sender));
+            log::spawn(read_stream(ours, sender));
             stream
         };
         let reached = |status: &str| status == "pre-switchover" || is_final(status);

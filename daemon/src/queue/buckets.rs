@@ -102,6 +102,24 @@ impl Buckets {
         }
     }
 
+    /// Another limit for all together, from now on. Nobody keeps more than fits into a bucket under it.
+    pub(super) fn limit_all(&mut self, now: Time, limit: Option<u64>) {
+        self.fill(now);
+        self.limit = limit;
+        self.spare = 0.0;
+        self.debt = 0.0;
+        let most: Vec<(u64, f64)> = self
+            .of
+            .keys()
+            .map(|key| (*key, self.rate(*key).map_or(0.0, |rate| rate * HELD)))
+            .collect();
+        for (key, most) in most {
+            if let Some(bucket) = self.of.get_mut(&key) {
+                bucket.level = bucket.level.min(most);
+            }
+        }
+    }
+
     /// Whether its guest stands still meanwhile.
     pub(super) fn urgent(&mut self, now: Time, key: u64, urgent: bool) {
         self.fill(now);
@@ -423,6 +441,38 @@ mod tests {
         run(&mut buckets, &mut senders, 5 * SECOND);
         let got = senders[0].between(4 * SECOND, 5 * SECOND);
         assert!(got < 23e6, "{got}");
+    }
+
+    #[test]
+    fn the_hosts_budget_changes_at_once() {
+        let mut buckets = Buckets::new(Some(200_000_000));
+        let keys = [0, 0].map(|priority| buckets.add(Time(0), priority, None));
+        let mut senders = keys.map(Sender::new);
+        run(&mut buckets, &mut senders, SECOND);
+        for (second, limit) in [(1, 20_000_000), (2, 400_000_000)] {
+            buckets.limit_all(Time(second * SECOND), Some(limit));
+            run(&mut buckets, &mut senders, (second + 1) * SECOND);
+            let sent = senders.iter();
+            let sent: f64 = sent
+                .map(|sender| sender.between(second * SECOND, (second + 1) * SECOND))
+                .sum();
+            assert!(
+                (sent / bytes(limit) - 1.0).abs() < 0.03,
+                "{sent} of {limit}"
+            );
+        }
+        buckets.limit_all(Time(3 * SECOND), None);
+        assert!(!buckets.is_limited() && buckets.wait(Time(3 * SECOND), keys[0]).is_none());
+        buckets.limit_all(Time(3 * SECOND), Some(20_000_000));
+        for sender in &mut senders {
+            sender.again = 3 * SECOND;
+        }
+        run(&mut buckets, &mut senders, 4 * SECOND);
+        let sent: f64 = senders
+            .iter()
+            .map(|sender| sender.between(3 * SECOND, 4 * SECOND))
+            .sum();
+        assert!(sent <= 1.03 * 20e6, "{sent}");
     }
 
     #[test]

@@ -50,6 +50,11 @@ impl Budget {
         }
     }
 
+    /// Another limit for all together, from now on.
+    pub(crate) fn limit(&self, limit: Option<u64>) {
+        self.change(|buckets, now| buckets.limit_all(now, limit));
+    }
+
     fn change<T>(&self, change: impl FnOnce(&mut Buckets, Time) -> T) -> T {
         let mut buckets = self.lock();
         let done = change(&mut buckets, self.now());

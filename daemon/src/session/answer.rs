@@ -27,6 +27,7 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 
 impl Visit {
     /// Answers a source's questions, for as long as it asks.
+    #[tracing::instrument(name = "migration", level = "error", skip_all, fields(id = %Uuid::from_bytes(first.id().0)))]
     pub(super) async fn answer(mut self, first: Asked) {
         let mut asked = Some(first);
         // The migration that it speaks for, of those that it has asked about.

@@ -180,6 +180,7 @@ impl Visit {
         self.control.close();
     }
 
+    #[tracing::instrument(name = "migration", level = "error", skip_all, fields(id = comes(&hello)))]
     async fn receive(mut self, hello: Message) {
         let Message::Hello {
             id,
@@ -224,7 +225,7 @@ impl Visit {
         let service = Arc::clone(&self.service);
         let from = Origin {
             shown: &who,
-            names: names::of(&service.config, &self.peer),
+            names: names::of(&service.in_force.now(), &self.peer),
         };
         match prepare(&self.service, id, &receiver, &migration, from).await {
             Ok((qmp, settings, journal, guest)) => {
@@ -317,6 +318,14 @@ impl Visit {
             data: self.data,
             regions: self.regions,
         }
+    }
+}
+
+/// The migration that a source greets for.
+fn comes(hello: &Message) -> Option<String> {
+    match hello {
+        Message::Hello { id, .. } => Some(Uuid::from_bytes(id.0).to_string()),
+        _ => None,
     }
 }
 

@@ -161,7 +161,12 @@ pub(crate) async fn migrate(
     };
     let setup = prepared.setup;
     let share = service.budget.share(0, request.bandwidth_limit);
-    let encoding = encoding(&request, &service.config, share.rate(), setup.data_channels);
+    let encoding = encoding(
+        &request,
+        &service.in_force.now(),
+        share.rate(),
+        setup.data_channels,
+    );
     let parts = Parts {
         id,
         service,
@@ -223,7 +228,7 @@ async fn look(service: &Service, request: &MigrationRequest) -> Result<Looked, F
         names: Vec::new(),
     };
     let wanted = request.channels;
-    let least = match mode(request, service.config.allow_postcopy) {
+    let least = match mode(request, service.in_force.now().allow_postcopy) {
         source::Mode::Precopy | source::Mode::Auto { postcopy: false } => 1,
         _ => POSTCOPY_CHANNELS,
     };
@@ -231,7 +236,7 @@ async fn look(service: &Service, request: &MigrationRequest) -> Result<Looked, F
         move |address: &Address| wanted.unwrap_or_else(|| default_channels(address).max(least)) + 1;
     let (channels, peer) = dial(&target, with_control, &memory.regions).await?;
     // Whoever is connected to later must be the same.
-    target.names = names::of(&service.config, &peer);
+    target.names = names::of(&service.in_force.now(), &peer);
     let data_channels = u16::try_from(channels.len().saturating_sub(1)).unwrap_or(u16::MAX);
     tracing::info!(
         vm = request.vm, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),
@@ -265,7 +270,7 @@ impl Looked {
             direct_io: self.guest.direct_io,
             data_channels: self.data_channels,
             fixed_downtime: service.store.downtime.get(),
-            options: options(request, &service.config),
+            options: options(request, &service.in_force.now()),
             timeouts: Timeouts::default(),
         };
         let begun = Record::Begun {

@@ -26,6 +26,7 @@ use super::destination::{Parts, Session, TakenOver};
 use super::recover::let_go;
 use super::{Clock, blocking, journal_failure, resume};
 use crate::failure::{Shown, host, operator};
+use crate::log;
 use crate::migrations::{Decided, Finished, Migration, Request};
 use crate::qemu::incoming::Incoming;
 use crate::qemu::maps::incoming_with;
@@ -55,7 +56,7 @@ pub(crate) fn take_up(
         "pagecopyd was started anew, and the guest may not have been run",
     );
     let (service, kept) = (Arc::clone(service), Arc::clone(&migration));
-    tokio::spawn(async move {
+    log::spawn_for(id, async move {
         let over = Over(Arc::clone(&kept));
         hold(&service, id, &kept, &mut requests).await;
         drop(over);

@@ -25,6 +25,7 @@ use pagecopy::host::Ram;
 use pagecopy::memory::BlockId;
 
 use crate::failure::{Failure, host};
+use crate::log;
 
 pub(crate) use link::{Broken, link_failure};
 pub(crate) use teller::{CANCELLED, Teller, end_early, tell};
@@ -88,7 +89,7 @@ pub(crate) fn page_digests(ram: &Arc<dyn Ram>, block: u16, chunk: u64) -> Vec<[u
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
-    tokio::task::spawn_blocking(work)
+    log::spawn_blocking(work)
         .await
         .unwrap_or_else(|error| Err(host(error.to_string(), "report this")))
 }

@@ -31,6 +31,7 @@ use super::{Clock, blocking, held, resume, telling};
 use crate::dial::Target;
 use crate::failure::{Shown, host};
 use crate::lane::source::Encoding;
+use crate::log;
 use crate::migrations::{Finished, Migration};
 use crate::names;
 use crate::pull::pager_failure;
@@ -119,7 +120,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
     if cared_for || (found == Outcome::Here && !depends) {
         end(service, id, records);
         if has_to_tell(records) {
-            tokio::spawn(telling::tell(Arc::clone(service), id, target));
+            log::spawn_for(id, telling::tell(Arc::clone(service), id, target));
         }
         return;
     }
@@ -163,7 +164,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         postcopy(records),
         clock.now(),
     );
-    tokio::spawn(async move {
+    log::spawn_for(id, async move {
         let _over = Over(Arc::clone(&migration));
         match Session::start(parts) {
             Ok(session) => session.run(engine, requests).await,
@@ -303,7 +304,7 @@ fn end(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
     migration.finish(Finished::new(id, state, failure.as_ref(), figures));
     if let Some(settings) = settings {
         let (service, side) = (Arc::clone(service), *side);
-        tokio::spawn(async move {
+        log::spawn_for(id, async move {
             let over = Over(migration);
             tidy(&service, id, &over.0, side, here, settings).await;
         });

@@ -16,6 +16,7 @@ use super::arrive::Over;
 use super::destination::{Parts, Session, TakenOver};
 use super::{Clock, blocking};
 use crate::failure::Shown;
+use crate::log;
 use crate::migrations::{Finished, Migration};
 use crate::qmp::Qmp;
 use crate::service::Service;
@@ -46,7 +47,7 @@ pub(crate) fn take_up(
         Arc::clone(&migration),
         records.to_owned(),
     );
-    tokio::spawn(async move {
+    log::spawn_for(id, async move {
         let over = Over(Arc::clone(&taken));
         match prepare(&service, id, &taken, records).await {
             Ok((session, engine)) => {

@@ -4,6 +4,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
 use crate::failure::{Failure, host};
+use crate::log;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -19,7 +20,9 @@ impl Worker {
         let (queue, jobs) = channel::<Job>();
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || jobs.into_iter().for_each(|job| job()))
+            .spawn(log::inherited(move || {
+                jobs.into_iter().for_each(|job| job())
+            }))
             .map_err(|error| {
                 host(
                     format!("no thread: {error}"),

@@ -1,5 +1,9 @@
 //! The one place of this crate with `unsafe` in it: guest RAM that the host half has mapped becomes a transport region, and
-//! the kernel is told what is free, and who is in a hurry.
+//! the kernel is told what is free, and who is in a hurry; and descriptors that systemd has passed are taken.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pagecopy::host::ram::MappedRam;
 use pagecopy::memory::BlockId;
@@ -12,6 +16,23 @@ pub fn region(ram: &MappedRam, block: BlockId) -> Option<Region> {
     // source's mapping is read-only: its regions are registered without the peer's writes, and no `Read` is ever
     // submitted for them, so the transport only reads there.
     Some(unsafe { Region::new(base, len, owner) })
+}
+
+/// The descriptors that systemd has passed to this process, which are the caller's from now on. There are none the second time.
+///
+/// # Errors
+/// The environment does not say it as systemd does, or names what is not open.
+pub fn passed_descriptors() -> io::Result<Vec<OwnedFd>> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    if TAKEN.swap(true, Ordering::Relaxed) {
+        return Ok(Vec::new());
+    }
+    let passed = sd_notify::listen_fds()?;
+    // SAFETY: they are open, for `listen_fds` has set their flags. By the protocol they were opened for this process alone,
+    // and nobody else takes them: this happens once.
+    Ok(passed
+        .map(|number| unsafe { OwnedFd::from_raw_fd(number) })
+        .collect())
 }
 
 /// Gives the kernel the memory that this process has freed and the C library keeps: after a device state of a gibibyte, one

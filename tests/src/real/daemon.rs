@@ -50,21 +50,39 @@ pub struct Daemon {
 impl Daemon {
     /// Starts the daemon of `side`, with its files in `folder`, and waits until it says that it is ready.
     pub fn start(net: &Net, side: Side, folder: &Path, manner: &Manner) -> Daemon {
+        Self::start_with(net, side, folder, manner, |_| {})
+    }
+
+    /// The same, with what `adjust` adds to its command for this life.
+    pub fn start_with(
+        net: &Net,
+        side: Side,
+        folder: &Path,
+        manner: &Manner,
+        adjust: impl FnOnce(&mut Command),
+    ) -> Daemon {
         let api = folder.join("api.sock");
         let config = folder.join("pagecopyd.toml");
         let text = configuration(side, folder, manner);
         fs::write(&config, manner.run_as.configuration() + &text).expect("a configuration file");
-        Self::start_from(net, side, &config, &api, manner)
+        Self::start_from(net, side, &config, &api, manner, adjust)
     }
 
     /// Starts the daemon again after its end, from the same files.
     pub fn restart(&mut self, net: &Net) {
         self.process.kill();
         let (config, api, manner) = (self.config.clone(), self.api.clone(), self.manner.clone());
-        *self = Self::start_from(net, self.side, &config, &api, &manner);
+        *self = Self::start_from(net, self.side, &config, &api, &manner, |_| {});
     }
 
-    fn start_from(net: &Net, side: Side, config: &Path, api: &Path, manner: &Manner) -> Daemon {
+    fn start_from(
+        net: &Net,
+        side: Side,
+        config: &Path,
+        api: &Path,
+        manner: &Manner,
+        adjust: impl FnOnce(&mut Command),
+    ) -> Daemon {
         let notify_path = config.with_extension("notify");
         let _ = fs::remove_file(&notify_path);
         let notify = UnixDatagram::bind(&notify_path).expect("a socket for sd_notify");
@@ -83,6 +101,7 @@ impl Daemon {
             .arg(config)
             .env("NOTIFY_SOCKET", &notify_path)
             .envs(manner.steps.iter().map(|socket| ("PAGECOPY_STEPS", socket)));
+        adjust(&mut command);
         let mut process = Process::spawn(
             &format!("daemon {}", side.name()),
             &mut command,
@@ -118,6 +137,11 @@ impl Daemon {
     /// The API's socket.
     pub fn api(&self) -> &Path {
         &self.api
+    }
+
+    /// Its configuration file.
+    pub fn config(&self) -> &Path {
+        &self.config
     }
 
     /// Its process id.
@@ -243,9 +267,17 @@ fn built_folder() -> PathBuf {
     }
     let folder = target_folder();
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--quiet", "-p", "daemon", "--bins"]);
+    cargo.args([
+        "build",
+        "--quiet",
+        "-p",
+        "daemon",
+        "-p",
+        "packaging",
+        "--bins",
+    ]);
     // The fault matrix holds the daemons at their steps.
-    cargo.args(["--features", "steps"]);
+    cargo.args(["--features", "daemon/steps"]);
     cargo.arg("--target-dir").arg(
         folder
             .parent()

@@ -21,6 +21,7 @@ use transport::{Access, Channel, RegionId, Regions};
 use super::Session;
 use crate::failure::host;
 use crate::lane::{Lane, Told};
+use crate::log;
 use crate::pull::{FaultReport, Guest, Pull, PullEvent, Released, Vcpu};
 use crate::qemu::Block;
 use crate::qemu::discover::track_failure;
@@ -133,7 +134,7 @@ impl Session {
         let (qmp, pid, id) = (Arc::clone(&self.qmp), self.pid, self.id);
         let (service, blocks) = (Arc::clone(&self.service), memory.blocks);
         let (events, finished) = (self.fetch.sender.clone(), self.fetch.finished.clone());
-        tokio::spawn(async move {
+        log::spawn(async move {
             let vcpus = vcpus(&qmp).await;
             let device = match service.userfaultfd.lend(&qmp, pid).await {
                 Ok(device) => device,
@@ -212,7 +213,7 @@ impl Session {
                 let pull = self.fetch.pull.take()?;
                 self.fetch.report = Some(pull.report());
                 let finished = self.fetch.finished.clone();
-                tokio::task::spawn_blocking(move || {
+                log::spawn_blocking(move || {
                     // A session that has ended needs no word.
                     let _ = finished.send(Done::Released(pull.release()));
                 });
@@ -236,7 +237,7 @@ impl Session {
     pub(super) fn name_vcpus(&self) {
         if let Some(pull) = &self.fetch.pull {
             let (qmp, names) = (Arc::clone(&self.qmp), pull.vcpus());
-            tokio::spawn(async move {
+            log::spawn(async move {
                 if let Ok(vcpus) = tokio::time::timeout(NAMING_LIMIT, vcpus(&qmp)).await {
                     names.name(vcpus);
                 }
@@ -323,7 +324,7 @@ impl Session {
         };
         self.fetch.report = Some(pull.report());
         let finished = self.fetch.finished.clone();
-        tokio::task::spawn_blocking(move || {
+        log::spawn_blocking(move || {
             let done = match pull.poison() {
                 Ok(bytes) => {
                     pull.release();

@@ -31,6 +31,7 @@ use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, 
 use crate::failure::operator;
 use crate::lane::destination::Command;
 use crate::lane::{Lane, LaneEvent, Told};
+use crate::log;
 use crate::migrations::{Decided, Migration, Request};
 use crate::qemu::Block;
 use crate::qemu::incoming::Incoming as Qemu;
@@ -355,7 +356,7 @@ impl Session {
             }
             forsaken.map_or(Ok(()), |memory| memory.placer.clear())
         };
-        if let Ok(Err(error)) = tokio::task::spawn_blocking(tidy).await {
+        if let Ok(Err(error)) = log::spawn_blocking(tidy).await {
             tracing::warn!(%error, "the waiting guest's RAM could not be cleared");
         }
         // With the settings put back under it, QEMU would refuse the device state, and tell nobody.
@@ -388,7 +389,7 @@ impl Session {
     async fn leave(mut self) {
         let pull = self.fetch.pull.take();
         // Joining its threads may block for a moment; QEMU's memory is not let go of.
-        let _ = tokio::task::spawn_blocking(move || drop(pull)).await;
+        let _ = log::spawn_blocking(move || drop(pull)).await;
         self.allocator.finish().await;
         self.journal_worker.finish().await;
     }

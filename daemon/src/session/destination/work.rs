@@ -18,6 +18,7 @@ use crate::failure::host;
 use crate::lane::Lane;
 use crate::lane::destination::DestinationData;
 use crate::limits::MAX_ALLOCATING;
+use crate::log;
 use crate::qemu::Block;
 use crate::qemu::discover::map_ram;
 use crate::session::{blocking, digests, journal_failure, lock, page_digests};
@@ -198,7 +199,7 @@ impl Session {
 
     fn order(&self, work: impl Future<Output = Input> + Send + 'static) -> JoinHandle<()> {
         let sender = self.sender.clone();
-        tokio::spawn(async move {
+        log::spawn(async move {
             // A session that has ended needs no answer.
             let _ = sender.send(work.await);
         })

@@ -32,6 +32,7 @@ use crate::failure::{Shown, operator};
 use crate::lane::control::Control;
 use crate::lane::source::{Command, Encoding, SourceData};
 use crate::lane::{Lane, LaneEvent, Told};
+use crate::log;
 use crate::migrations::{Decided, Migration, Request};
 use crate::qemu::Guest;
 use crate::qemu::outgoing::Outgoing;
@@ -462,7 +463,7 @@ impl Session {
         self.control = None;
         let (target, sender) = (self.target.clone(), self.sender.clone());
         let attempt = self.connection;
-        tokio::spawn(async move {
+        log::spawn(async move {
             let dialled = match dial_control(&target).await {
                 Ok(channel) => Ok(channel),
                 Err(failure) => Err(Unreached::by(failure, &target).await),
@@ -515,7 +516,7 @@ impl Session {
         self.teller.publish(&end);
         let has_to_tell = has_to_tell(lock(&self.journal).records());
         if has_to_tell {
-            tokio::spawn(telling::tell(self.service, self.id, self.target));
+            log::spawn(telling::tell(self.service, self.id, self.target));
         }
     }
 

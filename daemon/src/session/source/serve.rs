@@ -14,6 +14,7 @@ use super::unreached::Unreached;
 use super::{Incoming, Session};
 use crate::dial::dial;
 use crate::failure::Failure;
+use crate::log;
 use crate::nic::{POSTCOPY_CHANNELS, default_channels};
 use crate::session::recover::served;
 use crate::session::telling::ask;
@@ -71,9 +72,9 @@ impl Session {
             self.regions.clone(),
         );
         let attempt = self.connection;
-        tokio::spawn(async move {
+        log::spawn(async move {
             // Joining the lanes' threads may block for a moment.
-            let _ = tokio::task::spawn_blocking(move || drop(lanes)).await;
+            let _ = log::spawn_blocking(move || drop(lanes)).await;
             let wanted = |address: &Address| default_channels(address).max(POSTCOPY_CHANNELS) + 1;
             let dialled = match dial(&target, wanted, &regions).await {
                 Ok((channels, _)) => Ok(channels),
@@ -87,7 +88,7 @@ impl Session {
     fn tell_lost(&self, failure: Failure) {
         let (target, sender, id) = (self.target.clone(), self.sender.clone(), self.id);
         let attempt = self.connection;
-        tokio::spawn(async move {
+        log::spawn(async move {
             let reason = failure.what.clone();
             let silence = Timeouts::default().silence;
             let (heard, answers) = match ask(Message::Lost { id, reason }, &target, silence).await {

@@ -49,7 +49,7 @@ mod tests {
     async fn answers(to: &str, failure: Failure) -> bool {
         let target = Target {
             to: to.to_owned(),
-            security: Security::Plaintext,
+            security: crate::reload::Trust::new(Security::Plaintext),
             names: Vec::new(),
         };
         Unreached::by(failure, &target).await.answers

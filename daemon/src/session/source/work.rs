@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use super::{Incoming, Session};
 use crate::failure::host;
+use crate::log;
 use crate::qemu::discover::{track_failure, unchanged};
 use crate::qemu::outgoing::Outgoing;
 use crate::qmp::Qmp;
@@ -70,7 +71,7 @@ impl Session {
         }
         self.looked = Instant::now();
         let sender = self.sender.clone();
-        tokio::spawn(async move {
+        log::spawn(async move {
             // That QEMU cannot be asked is noticed by whoever has to.
             if let Err(failure) = unchanged(&qmp, &guest).await
                 && failure.fault == Fault::Operator
@@ -197,7 +198,7 @@ impl Session {
     /// Does `work` in the background; its result is the engine's next input.
     fn order(&self, work: impl Future<Output = Input> + Send + 'static) {
         let sender = self.sender.clone();
-        tokio::spawn(async move {
+        log::spawn(async move {
             // A session that has ended needs no answer.
             let _ = sender.send(Incoming::Engine(work.await));
         });
