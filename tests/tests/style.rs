@@ -15,7 +15,14 @@ fn root() -> PathBuf {
 /// All Rust files of the workspace's crates, as paths from its root, with their text.
 fn sources() -> Vec<(String, String)> {
     let mut found = Vec::new();
-    for member in ["transport", "pagecopy", "daemon", "tests", "benches"] {
+    for member in [
+        "transport",
+        "pagecopy",
+        "daemon",
+        "tests",
+        "benches",
+        "packaging",
+    ] {
         collect(&root().join(member), &mut found);
     }
     assert!(found.len() > 20, "only {} files found", found.len());

@@ -4,6 +4,7 @@
 //! runs the test guest, whose serial port ([`Serial`]) tells when it beats and whether its memory is whole. Everything
 //! is torn down on drop, by pid and by name; what a killed test left behind is swept by the next one.
 
+mod booted;
 mod certs;
 mod cli;
 mod daemon;
@@ -28,6 +29,7 @@ mod used;
 mod user;
 mod world;
 
+pub use booted::Booted;
 pub use certs::{Certs, Identity};
 pub use cli::{Cli, Migration, Outcome};
 pub use daemon::{Daemon, Manner, Trust, program};
