@@ -1,8 +1,8 @@
 //! The log, on standard error: a line of text for people, or one of JSON for programs, with the migration's id in each that
 //! is about one.
 //!
-//! Whatever is done for a migration is done in its span ([`migration`]), which tasks and threads take along to those that
-//! they start ([`spawn`], [`inherited`]). A line's id is the event's own field `id`, or else the span's.
+//! Whatever is done for a migration is done in its span (`migration`), which tasks and threads take along to those that
+//! they start (`spawn`, `inherited`). A line's id is the event's own field `id`, or else the span's.
 
 use std::fmt::{self, Write as _};
 use std::future::Future;
