@@ -186,7 +186,7 @@ fn it_comes_and_goes_cleanly() {
 fn files(scratch: &Scratch) -> Vec<(&'static str, String)> {
     let identity = Certs::new(scratch.files(), "authority").identity("here");
     let read = |path: &Path| fs::read_to_string(path).unwrap();
-    let shipped = include_str!("../../packaging/pagecopy.toml");
+    let shipped = include_str!("../../daemon/packaging/pagecopy.toml");
     let config = shipped
         .replace("host-b.example.org", "here")
         .replace("0.0.0.0", "127.0.0.1");

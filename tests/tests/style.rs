@@ -15,14 +15,7 @@ fn root() -> PathBuf {
 /// All Rust files of the workspace's crates, as paths from its root, with their text.
 fn sources() -> Vec<(String, String)> {
     let mut found = Vec::new();
-    for member in [
-        "transport",
-        "pagecopy",
-        "daemon",
-        "tests",
-        "benches",
-        "packaging",
-    ] {
+    for member in ["transport", "pagecopy", "daemon", "tests", "benches"] {
         collect(&root().join(member), &mut found);
     }
     assert!(found.len() > 20, "only {} files found", found.len());
