@@ -41,11 +41,7 @@ pub(crate) async fn reached(side: Side, step: &impl Debug) {
     let Some(harness) = HARNESS.get_or_init(connect).await else {
         return;
     };
-    let side = match side {
-        Side::Source => "source",
-        Side::Destination => "destination",
-    };
-    if let Some(line) = harness.count(format!("{side} {}", name(step))) {
+    if let Some(line) = harness.count(format!("{} {}", side.word(), name(step))) {
         // A harness that has gone holds nobody.
         let _ = harness.wait(&line).await;
     }

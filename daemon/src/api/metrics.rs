@@ -129,11 +129,11 @@ impl Counters {
             for result in RESULTS {
                 let _ = all
                     .migrations
-                    .with_label_values(&[word(side), result.word()]);
+                    .with_label_values(&[side.word(), result.word()]);
             }
-            let _ = all.duration.with_label_values(&[word(side)]);
-            let _ = all.wire_bytes.with_label_values(&[word(side)]);
-            let _ = all.page_faults.with_label_values(&[word(side)]);
+            let _ = all.duration.with_label_values(&[side.word()]);
+            let _ = all.wire_bytes.with_label_values(&[side.word()]);
+            let _ = all.page_faults.with_label_values(&[side.word()]);
         }
         for kind in ["data", "zero"] {
             let _ = all.pages.with_label_values(&[kind]);
@@ -147,16 +147,14 @@ impl Counters {
             return;
         }
         let figures = &finished.figures;
-        let side = [word(side)];
-        let result = finished.status.word();
-        self.migrations.with_label_values(&[side[0], result]).inc();
+        let (here, result) = (side.word(), finished.status.word());
+        self.migrations.with_label_values(&[here, result]).inc();
         self.wire_bytes
-            .with_label_values(&side)
+            .with_label_values(&[here])
             .inc_by(finished.bytes_on_wire);
         let faults = figures.faults.map_or(0, |faults| faults.faults);
-        self.page_faults.with_label_values(&side).inc_by(faults);
-        let leaves = side == [word(Side::Source)];
-        if leaves {
+        self.page_faults.with_label_values(&[here]).inc_by(faults);
+        if side == Side::Source {
             self.pages
                 .with_label_values(&["data"])
                 .inc_by(figures.pages_sent);
@@ -169,26 +167,18 @@ impl Counters {
         }
         let seconds = |ms: f64| ms / 1e3;
         self.duration
-            .with_label_values(&side)
+            .with_label_values(&[here])
             .observe(seconds(figures.total_ms));
-        let observed = if leaves {
-            vec![
-                (&self.downtime, figures.downtime_ms),
-                (&self.predicted, figures.predicted_downtime_ms),
-            ]
-        } else {
-            vec![(&self.postcopy, figures.postcopy_ms)]
-        };
-        for (histogram, ms) in observed {
+        let observe = |histogram: &Histogram, ms: Option<f64>| {
             ms.into_iter().for_each(|ms| histogram.observe(seconds(ms)));
+        };
+        match side {
+            Side::Source => {
+                observe(&self.downtime, figures.downtime_ms);
+                observe(&self.predicted, figures.predicted_downtime_ms);
+            }
+            Side::Destination => observe(&self.postcopy, figures.postcopy_ms),
         }
-    }
-}
-
-fn word(side: Side) -> &'static str {
-    match side {
-        Side::Source => "source",
-        Side::Destination => "destination",
     }
 }
 
@@ -203,7 +193,9 @@ fn now(migrations: &[Arc<Migration>]) -> Result<Vec<Box<dyn Collector>>> {
     )?;
     for side in SIDES {
         for state in UNFINISHED {
-            states.with_label_values(&[word(side), state.word()]).set(0);
+            states
+                .with_label_values(&[side.word(), state.word()])
+                .set(0);
         }
     }
     let gauge = |name: &str, help: &str| GaugeVec::new(Opts::new(name, help), &["vm", "side"]);
@@ -260,14 +252,14 @@ fn now(migrations: &[Arc<Migration>]) -> Result<Vec<Box<dyn Collector>>> {
             progress,
             ..
         } = migration.shown();
-        states.with_label_values(&[word(side), state.word()]).inc();
+        states.with_label_values(&[side.word(), state.word()]).inc();
         for (gauge, member) in &gauges {
             let value = progress
                 .as_ref()
                 .and_then(|progress| progress.get(member)?.as_f64());
             if let Some(value) = value {
                 gauge
-                    .with_label_values(&[vm.as_str(), word(side)])
+                    .with_label_values(&[vm.as_str(), side.word()])
                     .set(value);
             }
         }

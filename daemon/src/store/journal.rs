@@ -202,7 +202,7 @@ impl Journals {
 
 /// The name of a journal. An id is 16 bytes, whoever chose them, so this is 36 hexadecimal digits and hyphens and a word.
 fn name(id: MigrationId, side: Side) -> String {
-    format!("{}.{}", Uuid::from_bytes(id.0), side_name(side))
+    format!("{}.{}", Uuid::from_bytes(id.0), side.word())
 }
 
 fn settings_name(id: MigrationId) -> String {
@@ -223,18 +223,11 @@ fn has_ended(side: Side, records: &[Record]) -> bool {
     }
 }
 
-fn side_name(side: Side) -> &'static str {
-    match side {
-        Side::Source => "source",
-        Side::Destination => "destination",
-    }
-}
-
 fn parse_name(name: &str) -> Option<(MigrationId, Side)> {
     let (id, side) = name.split_once('.')?;
     let side = [Side::Source, Side::Destination]
         .into_iter()
-        .find(|known| side_name(*known) == side)?;
+        .find(|known| known.word() == side)?;
     Some((MigrationId(*Uuid::parse_str(id).ok()?.as_bytes()), side))
 }
 

@@ -21,6 +21,16 @@ pub enum Side {
     Destination,
 }
 
+impl Side {
+    /// The side in one word, as the API and the names of journals spell it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Side::Source => "source",
+            Side::Destination => "destination",
+        }
+    }
+}
+
 /// A RAM file, to be found again by a daemon that is started anew.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RamFile {
