@@ -78,14 +78,16 @@ pub struct Tls {
 }
 
 impl Config {
-    /// Reads and checks `file`.
+    /// The text of `file`, to be parsed.
     ///
     /// # Errors
     /// [`ConfigError`], ready for the operator.
-    pub fn load(file: &Path) -> Result<Config, ConfigError> {
-        let text =
-            std::fs::read_to_string(file).map_err(|error| ConfigError::unreadable(file, &error))?;
-        Config::parse(file, &text)
+    pub(crate) fn read(file: &Path) -> Result<String, ConfigError> {
+        std::fs::read_to_string(file).map_err(|error| ConfigError {
+            file: file.to_owned(),
+            line: None,
+            what: format!("cannot be read: {error}"),
+        })
     }
 
     /// Checks `text`, the content of `file`. Relative paths in it are relative to the file.
@@ -171,17 +173,6 @@ pub struct ConfigError {
     pub line: Option<usize>,
     /// What is wrong with it, and what would be right.
     pub what: String,
-}
-
-impl ConfigError {
-    /// The file cannot be read.
-    pub(crate) fn unreadable(file: &Path, error: &std::io::Error) -> ConfigError {
-        ConfigError {
-            file: file.to_owned(),
-            line: None,
-            what: format!("cannot be read: {error}"),
-        }
-    }
 }
 
 impl std::error::Error for ConfigError {}
@@ -288,7 +279,7 @@ mod tests {
 
     #[test]
     fn an_absent_file_is_named() {
-        let error = Config::load(Path::new("/nonexistent/p.toml"))
+        let error = Config::read(Path::new("/nonexistent/p.toml"))
             .unwrap_err()
             .to_string();
         assert!(error.contains("/nonexistent/p.toml"), "{error}");

@@ -11,7 +11,7 @@ use toml::Table;
 use transport::Security;
 use transport::connect::Identity;
 
-use crate::config::{Config, ConfigError, Tls};
+use crate::config::{Config, Tls};
 use crate::failure::{Failure, Shown, operator};
 use crate::service::Service;
 
@@ -139,8 +139,7 @@ impl InForce {
 
 impl Read {
     fn from_file(file: &Path) -> Result<Read, Failure> {
-        let text =
-            std::fs::read_to_string(file).map_err(|error| ConfigError::unreadable(file, &error))?;
+        let text = Config::read(file)?;
         let config = Config::parse(file, &text)?;
         Ok(Read {
             config: Arc::new(config),
