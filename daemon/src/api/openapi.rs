@@ -15,8 +15,8 @@ use super::problem::Problem;
 #[openapi(
     info(
         title = "pagecopy",
-        description = "Moves running QEMU guests between hosts. Served over HTTP/1.1 on the unix socket `api`, and with mutual \
-                       TLS where `[api-tls]` says so. Every error is a problem of RFC 9457 with `remedy` and `fault`."
+        description = "Moves running QEMU guests between hosts. Served over HTTP/1.1 on the unix socket `api`. Every error is a \
+                       problem of RFC 9457 with `remedy` and `fault`."
     ),
     components(schemas(Problem)),
     tags(

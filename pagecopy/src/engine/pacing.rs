@@ -1,5 +1,5 @@
-//! Keeps to a bandwidth limit, of what the source pushes or of what the destination fetches while nobody waits for it: a
-//! bucket that fills with bytes at the limit's rate and that every batch drains.
+//! Keeps what the source pushes near a bandwidth limit, so that it decides no further ahead than the link takes: a bucket that
+//! fills with bytes at the limit's rate and that every batch drains. To the byte the limit is kept where bytes are sent.
 
 use std::time::Duration;
 
