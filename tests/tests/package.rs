@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tests::real::{
     Booted, Certs, Cli, MONITOR_GROUP, Machine, PATIENCE, Qemu, Role, Scratch, Version, eventually,
-    program, skipped,
+    has_overlay, overlay_script, program, skipped,
 };
 
 /// Builds the package from the programs of this build, once. None where there is no cargo-deb.
@@ -118,13 +118,6 @@ fn the_package_has_what_a_host_needs() {
 
 /// Installs, looks, and purges, in an overlay over this machine's files.
 const COME_AND_GO: &str = r#"
-set -e
-mount -t tmpfs tmpfs "$1"
-mkdir "$1/upper" "$1/work" "$1/root"
-mount -t overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" overlay "$1/root"
-cd "$1/root"
-mount -t proc proc proc
-mount --rbind /dev dev
 mkdir -p tmp/package
 cp "$2" tmp/package/it.deb
 cat >tmp/package/look <<'LOOK'
@@ -151,8 +144,7 @@ exec chroot . /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND
 #[test]
 fn it_comes_and_goes_cleanly() {
     let Some(package) = package() else { return };
-    let kernel = fs::read_to_string("/proc/filesystems").unwrap();
-    if !kernel.contains("\toverlay\n") {
+    if !has_overlay() {
         return skipped("there is no overlay in this kernel to install the package in");
     }
     let scratch = Scratch::new();
@@ -163,7 +155,7 @@ fn it_comes_and_goes_cleanly() {
         "private",
         "sh",
         "-c",
-        COME_AND_GO,
+        &overlay_script(COME_AND_GO),
         "sh",
     ]);
     let said = said(command.arg(scratch.folder("root")).arg(package));

@@ -1,31 +1,17 @@
 //! `/metrics` as Prometheus' own tool sees it, the dashboard that is drawn from it, and health.
 
 use std::collections::BTreeSet;
-use std::io::Write;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use serde_json::Value;
 
-use super::harness::Daemon;
+use super::harness::{Daemon, fed};
 
 const DASHBOARD: &str = include_str!("../../../scripts/grafana.json");
 
 /// Runs promtool, which must have nothing to say.
 fn promtool(arguments: &[&str], input: &str) {
-    let mut child = Command::new("promtool")
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("promtool can be called: scripts/install brings it");
-    child
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(input.as_bytes())
-        .unwrap();
-    let output = child.wait_with_output().unwrap();
+    let output = fed(Command::new("promtool").args(arguments), input);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(
         output.status.success() && said.is_empty(),

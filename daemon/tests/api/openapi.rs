@@ -1,12 +1,11 @@
 //! The API's description is true: it is what OpenAPI's own schema asks for, every route is in it, everything in it answers,
 //! and what is answered is as described.
 
-use std::io::Write;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::harness::{Daemon, JSON};
+use super::harness::{Daemon, JSON, fed};
 
 /// OpenAPI 3.1 as a JSON Schema, by the OpenAPI Initiative (Apache-2.0): <https://spec.openapis.org/oas/3.1/schema/2022-10-07>.
 const OPENAPI: &str = include_str!("openapi-3.1.schema.json");
@@ -45,20 +44,8 @@ for what, schema, answer in given["answers"]:
 
 /// Runs Debian's Python, which scripts/install gives the package jsonschema. Panics with what it says unless it is content.
 fn python(program: &str, input: &Value) {
-    let mut child = Command::new("/usr/bin/python3")
-        .args(["-c", program])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("/usr/bin/python3 can be called: scripts/install brings it");
-    child
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(input.to_string().as_bytes())
-        .unwrap();
-    let output = child.wait_with_output().unwrap();
+    let mut command = Command::new("/usr/bin/python3");
+    let output = fed(command.args(["-c", program]), &input.to_string());
     assert!(
         output.status.success(),
         "{}{}",

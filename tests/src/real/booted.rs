@@ -6,20 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use super::overlay::{has_overlay, overlay_script};
 use super::{PATIENCE, Process, Scratch, eventually};
 
-/// Begins below a memory file system; `$1` is an empty folder, `$2` one to be seen at its own place, `$3` the package and
+/// What the shell does in an overlay ([`overlay_script`]); `$2` is a folder to be seen at its own place, `$3` the package and
 /// `$4` a folder of files for `/etc`. cgroups are of a version that may not be mounted here.
 const SET_UP: &str = r#"
-set -e
-mount -t tmpfs tmpfs "$1"
-mkdir "$1/upper" "$1/work" "$1/root"
-mount -t overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" overlay "$1/root"
-cd "$1/root"
-mount -t proc proc proc
 mount -t sysfs sys sys
 mount -t cgroup2 cgroup2 sys/fs/cgroup
-mount --rbind /dev dev
 mount -t tmpfs tmpfs run
 mkdir -p ".$2"
 mount --bind "$2" ".$2"
@@ -57,7 +51,7 @@ impl Booted {
         let kernel = fs::read_to_string("/proc/filesystems").unwrap_or_default();
         for (is_there, what) in [
             (systemd.exists(), "systemd"),
-            (kernel.contains("\toverlay\n"), "overlay in this kernel"),
+            (has_overlay(), "overlay in this kernel"),
             (kernel.contains("\tcgroup2\n"), "cgroup2 in this kernel"),
         ] {
             if !is_there {
@@ -76,7 +70,7 @@ impl Booted {
         let script = format!(
             "echo $$ > \"$0/cgroup.procs\" && exec unshare --mount --pid --ipc --uts --net --cgroup --fork \
             --kill-child --propagation private sh -c '{}' sh \"$@\"",
-            SET_UP.replace('\'', "'\\''")
+            overlay_script(SET_UP).replace('\'', "'\\''")
         );
         let mut command = Command::new("sh");
         command
