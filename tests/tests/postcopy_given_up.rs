@@ -1,9 +1,12 @@
-//! A post-copy that is given up before the guest was handed over: it goes on at the source, and QEMU at the destination can
-//! wait for another as if nothing had been.
+//! A migration, a post-copy above all, that is given up before the guest was handed over: it goes on at the source, and QEMU
+//! at the destination can wait for another as if nothing had been, or keeps nothing of it.
 
 #![allow(clippy::unwrap_used)]
 
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
+
+use serde_json::json;
 
 use tests::real::{
     Machine, Manner, PATIENCE, Qemu, Role, RunAs, Scratch, Side, Steps, Version, World,
@@ -66,5 +69,48 @@ fn nothing_is_left_of_it() {
         let again = world.migrate(Side::A, "vm", &source, &destination, &postcopy);
         again.completed();
         assert_moved(&mut source, &mut destination);
+    }
+}
+
+/// A daemon that is killed while QEMU loads leaves it with a cut-off device state: it takes no guest any more, and the daemon
+/// that is started anew gives back what came of this one.
+#[test]
+fn a_qemu_whose_load_was_cut_off_keeps_no_memory() {
+    for mode in ["precopy", "postcopy"] {
+        let (mut world, steps) = held_at("destination LoadDeviceState 1");
+        let machine = Machine::new(Version::V10_0, 64, "rate=20 set=16");
+        let mut source = world.guest("source", &machine);
+        let mut destination = world.waiting("destination", &machine);
+        let allocated = |qemu: &Qemu| std::fs::metadata(qemu.ram()).unwrap().blocks();
+        let before = allocated(&destination);
+        let from = Instant::now();
+        let migration = world.begin(Side::A, "vm", &source, &destination, &["--mode", mode]);
+        let held = steps.wait(PATIENCE).unwrap();
+        assert!(allocated(&destination) > before, "{mode}: nothing came");
+        world.daemon_mut(Side::B).kill();
+        drop(held);
+        let nothing = json!({ "uri": "exec:echo cut off here", "exit-on-error": false });
+        destination
+            .qmp
+            .execute("migrate-incoming", nothing)
+            .unwrap();
+        let failed = eventually(PATIENCE, || {
+            let told = destination.qmp.execute("query-migrate", json!({}))?;
+            let failed = told["status"] == "failed";
+            failed.then_some(()).ok_or_else(|| told.to_string())
+        });
+        assert_eq!(failed, Ok(()), "{mode}");
+        assert_eq!(destination.qmp.status(), "inmigrate");
+        world.restart(Side::B);
+        let cleared = eventually(PATIENCE, || match allocated(&destination) {
+            kept if kept > before => Err(format!("it keeps {} KiB", kept / 2)),
+            _ => Ok(()),
+        });
+        assert_eq!(cleared, Ok(()), "{mode}");
+        migration.finish().not_completed("failed");
+        assert_stayed(&mut source, None, from);
+        let refused = world.cli(Side::B).receive("vm", destination.socket());
+        let refused = refused.unwrap_err();
+        assert!(refused.contains("takes no other"), "{refused}");
     }
 }

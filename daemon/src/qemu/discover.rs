@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::maps::{command_line, is_memfd, option_value, processes_mapping, shared_files};
 use super::memdev::{Memdev, RAM_REMEDY, memdevs};
 use super::settings;
-use super::status::{is_final, query_migrate, query_status};
+use super::status::{is_final, migration_status, query_migrate, query_status};
 use crate::failure::{Failure, Fault, host, operator, qemu};
 use crate::qmp::{Qmp, Version};
 use crate::session::blocking;
@@ -146,14 +146,21 @@ pub async fn destination(qmp: &Qmp) -> Result<Guest, Failure> {
             "start the destination's QEMU with -incoming defer -S",
         ));
     }
-    // One whose load was cut short, by a post-copy that was given up, says that it waits, and takes no guest any more.
-    let tried = qmp.execute("query-migrate", json!({})).await?;
-    if tried["status"] == "failed" {
+    // One whose load was cut short says that it waits, and takes no guest any more.
+    if migration_status(qmp).await? == "failed" {
         return Err(operator(
             "this QEMU was given a guest whose migration was given up while it loaded, and takes no other",
             "end the destination's QEMU and start another",
         ));
     }
+    waiting(qmp).await
+}
+
+/// Looks at a QEMU whose state is `inmigrate`, whether or not it takes a guest any more.
+///
+/// # Errors
+/// Why it is none that may be touched, and what would help.
+pub(crate) async fn waiting(qmp: &Qmp) -> Result<Guest, Failure> {
     settings::check(qmp).await?;
     let guest = look_at(qmp).await?;
     let words = command_line(guest.pid).map_err(|error| {

@@ -336,20 +336,23 @@ async fn tidy(
     service.store.journals.forget_settings(id);
 }
 
-/// Clears the RAM of a QEMU that still waits, of what came of a guest that will not. One that was given device state does
-/// not wait any more.
+/// Clears the RAM of a QEMU that still waits, of what came of a guest that will not. One that was given all device state does
+/// not wait any more; one whose load was cut short takes no other guest, and keeps no memory of this one until it is ended.
 async fn clear(qmp: &Qmp) {
     // Killed before the journal had the numbers.
     let waits = query_status(qmp)
         .await
         .is_ok_and(|state| state.status == "inmigrate");
-    if let Some(pid) = qmp.peer_pid().filter(|_| waits) {
+    if !waits {
+        return;
+    }
+    if let Some(pid) = qmp.peer_pid() {
         let forsaken = blocking(move || forsake(pid).map_err(|error| pager_failure(&error)));
         if let Err(failure) = forsaken.await {
             tracing::warn!(failure = %Shown(&failure), "the waiting QEMU's page faults are not let go of");
         }
     }
-    let Ok(guest) = discover::destination(qmp).await else {
+    let Ok(guest) = discover::waiting(qmp).await else {
         return;
     };
     let cleared = blocking(move || {
