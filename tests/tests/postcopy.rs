@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use pagecopy::engine::MigrationId;
 use pagecopy::engine::pull::{Answer, Class, Prefetched, Puller};
-use pagecopy::host::pager::{Stretch, UffdPager, share_out};
+use pagecopy::host::pager::{Stretch, UffdPager, forsake, share_out};
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::received::Received;
 use pagecopy::host::track::TrackedBlock;
@@ -353,6 +353,29 @@ fn servers_die_and_the_guest_lives() {
     server.finish();
     server.faults += faults;
     between.check(server);
+}
+
+/// The guard is real: the same guest, whose server dies just as above and without the descriptor inside QEMU, reads zeroes
+/// where its memory has not come, and finds that out.
+#[test]
+fn without_the_descriptor_inside_the_guest_is_corrupted() {
+    // It looks at all of its memory, so it comes to what lacks.
+    let machine = Machine::new(Version::V10_0, 128, "rate=50 set=32");
+    let mut between = Between::new(&machine, on_tmpfs);
+    let mut server = between.begin();
+    between.hand_over(&mut server);
+    let beats = between.destination.serial.beats() + 100;
+    server.serve(None, || between.destination.serial.beats() >= beats);
+    assert!(!server.puller.is_whole());
+    assert_eq!(forsake(between.pid()).unwrap(), 1);
+    // Its page faults still wait for the server's own.
+    server.serve(Some(Duration::from_millis(10)), || {
+        between.destination.serial.beats() >= beats + 100
+    });
+    between.destination.serial.assert_whole();
+    assert!(!server.puller.is_whole());
+    drop(server);
+    println!("{}", between.destination.serial.wait_corrupt());
 }
 
 #[test]

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::real::{
-    Machine, Migration, PATIENCE, Qemu, Side, Version, World, assert_moved, eventually, let_it_last,
+    Machine, Migration, PATIENCE, Qemu, Side, Version, World, assert_moved, assert_nothing_left_in,
+    eventually, let_it_last,
 };
 
 /// What the link carries: 64 MiB take about two seconds.
@@ -93,6 +94,23 @@ impl Gone {
             drop(migration);
         }
         assert_moved(&mut self.source, &mut self.destination);
+        self.assert_nothing_kept();
+    }
+
+    /// The same of a guest whose QEMU at the source has ended.
+    fn assert_whole_without_its_source(mut self) {
+        self.wait_state(Side::B, "completed");
+        self.wait_state(Side::A, "completed");
+        assert_eq!(self.destination.qmp.status(), "running");
+        self.destination.serial.wait_beats(300);
+        self.destination.serial.verify();
+        self.source.serial.assert_whole();
+        assert_nothing_left_in(self.destination.pid());
+        self.assert_nothing_kept();
+    }
+
+    /// The record of what was received goes when nothing lacks.
+    fn assert_nothing_kept(&self) {
         let state = self.world.daemon(Side::B).state();
         let kept = state.join("journal").join(format!("{}.received", self.id));
         eventually(PATIENCE, || match kept.exists() {
@@ -177,7 +195,26 @@ fn both_daemons_are_killed_at_once() {
     });
 }
 
-/// Its RAM is in files.
+/// Its RAM is in files, which its daemon has open: nothing pauses, and whoever began the migration sees it complete.
+#[test]
+fn the_source_qemu_is_killed() {
+    for moment in moments() {
+        let mut gone = Gone::begin();
+        let_it_last(moment);
+        let before = gone.shown(Side::B);
+        println!(
+            "after {moment:?}: {:?}",
+            before.map(|shown| shown["progress"].clone())
+        );
+        gone.source.kill();
+        let outcome = gone.migration.take().unwrap().finish();
+        let end = outcome.completed();
+        assert_eq!(end["paused_ms"].as_f64(), Some(0.0), "{end}");
+        gone.assert_whole_without_its_source();
+    }
+}
+
+/// The daemon that comes then has nothing but the files.
 #[test]
 fn the_source_qemu_and_then_its_daemon_are_killed() {
     for moment in moments() {
@@ -186,9 +223,7 @@ fn the_source_qemu_and_then_its_daemon_are_killed() {
         gone.source.kill();
         gone.world.daemon_mut(Side::A).kill();
         gone.world.restart(Side::A);
-        gone.wait_state(Side::B, "completed");
-        gone.destination.serial.wait_beats(300);
-        gone.destination.serial.verify();
+        gone.assert_whole_without_its_source();
     }
 }
 

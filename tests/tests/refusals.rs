@@ -102,6 +102,38 @@ fn page_sizes_that_differ() {
     std::fs::remove_file(hugepages.mount().join("destination-ram0")).unwrap();
 }
 
+/// In post-copy, too, where a touch of one would wait for a whole gibibyte.
+#[test]
+fn huge_pages_of_1_gib() {
+    let world = World::plain();
+    let hugepages = match Hugepages::reserve_gigantic(2, &world.scratch.files().join("gigantic")) {
+        Ok(hugepages) => hugepages,
+        Err(reason) => return skipped(&reason),
+    };
+    let backing = Backing::Hugetlbfs(hugepages.mount().to_owned());
+    let machine = Machine::new(Version::V10_0, 1024, "rate=0").with_backing(&backing);
+    let words = ["pages of 1 GiB", "2 MiB", "pagesize=2M"];
+    let source = world.guest("source", &machine);
+    for mode in ["precopy", "hybrid", "postcopy"] {
+        let refused = world
+            .cli(Side::A)
+            .migrate("vm", &source, Side::B, &["--mode", mode])
+            .finish();
+        refused.failed_with(&words);
+        assert_eq!(refused.finished()["fault"], "operator", "{mode}");
+    }
+    let destination = world.waiting("destination", &machine);
+    let refusal = world
+        .cli(Side::B)
+        .receive("vm", destination.socket())
+        .unwrap_err();
+    assert_says(&refusal, &words);
+    drop((source, destination));
+    for side in ["source", "destination"] {
+        std::fs::remove_file(hugepages.mount().join(format!("{side}-ram0"))).unwrap();
+    }
+}
+
 #[test]
 fn destination_that_would_run_by_itself() {
     let world = World::plain();

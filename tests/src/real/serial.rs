@@ -120,6 +120,11 @@ impl Serial {
         }
     }
 
+    /// Waits until the guest has found a wrong word, which it must. Gives what it says of it.
+    pub fn wait_corrupt(&self) -> String {
+        self.wait_line("CORRUPT", 0, PATIENCE)
+    }
+
     /// Panics if the guest has ever found a wrong word here.
     pub fn assert_whole(&self) {
         let record = self.lock();

@@ -134,11 +134,21 @@ fn page_size_of(file: &File, shown: &Path) -> Result<u64, TrackError> {
     };
     if page_size == 0 || page_size > MAX_PAGE_SIZE {
         return Err(TrackError::Memory(format!(
-            "its RAM file {} has pages of {page_size} bytes; the largest that can be moved are 2 MiB",
-            shown.display()
+            "its RAM file {} has pages of {}, and the largest that can be moved are of 2 MiB (in post-copy the guest would wait \
+             for all of one): put it on a hugetlbfs that was mounted with pagesize=2M",
+            shown.display(),
+            size(page_size)
         )));
     }
     Ok(page_size)
+}
+
+/// For people.
+fn size(bytes: u64) -> String {
+    match (bytes >> 30, bytes >> 20) {
+        (0, mib) => format!("{mib} MiB"),
+        (gib, _) => format!("{gib} GiB"),
+    }
 }
 
 /// Address of the one range in which all of the file is mapped, shared.
