@@ -79,12 +79,14 @@ impl Doubt {
         doubt
     }
 
-    /// The same of a guest that went first, and the source's daemon has come back without the RAM file.
-    fn committed_without_its_file() -> Doubt {
+    /// The same of a guest that went first, and the source's daemon has come back without the RAM file. `enough` waits for what
+    /// the guest is to have by then, with `options`.
+    fn without_its_file(options: &[&str], enough: impl Fn(&Doubt)) -> Doubt {
         // What is poisoned ends a QEMU without KVM when it is touched.
         let touches_nothing = "rate=0 set=16 sweep=0";
-        let postcopy = ["--mode", "postcopy"];
-        let mut doubt = Doubt::with("Journaled(Committed)", touches_nothing, &postcopy);
+        let options = [&["--mode", "postcopy"], options].concat();
+        let mut doubt = Doubt::with("Journaled(Committed)", touches_nothing, &options);
+        enough(&doubt);
         doubt.world.daemon_mut(Side::B).kill();
         doubt.held = None;
         doubt.wait_in_doubt();
@@ -92,6 +94,14 @@ impl Doubt {
         std::fs::remove_file(doubt.source.ram()).unwrap();
         doubt.world.restart(Side::A);
         doubt.world.restart(Side::B);
+        doubt
+    }
+
+    /// The same, and it lacks pages.
+    fn committed_without_its_file() -> Doubt {
+        let slowly = ["--postcopy-bandwidth-limit", "20MB/s"];
+        // Half is empty at the source, too; what it needs to be run is at the bottom.
+        let doubt = Doubt::without_its_file(&slowly, |doubt| doubt.wait_received(75));
         let told = eventually(Duration::from_secs(60), || {
             let shown = doubt.world.cli(Side::B).status(&doubt.id);
             let error = shown["finished"]["error"].as_str().unwrap_or_default();
@@ -112,6 +122,22 @@ impl Doubt {
             "run without its memory"
         );
         doubt
+    }
+
+    /// Waits until so many of 100 pages are marked as received: the channels fetch on while the session is held.
+    fn wait_received(&self, percent: usize) {
+        let state = self.world.daemon(Side::B).state();
+        let file = state.join("journal").join(format!("{}.received", self.id));
+        let all = eventually(Duration::from_secs(60), || {
+            let bytes = std::fs::read(&file).map_err(|error| error.to_string())?;
+            // The bits are behind the header's page.
+            let here = bytes[4096..].iter().filter(|byte| **byte == 0xff).count();
+            match here * 100 >= (bytes.len() - 4096) * percent {
+                true => Ok(()),
+                false => Err(format!("{here} of {} bytes", bytes.len() - 4096)),
+            }
+        });
+        all.unwrap();
     }
 
     /// The command line has told the doubt, and so does the daemon.
@@ -346,7 +372,16 @@ fn a_guest_that_went_first_and_never_ran_is_taken_back_though_its_file_is_gone()
     doubt.assert_runs_only_at_source();
 }
 
-/// The same, and the source's QEMU is gone, too: the operators go on with what there is.
+/// All of its memory has come, though nobody has recorded that: nothing is needed of the source, and nobody has to decide.
+#[test]
+fn a_guest_that_has_all_of_its_memory_is_run_though_its_source_has_lost_it() {
+    let mut doubt = Doubt::without_its_file(&[], |doubt| doubt.wait_received(100));
+    doubt.wait_state(Side::B, "completed");
+    doubt.wait_state(Side::A, "completed");
+    doubt.assert_runs_only_at_destination();
+}
+
+/// What is as above but lacks memory, and the source's QEMU is gone, too: the operators go on with what there is.
 #[test]
 fn a_guest_that_went_first_and_whose_source_is_gone_is_run_by_the_operators_word() {
     let mut doubt = Doubt::committed_without_its_file();

@@ -351,6 +351,43 @@ fn doubt_ends_both_ways() {
     }
 }
 
+/// A guest that goes first, of which all has come or not when the source's host goes with its memory, and the destination's daemon
+/// dies before it runs it. The source says that it has lost it when it is back.
+fn lost_before_it_ran(operator: bool, bytes_per_second: u64) -> Plan {
+    let plan = format!(
+        r#"{{"data_channels":2,"operator":{operator},"wanted":{{"how":"Postcopy"}},"network":{{"bytes_per_second":{bytes_per_second}}},
+            "habits":{{"touched_percent":100}},"blocks":[{{"name":"ram0","page_size":4096,"size":262144}}],"faults":[
+            [{{"Named":["Destination","RunGuest",1,"Before"]}},{{"HostDies":["Source",1000000]}}],
+            [{{"Named":["Destination","RunGuest",1,"Before"]}},{{"DaemonDies":["Destination",500000]}}]]}}"#
+    );
+    Plan::read(&plan).unwrap()
+}
+
+/// The same destination has all of the guest: it runs it, and nobody has to be asked.
+#[test]
+fn a_guest_that_has_all_of_its_memory_is_run_though_its_source_has_lost_it() {
+    let mut plan = lost_before_it_ran(false, 1_000_000_000);
+    let mut ran = 0;
+    for chance in 0..kept::CHANCES {
+        plan.chance = chance;
+        let outcome = run(&plan, None);
+        assert_eq!(outcome.violation, None, "chance {chance}");
+        if outcome
+            .tally
+            .happened()
+            .contains(&Happened::RunWithoutItsSource)
+        {
+            assert_eq!(
+                (outcome.state, outcome.guest),
+                (State::Completed, Some(Side::Destination)),
+                "chance {chance}"
+            );
+            ran += 1;
+        }
+    }
+    assert!(ran > kept::CHANCES / 2, "{ran} times");
+}
+
 /// Committed to a destination whose daemon dies before it runs it, and the source's host goes with the memory: no seed comes
 /// by that often enough.
 #[test]
@@ -359,13 +396,7 @@ fn a_guest_that_has_not_run_waits_for_people_when_its_memory_is_gone() {
         (true, Happened::Poisoned),
         (false, Happened::DoubtedForGood),
     ] {
-        let plan = format!(
-            r#"{{"data_channels":2,"operator":{operator},"wanted":{{"how":"Postcopy"}},"network":{{"bytes_per_second":200000}},
-                "habits":{{"touched_percent":100}},"blocks":[{{"name":"ram0","page_size":4096,"size":262144}}],"faults":[
-                [{{"Named":["Destination","RunGuest",1,"Before"]}},{{"HostDies":["Source",1000000]}}],
-                [{{"Named":["Destination","RunGuest",1,"Before"]}},{{"DaemonDies":["Destination",500000]}}]]}}"#
-        );
-        let mut plan = Plan::read(&plan).unwrap();
+        let mut plan = lost_before_it_ran(operator, 200_000);
         let mut ended = 0;
         for chance in 0..kept::CHANCES {
             plan.chance = chance;
@@ -428,12 +459,29 @@ fn bytes_in_flight_are_bounded() {
     assert_eq!(CHANNEL_LIMIT, 8 << 20);
 }
 
+/// Where a mistake is looked for: where any seed leads, but for one that hardly any seed comes by.
+fn plan_for(mistake: Mistake, seed: u64) -> Plan {
+    match mistake {
+        Mistake::HeldWithoutNeed => {
+            let mut plan = lost_before_it_ran(seed.is_multiple_of(2), 1_000_000_000);
+            plan.chance = seed;
+            plan
+        }
+        _ => Plan::of(seed),
+    }
+}
+
 /// The checker finds each planted mistake.
 fn finds(mistake: Mistake) {
     let begun = Instant::now();
     let found = (0..)
         .take_while(|_| begun.elapsed() < LIMIT_FOR_A_MISTAKE)
-        .find_map(|seed| Some((seed, run(&Plan::of(seed), Some(mistake)).violation?)));
+        .find_map(|seed| {
+            Some((
+                seed,
+                run(&plan_for(mistake, seed), Some(mistake)).violation?,
+            ))
+        });
     let Some((seed, violation)) = found else {
         panic!("{mistake:?} was not found within {LIMIT_FOR_A_MISTAKE:?}");
     };
@@ -489,4 +537,5 @@ mistakes! {
     finds_memory_let_go_of_too_early: DetachWhenMoved,
     finds_a_delta_against_a_version_that_is_gone: StaleVersion,
     finds_a_delta_against_a_version_that_was_lost: LostVersion,
+    finds_a_guest_that_waits_for_a_source_that_it_does_not_need: HeldWithoutNeed,
 }

@@ -4,25 +4,26 @@
 //! That is so after a restart between `Committed` and `Running`, and when QEMU would not start the guest. Everything that
 //! may decide it comes here and is done one after the other: the source asks (the guest is run), the source says that its
 //! operator has taken the guest back (`Aborted` is recorded), this host's operator decides. A source that says that what the
-//! guest lacks is gone decides nothing. What each of them may do is
-//! [`pagecopy::engine::doubt`]'s.
+//! guest lacks is gone decides nothing, unless everything has come: then it has not taken the guest back, either, and the guest is
+//! run. What each of them may do is [`pagecopy::engine::doubt`]'s.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pagecopy::engine::destination::Destination;
+use pagecopy::engine::destination::{Destination, Input};
 use pagecopy::engine::doubt::{
     Found, Resolution, Step, at_destination, memory_gone, when_withdrawn,
 };
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for};
-use pagecopy::engine::{Failure, MigrationId};
+use pagecopy::engine::{Failure, Fault, MigrationId};
 use pagecopy::wire::Standing;
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use transport::Regions;
 use uuid::Uuid;
 
-use super::arrive::{Over, Visit, VisitParts};
-use super::destination::{Parts, Session, TakenOver};
+use super::arrive::{Over, Visit};
+use super::destination::{Parts, Session, TakenOver, has_all};
 use super::recover::let_go;
 use super::{Clock, blocking, journal_failure, resume};
 use crate::failure::{Shown, host, operator};
@@ -33,6 +34,7 @@ use crate::qemu::maps::incoming_with;
 use crate::qemu::status::query_status;
 use crate::qmp::Qmp;
 use crate::service::Service;
+use crate::store::JournalFile;
 
 /// Takes up a committed guest that no session serves, as its journal begins. `None`: there is another migration of that
 /// guest here, or the journal does not begin.
@@ -107,7 +109,7 @@ pub(crate) async fn hold(
             }
             Some(Request::Serve(caller)) => {
                 if let Some(visit) = caller.take() {
-                    held.serve(visit, requests).await;
+                    held.run(Some(visit), requests).await;
                 }
             }
             Some(
@@ -120,7 +122,7 @@ pub(crate) async fn hold(
             }
             // It is too late to cancel, and there is no connection.
             Some(Request::Cancel | Request::Disconnect) => {}
-            Some(Request::Lost(reason)) => held.source_lost(&reason).await,
+            Some(Request::Lost(reason)) => held.source_lost(&reason, requests).await,
         }
     }
 }
@@ -223,9 +225,13 @@ impl Held {
         self.standing()
     }
 
-    /// A source without the guest's memory cannot serve it, and may still have all of it in its QEMU: nothing is run without a
-    /// person's word, and people must know.
-    async fn source_lost(&self, reason: &str) {
+    /// A source without the guest's memory cannot serve it, and may still have all of it in its QEMU: what lacks pages is not run
+    /// without a person's word, and people must know. What lacks none is run, as when the source asks.
+    async fn source_lost(&self, reason: &str, requests: &mut UnboundedReceiver<Request>) {
+        if self.has_all() {
+            tracing::warn!(id = %Uuid::from_bytes(self.id.0), reason, "the source has lost the guest's memory, all of which has come here");
+            return self.run(None, requests).await;
+        }
         let (found, qmp) = look(&self.qmp).await;
         tracing::error!(id = %Uuid::from_bytes(self.id.0), reason, ?found, "what the guest lacks is not at its source any more");
         if found != Found::Runs {
@@ -311,6 +317,12 @@ impl Held {
         })
     }
 
+    fn has_all(&self) -> bool {
+        let records = self.service.store.journals.read(self.id, Side::Destination);
+        let records = records.ok().flatten();
+        records.is_some_and(|records| has_all(&self.service, self.id, &records))
+    }
+
     fn append(&self, record: &Record) -> Result<(), Failure> {
         let journals = &self.service.store.journals;
         let appended = journals
@@ -320,68 +332,53 @@ impl Held {
     }
 
     /// A source that asks has not taken the guest back: it is run now, and the source is told on the connection on which
-    /// it asked.
-    async fn serve(&self, visit: Visit, requests: &mut UnboundedReceiver<Request>) {
-        let journal = match self
-            .service
-            .store
-            .journals
-            .reopen(self.id, Side::Destination)
-        {
-            Ok(journal) => journal,
-            Err(error) => {
-                tracing::error!(failure = %Shown(&journal_failure(&error)), "the guest is not run");
-                return visit.answer_and_close(self.id, Standing::Committed);
+    /// it asked. One that has said that the memory is gone has been answered: there is no connection.
+    async fn run(&self, visit: Option<Visit>, requests: &mut UnboundedReceiver<Request>) {
+        let serves = visit.as_ref().is_none_or(Visit::serves);
+        let (qmp, journal, taken_over) = match self.make_ready(serves).await {
+            Ok(ready) => ready,
+            Err(standing) => {
+                if let Some(visit) = visit {
+                    visit.answer_and_close(self.id, standing);
+                }
+                return;
             }
         };
-        let records = journal.records().to_owned();
-        let (looking, id) = (Arc::clone(&self.service), self.id);
-        let taken_over = match postcopy(&records) {
-            Postcopy::No => None,
-            _ => match blocking(move || TakenOver::new(&looking, id, &records)).await {
-                Ok(taken_over) => Some(taken_over),
-                Err(failure) => {
-                    tracing::error!(failure = %Shown(&failure), "the guest's page faults cannot be served, so it is not run");
-                    return visit.answer_and_close(self.id, Standing::Committed);
-                }
-            },
-        };
-        let armed = taken_over.is_some();
-        let qmp = match self.monitor(visit.serves(), armed).await {
-            Ok(qmp) => qmp,
-            Err(standing) => return visit.answer_and_close(self.id, standing),
-        };
+        let journals = &self.service.store.journals;
+        let (armed, there) = (taken_over.is_some(), visit.is_some());
         let setup = resume::setup(&self.service, self.id, &self.migration);
         let clock = Clock::start();
-        let VisitParts {
-            control,
-            events,
-            data,
-            regions,
-        } = visit.into_parts();
-        let parts = Parts {
+        let parts = |control, data, regions| Parts {
             id: self.id,
             service: Arc::clone(&self.service),
             migration: Arc::clone(&self.migration),
             clock,
             qmp,
-            settings: self
-                .service
-                .store
-                .journals
-                .settings(self.id)
-                .unwrap_or_default(),
+            settings: journals.settings(self.id).unwrap_or_default(),
             journal,
             blocks: Vec::new(),
             pid: taken_over.as_ref().map_or(0, TakenOver::pid),
-            control: Some(control),
+            control,
             data,
             taken_over,
             regions,
         };
+        let (parts, events) = match visit.map(Visit::into_parts) {
+            Some(visit) => {
+                let parts = parts(Some(visit.control), visit.data, visit.regions);
+                (parts, visit.events)
+            }
+            None => (
+                parts(None, Vec::new(), Regions::new()),
+                unbounded_channel().1,
+            ),
+        };
         match Session::start(parts) {
             Ok(session) => {
-                let engine = Destination::recover(setup, armed, clock.now());
+                let mut engine = Destination::recover(setup, armed, clock.now());
+                if !there {
+                    engine.handle(clock.now(), Input::LinkLost(no_connection()));
+                }
                 session.run(engine, events, requests).await;
             }
             Err(failure) => {
@@ -389,6 +386,38 @@ impl Held {
             }
         }
     }
+
+    /// What a session of a guest that can be run begins with; or what the source is told.
+    async fn make_ready(
+        &self,
+        serves: bool,
+    ) -> Result<(Arc<Qmp>, JournalFile, Option<TakenOver>), Standing> {
+        let journals = &self.service.store.journals;
+        let journal = journals
+            .reopen(self.id, Side::Destination)
+            .map_err(|error| {
+                tracing::error!(failure = %Shown(&journal_failure(&error)), "the guest is not run");
+                Standing::Committed
+            })?;
+        let records = journal.records().to_owned();
+        let (looking, id) = (Arc::clone(&self.service), self.id);
+        let taken_over = match postcopy(&records) {
+            Postcopy::No => None,
+            _ => {
+                let taken_over = blocking(move || TakenOver::new(&looking, id, &records)).await;
+                Some(taken_over.map_err(|failure| {
+                    tracing::error!(failure = %Shown(&failure), "the guest's page faults cannot be served, so it is not run");
+                    Standing::Committed
+                })?)
+            }
+        };
+        let qmp = self.monitor(serves, taken_over.is_some()).await?;
+        Ok((qmp, journal, taken_over))
+    }
+}
+
+fn no_connection() -> Failure {
+    Failure::new(Fault::Network, "there is no connection", "")
 }
 
 fn in_doubt() -> Failure {

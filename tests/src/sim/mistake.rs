@@ -57,11 +57,13 @@ pub enum Mistake {
     StaleVersion,
     /// An encoded message is not sent, and its pages are kept as if it was.
     LostVersion,
+    /// A guest all of whose memory has come is taken for one that lacks some, and is not run when the source has lost it.
+    HeldWithoutNeed,
 }
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Mistake; 27] = [
+    pub const ALL: [Mistake; 28] = [
         Mistake::ClearAfterRead,
         Mistake::EarlyBarrier,
         Mistake::LateZero,
@@ -89,5 +91,6 @@ impl Mistake {
         Mistake::DetachWhenMoved,
         Mistake::StaleVersion,
         Mistake::LostVersion,
+        Mistake::HeldWithoutNeed,
     ];
 }

@@ -97,6 +97,8 @@ pub enum Happened {
     HeardOfLoss,
     /// A guest that has not run is kept, for its memory is gone at the source.
     KeptWithoutMemory,
+    /// One whose memory has all come is run though the source says that it has lost it.
+    RunWithoutItsSource,
     /// The guest lacked nothing any more.
     BecameWhole,
     /// `Serve` was answered by `Whole`, from the journal.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use pagecopy::engine::bitmap::Bitmap;
 use pagecopy::engine::destination::{Destination, Input};
+use pagecopy::engine::event::FaultFigures;
 use pagecopy::engine::journal::{RamFile, Record};
 use pagecopy::engine::{Failure, Fault, MigrationId};
 use pagecopy::host::pager::share_out;
@@ -17,9 +18,10 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Access, Channel, RegionId, Regions};
+use uuid::Uuid;
 
 use super::Session;
-use crate::failure::host;
+use crate::failure::{Shown, host};
 use crate::lane::{Lane, Told};
 use crate::log;
 use crate::pull::{FaultReport, Guest, Pull, PullEvent, Released, Vcpu};
@@ -64,6 +66,8 @@ pub(super) struct Fetch {
     next: Vec<Box<dyn Channel>>,
     /// What the faults cost, once they are over.
     pub(super) report: Option<FaultReport>,
+    /// The faults, when everything is here and QEMU's memory is being let go of.
+    over: Option<FaultFigures>,
     /// Page faults wait, or will.
     pub(super) armed: bool,
     /// They are being made to wait in the background.
@@ -94,6 +98,7 @@ impl Fetch {
             ram,
             next: Vec::new(),
             report: None,
+            over: None,
             armed,
             arming: false,
         }
@@ -106,6 +111,14 @@ impl Fetch {
         }
         if let Some(Done::Armed(Ok(pull))) = self.done.recv().await {
             self.pull = Some(pull);
+        }
+    }
+
+    /// Whether every page has come, and is recorded as received.
+    pub(super) fn all_here(&self) -> bool {
+        match &self.pull {
+            Some(pull) => pull.progress().0 == 0,
+            None => self.over.is_some(),
         }
     }
 
@@ -212,6 +225,7 @@ impl Session {
             PullEvent::AllHere => {
                 let pull = self.fetch.pull.take()?;
                 self.fetch.report = Some(pull.report());
+                self.fetch.over = Some(pull.progress().1);
                 let finished = self.fetch.finished.clone();
                 log::spawn_blocking(move || {
                     // A session that has ended needs no word.
@@ -245,9 +259,12 @@ impl Session {
         }
     }
 
-    /// How fetching stands.
+    /// How fetching stands. To let go of a large guest's memory takes a while.
     pub(super) fn lacks(&self) -> Option<Input> {
-        let pull = self.fetch.pull.as_ref()?;
+        let Some(pull) = &self.fetch.pull else {
+            let faults = self.fetch.over?;
+            return Some(Input::Lacks { bytes: 0, faults });
+        };
         self.migration.measured(pull.report());
         let (bytes, faults) = pull.progress();
         Some(Input::Lacks { bytes, faults })
@@ -405,6 +422,32 @@ impl TakenOver {
     /// Bytes that the guest lacks.
     pub(crate) fn lacks(&self) -> u64 {
         self.pull.progress().0
+    }
+}
+
+/// Whether the guest of that journal lacks nothing, by the record of what was received, which outlives daemons. Where that
+/// cannot be told, it does lack something.
+pub(crate) fn has_all(service: &Service, id: MigrationId, records: &[Record]) -> bool {
+    let specs = records.iter().find_map(|record| match record {
+        Record::Armed { blocks, .. } => Some(blocks),
+        _ => None,
+    });
+    let received = specs.map(|specs| {
+        let file = service.store.journals.received(id)?;
+        Received::open(&file, id, specs).map(|received| {
+            let mut missing = Vec::new();
+            received.missing(&mut missing);
+            missing.is_empty()
+        })
+    });
+    match received {
+        Some(Ok(all)) => all,
+        Some(Err(error)) => {
+            let failure = received_failure(&error);
+            tracing::warn!(id = %Uuid::from_bytes(id.0), failure = %Shown(&failure), "whether it lacks memory is not known");
+            false
+        }
+        None => false,
     }
 }
 

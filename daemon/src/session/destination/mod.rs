@@ -25,7 +25,7 @@ use transport::{Channel, Regions};
 
 use self::device_state::DeviceState;
 use self::fetch::Fetch;
-pub(crate) use self::fetch::TakenOver;
+pub(crate) use self::fetch::{TakenOver, has_all};
 use self::work::allocation_failure;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::failure::operator;
@@ -209,7 +209,10 @@ impl Session {
                         None
                     }
                     Some(Request::Disconnect) => Some(Input::LinkLost(superseded())),
-                    Some(Request::Lost(reason)) => Some(Input::SourceLost { reason }),
+                    Some(Request::Lost(reason)) => {
+                        let all_here = self.fetch.all_here();
+                        Some(Input::SourceLost { reason, all_here })
+                    }
                     // For a guest that no session serves. Whoever asked, asks again.
                     Some(Request::Withdrawn(_)) => None,
                 },

@@ -62,9 +62,10 @@ fn after_commit(core: &mut Core, input: Input) {
             .out
             .notice("too late to cancel: the guest is committed to this host"),
         Input::LinkLost(_) => core.link_lost(),
-        Input::SourceLost { reason } => {
+        Input::SourceLost { reason, all_here } => {
             core.link_lost();
-            core.memory_gone = Some(reason).filter(|_| core.armed && !core.whole);
+            let lacks = core.armed && !core.whole && !all_here;
+            core.memory_gone = Some(reason).filter(|_| lacks);
         }
         Input::PullFailed(failure) => {
             core.out.notice(format!(
@@ -79,6 +80,7 @@ fn after_commit(core: &mut Core, input: Input) {
         Input::Whole { faults } => {
             core.heard_of(0, faults);
             core.whole = true;
+            core.memory_gone = None;
         }
         Input::Message(Message::Ping { nonce }) => core.send(Message::Pong { nonce }),
         _ => {}

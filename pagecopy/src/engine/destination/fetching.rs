@@ -81,7 +81,9 @@ impl Fetching {
             Input::PeerMisbehaved(what) => {
                 core.stop_pulling(format!("the source broke the protocol: {what}"));
             }
-            Input::SourceLost { reason } => {
+            // Nothing is needed of it: only that this is told is waited for.
+            Input::SourceLost { all_here: true, .. } => core.stop_serving(),
+            Input::SourceLost { reason, .. } => {
                 let why = source_lost(core.lacks, &reason);
                 core.stop_pulling(why);
             }

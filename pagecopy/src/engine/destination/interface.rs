@@ -95,6 +95,8 @@ pub enum Input {
     SourceLost {
         /// Why, in its words.
         reason: String,
+        /// Whether everything has come all the same, though [`Whole`](Input::Whole) may still have to say so.
+        all_here: bool,
     },
     /// Post-copy: the operator wants the guest to go on without what it lacks. Answer: [`Output::Decided`].
     Poison {

@@ -12,6 +12,7 @@ use super::super::disk::Hand;
 use super::super::driver::Driver;
 use super::super::env::{Env, failure};
 use super::super::lane::Report;
+use super::super::mistake::Mistake;
 use super::super::plan::Side;
 use super::super::qemu::DestinationState;
 use super::super::tally::Happened;
@@ -101,6 +102,7 @@ impl DestinationSide {
         self.holds()
             && self.found() == Found::StandsStill
             && journal::postcopy(&self.records()) == Postcopy::Open
+            && self.lacks() > 0
     }
 
     fn has_guest(&self) -> bool {
@@ -220,22 +222,27 @@ impl DestinationSide {
             return self.answer_question(env, lane, Message::Whole { id, cost: None });
         }
         let reason = reason.to_owned();
+        let all_here = self.lacks() == 0 && !env.errs(Mistake::HeldWithoutNeed);
         if !self.unserved() {
-            self.input(env, Input::SourceLost { reason });
+            self.input(env, Input::SourceLost { reason, all_here });
             if self.state() == Some(State::Paused) {
                 env.tally.note(Happened::HeardOfLoss);
             }
         }
         let standing = self.standing(id);
-        if self.holds() {
-            if self.found() == Found::Runs {
-                self.runs_after_all(env);
-            } else {
-                env.tally.note(Happened::KeptWithoutMemory);
-            }
-        }
-        self.memory_gone = true;
+        self.memory_gone = self.lacks() > 0;
         self.answer_question(env, lane, Message::Answer { id, standing });
+        if !self.holds() {
+            return;
+        }
+        match self.found() {
+            Found::Runs => self.runs_after_all(env),
+            Found::StandsStill if all_here => {
+                env.tally.note(Happened::RunWithoutItsSource);
+                self.run_here(env, None);
+            }
+            _ => env.tally.note(Happened::KeptWithoutMemory),
+        }
     }
 
     fn takes_serve(&self) -> bool {
@@ -260,19 +267,37 @@ impl DestinationSide {
     /// The guest is committed to this host and nobody has said yet that it runs. A source that asks has not taken it
     /// back: it is run now, and the source is told on the connection on which it asked.
     fn run_committed(&mut self, env: &mut Env, lane: usize) {
+        let question = self
+            .daemon
+            .as_mut()
+            .map(|daemon| daemon.questions.remove(lane));
+        self.run_here(env, question);
+    }
+
+    /// The same, on the connection of that question; without one where all memory has come and the source has said that it has
+    /// lost it.
+    fn run_here(&mut self, env: &mut Env, question: Option<Question>) {
         let armed = journal::postcopy(&self.records()) == Postcopy::Open;
         // The session opens the journal, which cuts off what is no whole line.
         self.host.disk.reopen();
         let engine = Destination::recover(self.setup.clone(), armed, env.clock(Side::Destination));
         if let Some(daemon) = &mut self.daemon {
-            let Question { control, data } = daemon.questions.remove(lane);
+            let connected = question.is_some();
+            let (control, data) = match question {
+                Some(Question { control, data }) => (Some(control), data),
+                None => (None, Vec::new()),
+            };
             let serves = !data.is_empty();
             self.memory_gone &= !serves;
-            daemon.control = Some(control);
+            daemon.control = control;
             daemon.served = data;
             daemon.engine = Some(engine);
             self.session += 1;
             self.ended = None;
+            if !connected {
+                let lost = failure(Blame::Network, "there is no connection");
+                self.input(env, Input::LinkLost(lost));
+            }
             self.carry_out_all(env);
             self.tell_again(env, armed);
             if armed && serves {

@@ -6,6 +6,8 @@ use super::*;
 use crate::engine::bitmap::Bitmap;
 use crate::engine::event::{FaultFigures, PostcopyCost, Report};
 
+mod lost;
+
 /// Of what nobody waits for: said by the source, and kept for a daemon that is started anew.
 const LIMIT: u64 = 1 << 20;
 
@@ -466,87 +468,4 @@ fn a_destination_that_cannot_says_why_when_it_accepts() {
     assert!(outputs.contains(&Output::Send(accept)), "{outputs:?}");
     destination.handle(NOW, lacking(vec![5]));
     assert_eq!(phase(&destination), "Aborting");
-}
-
-/// What the operator reads, and that it ends when the memory is there after all.
-#[test]
-fn a_source_without_the_memory_is_a_pause_with_a_reason() {
-    let reason_of = |outputs: &[Output]| {
-        outputs.iter().rev().find_map(|output| match output {
-            Output::Report(Report::Paused { reason }) => Some(reason.clone()),
-            _ => None,
-        })
-    };
-    let lost = || Input::SourceLost {
-        reason: "no such file".into(),
-    };
-    // Also over a connection that nobody has noticed to be dead.
-    for mut destination in [paused(), fetching()] {
-        destination.handle(NOW, lacks(8192));
-        destination.handle(NOW, lost());
-        let said = outputs(&mut destination);
-        let reason = reason_of(&said).unwrap();
-        for words in ["no such file", "8192 bytes", "--poison --peer-fenced"] {
-            assert!(reason.contains(words), "{reason}");
-        }
-        assert_eq!(destination.state(), State::Paused);
-        // It comes again and again.
-        destination.handle(NOW, lost());
-        assert_eq!(outputs(&mut destination), []);
-        destination.handle(NOW, Input::Served);
-        let served = outputs(&mut destination);
-        assert!(served.contains(&Output::Pull) && reason_of(&served).is_none());
-        assert_eq!(destination.state(), State::Migrating);
-    }
-    // Before the guest runs here, and while it is being run, it only says that the connection is of no use.
-    for (mut destination, expected) in [
-        (arming().0, vec![]),
-        (starting(), vec![Output::StopPulling]),
-    ] {
-        let before = destination.state();
-        destination.handle(NOW, lost());
-        assert_eq!(
-            (outputs(&mut destination), destination.state()),
-            (expected, before)
-        );
-    }
-}
-
-/// It is not run with what is here, unless it is being run already.
-#[test]
-fn a_guest_that_has_not_run_is_not_run_without_its_memory() {
-    let lost = || Input::SourceLost {
-        reason: "no such file".into(),
-    };
-    let failed = || Input::QemuFailed(Failure::new(Fault::Qemu, "not now", ""));
-    let left = |destination: &mut Destination| {
-        let told = outputs(destination);
-        assert!(!told.contains(&Output::RunGuest), "{told:?}");
-        assert!(
-            matches!(&told[..], [.., Output::Finished { state: State::InDoubt, failure: Some(why), .. }]
-                if why.what.contains("no such file") && why.remedy.contains("--abandon")),
-            "{told:?}"
-        );
-    };
-    // Before the order to run it, while it is carried out in vain, and between two attempts.
-    let mut destination = committing();
-    destination.handle(NOW, lost());
-    destination.handle(NOW, Input::Journaled(Record::Committed));
-    left(&mut destination);
-    let mut destination = starting();
-    destination.handle(NOW, lost());
-    destination.handle(NOW, failed());
-    left(&mut destination);
-    let mut destination = starting();
-    destination.handle(NOW, failed());
-    destination.handle(NOW, lost());
-    left(&mut destination);
-    // It is there after all.
-    let mut destination = starting();
-    destination.handle(NOW, lost());
-    destination.handle(NOW, Input::Served);
-    destination.handle(NOW, failed());
-    let again = destination.poll_timeout().unwrap();
-    destination.handle(again, Input::Tick);
-    assert!(outputs(&mut destination).contains(&Output::RunGuest));
 }
