@@ -3,7 +3,6 @@
 
 use super::*;
 use pagecopy::engine::MigrationId;
-use tests::real::eventually;
 
 /// What the link carries, so that there is time: 32 MiB take about five seconds.
 const LINK_MBIT: u32 = 50;

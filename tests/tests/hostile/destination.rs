@@ -299,3 +299,88 @@ fn a_destination_that_lies_after_commit() {
     source.serial.wait_beats(300);
     source.serial.verify();
 }
+
+/// What a destination may do that the guest has gone to, to look as if it went on; what the source's operator is told, and whether
+/// the connection is still there.
+const IDLE: [(&str, Lie, &str, bool); 2] = [
+    (
+        "asks for nothing",
+        |_| Ok(()),
+        "has read none for 10 s",
+        true,
+    ),
+    (
+        "asks, and takes no answer",
+        |d| {
+            d.deafen(1);
+            (0..64).try_for_each(|_| d.touch(1, false))
+        },
+        "the destination is away",
+        false,
+    ),
+];
+
+/// The guest runs there, as it says; it answers pings, and takes nothing of what it lacks. The source says so, keeps the guest's
+/// memory for a fetcher that comes to its senses, and its operator is not at the mercy of it.
+#[test]
+fn a_destination_that_answers_and_reads_nothing() {
+    for (what, lie, word, connected) in IDLE {
+        let (world, _, mallory) = world();
+        let mut source = world.guest("source", &machine());
+        let daemon = world.daemon(Side::A).pid();
+        let mut peer = HostileDestination::listen(&mallory, &world.net, Side::B, MIB);
+        let options = ["--mode", "postcopy", "--channels", "2"];
+        let cli = world.cli(Side::A);
+        let migration = cli.migrate_socket("vm", source.socket(), &peer.address(), &options);
+        peer.accept();
+        peer.say_accept_of(3);
+        peer.honest_until(Conduct::Loads, |message| *message == Message::Commit);
+        let id = cli.id_of("vm");
+        peer.say(0, &Message::Running).unwrap();
+        let _ = lie(&mut peer);
+        let (before, watch) = (Levels::of(daemon), Watch::over(daemon));
+        let begun = Instant::now();
+        peer.idle_until(|| {
+            let shown = cli.status(&id);
+            assert!(begun.elapsed() < PATIENCE, "{what}: {shown}");
+            shown["state"] == "paused"
+        });
+        let shown = eventually(PATIENCE, || match cli.status(&id) {
+            shown if shown["state"] == "paused" => Ok(shown),
+            shown => Err(shown.to_string()),
+        })
+        .unwrap();
+        let reason = shown["reason"].as_str().unwrap();
+        assert!(reason.contains(word), "{what}: {reason}");
+        let most = watch.most();
+        println!("{what}: {before} before, {most} at most");
+        assert!(
+            most.memory_kib <= before.memory_kib + (32 << 10),
+            "{before} before, {most} at most"
+        );
+        assert_eq!(source.qmp.status(), "postmigrate", "{what}");
+        // Who is connected may go on: only when it is ended is the memory let go of.
+        if connected {
+            let early = cli.run(&["resolve", &id, "--abandon"]);
+            assert!(!early.status.success(), "{what}: {early:?}");
+        }
+        drop(peer);
+        let_go(&world, &id);
+        let end = ended(&world, Side::A, &id);
+        assert_eq!(end["fault"], "operator", "{what}: {end}");
+        migration.finish().not_completed("failed");
+        source.serial.assert_whole();
+    }
+}
+
+/// The source's operator lets go of a guest whose destination is ended: as soon as the daemon has noticed that.
+fn let_go(world: &World, id: &str) {
+    eventually(PATIENCE, || {
+        let done = world.cli(Side::A).run(&["resolve", id, "--abandon"]);
+        match done.status.success() {
+            true => Ok(()),
+            false => Err(String::from_utf8_lossy(&done.stderr).into_owned()),
+        }
+    })
+    .unwrap_or_else(|why| panic!("{why}"));
+}

@@ -23,7 +23,7 @@ use serde_json::Value;
 use tests::real::{
     Certs, Conduct, Ended, HostileDestination, HostileSource, Levels, Machine, Mallory, Migration,
     PATIENCE, Qemu, Scratch, Side, Trust, Version, Watch, World, assert_moved, assert_stayed,
-    hello, stranger, wait_level,
+    eventually, hello, stranger, wait_level,
 };
 
 /// RAM of the guests here.

@@ -32,6 +32,8 @@ pub(super) struct Serving {
     course: Course,
     /// What had gone out on this connection, and when that was different the last time.
     read: Option<(u64, Time)>,
+    /// Bytes that lack there, as said last.
+    lacking: Option<u64>,
     /// What the destination said in the end.
     cost: Option<PostcopyCost>,
 }
@@ -57,6 +59,7 @@ impl Serving {
             backoff: core.setup.timeouts.serve_first,
             course: Course::begin(core.now),
             read: None,
+            lacking: None,
             cost: None,
         };
         // Then there is nobody to dial.
@@ -156,7 +159,8 @@ impl Serving {
                     faults,
                 });
                 core.out.push(Output::Report(report));
-                self.lacks(core, bytes);
+                self.lacking = Some(bytes);
+                self.look_whether_it_reads(core);
             }
             Message::Resumed if matches!(self.contact, Contact::Asked { .. }) => {
                 self.contact = Contact::Up;
@@ -178,10 +182,22 @@ impl Serving {
         None
     }
 
-    /// A destination that answers and lacks pages also reads them: otherwise its threads are stuck, and a person must know.
-    fn lacks(&mut self, core: &mut Core, bytes: u64) {
+    fn read(&mut self, core: &mut Core, bytes: u64) {
+        if self.read.is_some_and(|(before, _)| before == bytes) {
+            return self.look_whether_it_reads(core);
+        }
+        self.read = Some((bytes, core.now));
+        if self.course.is_away() {
+            self.course.restored(core.now);
+            core.out.enter(State::Migrating);
+        }
+    }
+
+    /// A destination that lacks pages also reads them, and says each second what it lacks: otherwise its threads are stuck, or it
+    /// answers for no good, and a person must know.
+    fn look_whether_it_reads(&mut self, core: &mut Core) {
         let unread = core.setup.timeouts.unread;
-        let Some((_, since)) = self.read.filter(|_| bytes > 0) else {
+        let Some((_, since)) = self.read.filter(|_| self.lacking != Some(0)) else {
             return;
         };
         if self.contact == Contact::Up && core.now >= since.after(unread) {
@@ -191,17 +207,6 @@ impl Serving {
                  pagecopyd reads on",
                 unread.as_secs_f64()
             ));
-        }
-    }
-
-    fn read(&mut self, core: &mut Core, bytes: u64) {
-        if self.read.is_some_and(|(before, _)| before == bytes) {
-            return;
-        }
-        self.read = Some((bytes, core.now));
-        if self.course.is_away() {
-            self.course.restored(core.now);
-            core.out.enter(State::Migrating);
         }
     }
 

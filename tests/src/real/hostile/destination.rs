@@ -136,11 +136,21 @@ impl HostileDestination {
         self.wire.send(channel, op)
     }
 
-    /// Says `Accept`.
+    /// Takes nothing from a channel any more: what comes stays in the system's buffers, then at the daemon.
+    pub fn deafen(&mut self, channel: usize) {
+        self.wire.channels[channel].pause(true);
+    }
+
+    /// Says `Accept`, without post-copy.
     pub fn say_accept(&mut self) {
+        self.say_accept_of(1);
+    }
+
+    /// Says `Accept` with these capabilities.
+    pub fn say_accept_of(&mut self, capabilities: u64) {
         let accept = Message::Accept {
             version: 1,
-            capabilities: 1,
+            capabilities,
             host: "mallory".to_owned(),
             reason: String::new(),
         };
@@ -154,28 +164,36 @@ impl HostileDestination {
         loop {
             assert!(Instant::now() < deadline, "it does not come: {self:?}");
             self.take_pages(manner);
-            match self.wire.receive(Duration::from_millis(1)) {
-                Ok(Some(Message::Ping { nonce })) => self.say_now(&Message::Pong { nonce }),
-                // Had this round been the last, `Stopped` would have come before the answer.
-                Ok(Some(Message::Pong { .. }))
-                    if manner == Conduct::Confirms && self.stage.asked =>
-                {
-                    self.confirm();
-                }
-                Ok(Some(message)) => {
-                    self.stage.hear(&message);
-                    if until(&message) {
-                        return message;
-                    }
-                }
-                Ok(None) => {}
+            match self.turn(manner) {
+                Ok(Some(message)) if until(&message) => return message,
+                Ok(_) => {}
                 Err(error) => panic!("the source ended it: {error}: {self:?}"),
             }
-            if manner == Conduct::Loads && self.stage.may_load() {
-                self.stage.loaded = true;
-                self.say_now(&Message::Loaded);
-            }
         }
+    }
+
+    /// Answers pings and does nothing else, until `enough` or the source ends it.
+    pub fn idle_until(&mut self, mut enough: impl FnMut() -> bool) {
+        while !enough() && self.turn(Conduct::Stalls).is_ok() {}
+    }
+
+    /// Hears one message, and answers it as far as `manner` says.
+    fn turn(&mut self, manner: Conduct) -> Result<Option<Message>, Error> {
+        let message = self.wire.receive(Duration::from_millis(1))?;
+        match &message {
+            Some(Message::Ping { nonce }) => self.say_now(&Message::Pong { nonce: *nonce }),
+            // Had this round been the last, `Stopped` would have come before the answer.
+            Some(Message::Pong { .. }) if manner == Conduct::Confirms && self.stage.asked => {
+                self.confirm();
+            }
+            Some(other) => self.stage.hear(other),
+            None => {}
+        }
+        if manner == Conduct::Loads && self.stage.may_load() {
+            self.stage.loaded = true;
+            self.say_now(&Message::Loaded);
+        }
+        Ok(message)
     }
 
     fn take_pages(&mut self, manner: Conduct) {

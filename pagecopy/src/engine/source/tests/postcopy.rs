@@ -482,22 +482,38 @@ fn a_destination_that_reads_nothing_though_it_lacks_pages_is_a_pause() {
     assert_eq!(figures.unwrap().paused_ms, Some(20_000.0));
 }
 
-/// One that lacks nothing, or says nothing of it, has nothing to read.
+/// One that answers pings is not better for saying nothing of what it lacks.
+#[test]
+fn a_destination_that_answers_and_says_and_reads_nothing_is_a_pause() {
+    let mut source = serving();
+    let start = NOW.after(Duration::from_secs(2));
+    let paused = |source: &mut Source| {
+        let paused = |output: &Output| matches!(output, Output::Report(Report::Paused { .. }));
+        outputs(source).iter().any(paused)
+    };
+    for second in 0..=10 {
+        assert!(!paused(&mut source), "after {second} s");
+        let now = start.after(Duration::from_secs(second));
+        source.handle(now, Input::Message(Message::Pong { nonce: second }));
+        source.handle(now, Input::Read { bytes: 9 });
+    }
+    assert!(paused(&mut source));
+}
+
+/// One that lacks nothing has nothing to read: it lets go of its QEMU's memory, and says so as long as that takes.
 #[test]
 fn a_destination_that_lacks_nothing_reads_nothing() {
     let mut source = serving();
     let start = NOW.after(Duration::from_secs(2));
     source.handle(start, Input::Read { bytes: 9 });
+    let lacks = Message::Lacks {
+        bytes: 0,
+        faults: FaultFigures::default(),
+    };
+    source.handle(start, Input::Message(lacks));
     let late = start.after(Timeouts::default().unread * 3);
     source.handle(late, Input::Message(Message::Pong { nonce: 1 }));
     source.handle(late, Input::Read { bytes: 9 });
-    source.handle(
-        late,
-        Input::Message(Message::Lacks {
-            bytes: 0,
-            faults: FaultFigures::default(),
-        }),
-    );
     let paused = |output: &Output| matches!(output, Output::Report(Report::Paused { .. }));
     assert!(!outputs(&mut source).iter().any(paused));
 }
