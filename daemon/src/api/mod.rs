@@ -6,10 +6,13 @@
 //! [`Problem`]: problem::Problem
 
 mod events;
+mod guard;
 mod health;
+mod journal;
 pub mod metrics;
 mod migrations;
 mod openapi;
+mod page;
 pub mod problem;
 mod receivers;
 pub mod types;
@@ -46,6 +49,7 @@ pub fn router(service: Arc<Service>) -> Router {
     // Around the whole of it: a layer of its own would not see what methods a path takes.
     Router::new()
         .fallback_service(routes)
+        .layer(from_fn(guard::refuse_foreign))
         .layer(from_fn(problem::every_error))
 }
 
@@ -55,6 +59,7 @@ fn routes() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(migrations::begin, migrations::list))
         .routes(routes!(migrations::show))
         .routes(routes!(events::of_one))
+        .routes(routes!(journal::read))
         .routes(routes!(migrations::cancel))
         .routes(routes!(migrations::start_postcopy))
         .routes(routes!(migrations::recover))
@@ -66,6 +71,7 @@ fn routes() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(health::healthz))
         .routes(routes!(health::readyz))
         .routes(routes!(openapi::describe))
+        .routes(routes!(page::page))
 }
 
 /// Makes the socket, readable and writable for its owner only. One that nobody listens on any more is replaced.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use axum::body::{Body, to_bytes};
 use axum::extract::Request;
-use axum::extract::rejection::JsonRejection;
+use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::http::header::{ALLOW, CONTENT_TYPE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::Next;
@@ -55,6 +55,8 @@ pub(crate) enum Kind {
     NotFound,
     NoSuchRoute,
     WrongMethod,
+    /// For another host, or from a page of another site.
+    Foreign,
     /// Not in this state.
     Conflict,
     TooLarge,
@@ -101,6 +103,11 @@ impl Kind {
                 "wrong-method",
                 StatusCode::METHOD_NOT_ALLOWED,
                 "The path takes other methods",
+            ),
+            Kind::Foreign => (
+                "foreign",
+                StatusCode::FORBIDDEN,
+                "The request is another site's",
             ),
             Kind::Conflict => ("conflict", StatusCode::CONFLICT, "Not in this state"),
             Kind::TooLarge => (
@@ -208,6 +215,12 @@ impl From<JsonRejection> for ApiError {
     fn from(rejection: JsonRejection) -> ApiError {
         let kind = Kind::of_status(rejection.status());
         of_axum(kind, &rejection.body_text())
+    }
+}
+
+impl From<QueryRejection> for ApiError {
+    fn from(rejection: QueryRejection) -> ApiError {
+        of_axum(Kind::BadRequest, &rejection.body_text())
     }
 }
 

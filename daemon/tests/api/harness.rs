@@ -48,6 +48,23 @@ impl Daemon {
 
     /// Sends a request with these header lines, and takes the whole answer.
     pub(crate) fn ask(&self, method: &str, path: &str, headers: &[&str], body: &str) -> Answer {
+        self.asked_by("Host: localhost", method, path, headers, body)
+    }
+
+    /// The same with `who`, a header line that says for which host or from where; without one for a host it is localhost.
+    pub(crate) fn asked_by(
+        &self,
+        who: &str,
+        method: &str,
+        path: &str,
+        headers: &[&str],
+        body: &str,
+    ) -> Answer {
+        let host = if who.starts_with("Host:") {
+            String::new()
+        } else {
+            "Host: localhost\r\n".to_owned()
+        };
         let mut stream = UnixStream::connect(self.dir.join("api.sock")).unwrap();
         stream
             .set_read_timeout(Some(Duration::from_secs(20)))
@@ -55,7 +72,7 @@ impl Daemon {
         let lines: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
         let length = body.len();
         let head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n{lines}\r\n"
+            "{method} {path} HTTP/1.1\r\n{host}{who}\r\nConnection: close\r\nContent-Length: {length}\r\n{lines}\r\n"
         );
         stream.write_all(head.as_bytes()).unwrap();
         // A daemon that refuses by the head alone may not take the body.

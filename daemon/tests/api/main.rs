@@ -6,6 +6,7 @@ mod events;
 mod harness;
 mod metrics;
 mod openapi;
+mod page;
 mod problems;
 
 use std::io::{BufRead, BufReader};

@@ -5,7 +5,7 @@ use super::harness::{Answer, Daemon, JSON};
 const ID: &str = "6f7ab5a5-4b92-4d6d-93a9-8c2ed2cf1a3e";
 
 /// Panics unless `answer` is the problem `kind`, with all that it must have.
-fn assert_problem(answer: &Answer, status: u16, kind: &str) {
+pub(crate) fn assert_problem(answer: &Answer, status: u16, kind: &str) {
     assert_eq!(answer.status, status, "{answer:?}");
     assert_eq!(
         answer.header("content-type"),

@@ -5,6 +5,7 @@
 //! is torn down on drop, by pid and by name; what a killed test left behind is swept by the next one.
 
 mod booted;
+mod browser;
 mod certs;
 mod cli;
 mod daemon;
@@ -31,6 +32,7 @@ mod user;
 mod world;
 
 pub use booted::Booted;
+pub use browser::{Browser, tunnel};
 pub use certs::{Certs, Identity};
 pub use cli::{Cli, Migration, Outcome};
 pub use daemon::{Daemon, Manner, Trust, program};
