@@ -66,6 +66,12 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show all migrations as they go, until it is interrupted; goes on where it was when pagecopyd is back
+    Watch {
+        /// Print one JSON event a line
+        #[arg(long)]
+        json: bool,
+    },
     /// Cancel a migration; the guest stays where it is
     Cancel {
         /// The migration's id

@@ -57,21 +57,22 @@ impl Client {
 
     /// The events of a migration, from its beginning on.
     pub(super) async fn events(&self, id: &str) -> Result<Events, CliError> {
+        let path = format!("/v1/migrations/{id}/events");
+        let answer = self.request(Method::GET, &path, &[], Bytes::new()).await?;
+        Ok(Events::of(answer))
+    }
+
+    /// The events of all migrations, from now on, or from behind the one that is called `after`.
+    pub(super) async fn all_events(&self, after: Option<&str>) -> Result<Events, CliError> {
+        let header = after.map(|after| ("last-event-id", after));
         let answer = self
-            .request(
-                Method::GET,
-                &format!("/v1/migrations/{id}/events"),
-                Bytes::new(),
-            )
+            .request(Method::GET, "/v1/events", header.as_slice(), Bytes::new())
             .await?;
-        Ok(Events {
-            body: answer.into_body(),
-            buffer: BytesMut::new(),
-        })
+        Ok(Events::of(answer))
     }
 
     async fn json(&self, method: Method, path: &str, body: Bytes) -> Result<Value, CliError> {
-        let answer = self.request(method, path, body).await?;
+        let answer = self.request(method, path, &[], body).await?;
         let bytes = read_body(answer).await?;
         if bytes.is_empty() {
             return Ok(Value::Null);
@@ -84,6 +85,7 @@ impl Client {
         &self,
         method: Method,
         path: &str,
+        headers: &[(&str, &str)],
         body: Bytes,
     ) -> Result<Response<Incoming>, CliError> {
         let stream = UnixStream::connect(&self.api)
@@ -94,11 +96,15 @@ impl Client {
             .map_err(|error| broken(&error))?;
         // Its error is told by the request that it carries.
         tokio::spawn(connection);
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
             .header("host", "pagecopy")
-            .header("content-type", "application/json")
+            .header("content-type", "application/json");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request
             .body(Full::new(body))
             .map_err(|error| broken(&error))?;
         let answer = sender
@@ -150,20 +156,40 @@ fn broken(error: &dyn fmt::Display) -> CliError {
 pub(super) struct Events {
     body: Incoming,
     buffer: BytesMut,
+    /// What has come of an event.
+    data: Option<Value>,
+    last_id: Option<String>,
 }
 
 impl Events {
+    fn of(answer: Response<Incoming>) -> Events {
+        Events {
+            body: answer.into_body(),
+            buffer: BytesMut::new(),
+            data: None,
+            last_id: None,
+        }
+    }
+
+    /// What the last event is called that has a name.
+    pub(super) fn last_id(&self) -> Option<&str> {
+        self.last_id.as_deref()
+    }
+
     /// The next event, or `None` at the end.
     pub(super) async fn next(&mut self) -> Result<Option<Value>, CliError> {
         loop {
             while let Some(end) = self.buffer.iter().position(|&byte| byte == b'\n') {
                 let line = self.buffer.split_to(end + 1);
-                // Lines that are no data keep the connection alive, or end an event.
                 if let Some(data) = line.strip_prefix(b"data:") {
-                    return serde_json::from_slice(data)
-                        .map(Some)
-                        .map_err(|error| broken(&error));
+                    let data = serde_json::from_slice(data).map_err(|error| broken(&error))?;
+                    self.data = Some(data);
+                } else if let Some(id) = line.strip_prefix(b"id:") {
+                    self.last_id = Some(String::from_utf8_lossy(id).trim().to_owned());
+                } else if line.trim_ascii().is_empty() && self.data.is_some() {
+                    return Ok(self.data.take());
                 }
+                // Others keep the connection alive.
             }
             match self.body.frame().await {
                 Some(Ok(frame)) => {

@@ -5,6 +5,7 @@ mod client;
 mod migrate;
 mod progress;
 mod show;
+mod watch;
 
 use std::path::PathBuf;
 
@@ -31,6 +32,7 @@ pub async fn run(arguments: Arguments) -> u8 {
         Command::Receive { vm, qmp } => receive(&client, vm, qmp).await,
         Command::Status { id, json } => status(&client, id, json).await,
         Command::List { json } => list(&client, json).await,
+        Command::Watch { json } => watch::watch(&client, json).await,
         Command::Cancel { id } => {
             post(
                 &client,

@@ -31,10 +31,7 @@ impl Progress {
             println!("migration {id} of {vm}");
             return Progress { how: How::Lines };
         }
-        let bar = ProgressBar::new(100);
-        let style = ProgressStyle::with_template("{prefix} {bar:24} {percent:>3}%  {msg}");
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        bar.set_prefix(vm.to_owned());
+        let bar = bar(vm);
         bar.enable_steady_tick(Duration::from_millis(200));
         Progress { how: How::Bar(bar) }
     }
@@ -77,12 +74,21 @@ impl Progress {
     }
 }
 
+/// A bar for one migration.
+pub(super) fn bar(prefix: &str) -> ProgressBar {
+    let bar = ProgressBar::new(100);
+    let style = ProgressStyle::with_template("{prefix} {bar:24} {percent:>3}%  {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_prefix(prefix.to_owned());
+    bar
+}
+
 /// The `finished` event is no report, and is shown by the summary.
-fn report(event: &Value) -> Option<Report> {
+pub(super) fn report(event: &Value) -> Option<Report> {
     serde_json::from_value(event.clone()).ok()
 }
 
-fn show_on_bar(bar: &ProgressBar, report: &Report) {
+pub(super) fn show_on_bar(bar: &ProgressBar, report: &Report) {
     match report {
         Report::Progress(progress) => {
             bar.set_position(u64::from(progress.percent));
@@ -98,8 +104,16 @@ fn show_on_bar(bar: &ProgressBar, report: &Report) {
     }
 }
 
+/// Whether a bar can show it; anything else is a line of its own.
+pub(super) fn is_for_bar(report: &Report) -> bool {
+    matches!(
+        report,
+        Report::Progress(_) | Report::Postcopy(_) | Report::State { .. }
+    )
+}
+
 /// A plain line, for what deserves one.
-fn line(report: &Report) -> Option<String> {
+pub(super) fn line(report: &Report) -> Option<String> {
     match report {
         Report::State { state } => Some(format!("{state:?}").to_lowercase()),
         Report::Round {
