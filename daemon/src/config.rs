@@ -3,6 +3,8 @@
 //! Every key is checked when the daemon starts; an unknown one is refused with its name, the file, and the keys that
 //! exist, so that a typing error never turns into a silent default. See `README.md` for an example.
 
+pub mod access;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +15,7 @@ use crate::failure::{Failure, Fault};
 use crate::limits::MAX_DELTA_CACHE;
 use crate::queue;
 use crate::units::parse_size;
+use access::Access;
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -45,6 +48,14 @@ pub struct Config {
     pub bandwidth_limit: Option<u64>,
     /// TLS between the peers.
     pub tls: Option<Tls>,
+    /// Who may use the API. Without it, whoever can open its socket.
+    pub access: Option<Access>,
+}
+
+/// Whether it is `HOST:PORT`, as far as can be seen.
+fn has_port(listen: &str) -> bool {
+    let port = listen.rsplit_once(':').map(|(_, port)| port);
+    port.is_some_and(|port| port.parse::<u16>().is_ok())
 }
 
 /// Beside a channel's buffers and all else, a migration stays below 64 MiB with it.
@@ -126,16 +137,14 @@ impl Config {
         if self.user.as_ref().is_some_and(String::is_empty) {
             return Err("user is empty: name a user, or remove the key".to_owned());
         }
-        let has_port = |listen: &str| {
-            listen
-                .rsplit_once(':')
-                .is_some_and(|(_, port)| port.parse::<u16>().is_ok())
-        };
         if !self.listen.starts_with("unix:") && !has_port(&self.listen) {
             return Err(format!(
                 "listen = {:?} is not HOST:PORT, such as \"0.0.0.0:7070\" or \"[::]:7070\"",
                 self.listen
             ));
+        }
+        if let Some(access) = &self.access {
+            access.check(self)?;
         }
         match &self.tls {
             None if !self.insecure_plaintext => Err("there is no [tls] table. Guest memory would cross the network in \
@@ -261,6 +270,32 @@ mod tests {
         assert!(error.contains("HOST:PORT"), "{error}");
         let error = parse(&format!("{PLAIN}{}", TLS.replace("'b.example'", ""))).unwrap_err();
         assert!(error.contains("tls.allow is empty"), "{error}");
+    }
+
+    #[test]
+    fn who_may_use_the_api() {
+        use access::Who;
+
+        let with = |access: &str| parse(&format!("{PLAIN}{TLS}[access]\n{access}"));
+        let all = "read = ['group:adm', 'cert:grafana.example']\noperate = ['user:root']\nlisten = '[::]:7071'\n";
+        let access = with(all).unwrap().access.unwrap();
+        assert_eq!(access.operate, [Who::User("root".into())]);
+        let read: Vec<String> = access.read.iter().map(Who::to_string).collect();
+        assert_eq!(read, ["group:adm", "cert:grafana.example"]);
+        assert_eq!(with("").unwrap().access, Some(Access::default()));
+        for (wrong, word) in [
+            ("read = ['adm']", "group:NAME"),
+            ("read = ['group:']", "is nobody"),
+            ("read = ['role:x']", "is nobody"),
+            ("operate = ['cert:a.example']", "access.listen"),
+            ("listen = '0.0.0.0'", "HOST:PORT"),
+            ("write = []", "`operate`"),
+        ] {
+            let error = with(wrong).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+        let plain = format!("{PLAIN}insecure-plaintext = true\n[access]\nlisten = '[::]:1'\n");
+        assert!(parse(&plain).unwrap_err().contains("no [tls] table"));
     }
 
     #[test]

@@ -11,18 +11,23 @@ use toml::Table;
 use transport::Security;
 use transport::connect::Identity;
 
+use crate::api::access::Roles;
 use crate::config::{Config, Tls};
 use crate::failure::{Failure, Shown, operator};
 use crate::service::Service;
 
 /// The keys that take effect at once.
-const AT_ONCE: [&str; 5] = [
+const AT_ONCE: [&str; 6] = [
+    "access",
     "tls",
     "bandwidth-limit",
     "allow-postcopy",
     "compress",
     "delta-cache",
 ];
+
+/// What of `access` does not.
+const ACCESS_LISTEN: &str = "access.listen";
 
 /// How peers are trusted, for as long as it is held: a reload changes it for everybody.
 #[derive(Clone, Debug)]
@@ -94,6 +99,13 @@ impl InForce {
                 "start pagecopyd again",
             ));
         }
+        if new.config.access.is_some() != old.config.access.is_some() {
+            // Who can open the socket was decided when it was made.
+            return Err(operator(
+                "whether there is an [access] table cannot be changed while pagecopyd runs",
+                "start pagecopyd again",
+            ));
+        }
         let security = new
             .config
             .tls
@@ -105,7 +117,14 @@ impl InForce {
     /// Takes over what can be. The keys that were changed: those that are in force now, and those that are not.
     fn set(&self, new: &Read) -> [Vec<String>; 2] {
         let mut read = self.read.write().unwrap_or_else(PoisonError::into_inner);
-        let changed = changed(&read.keys, &new.keys);
+        let mut changed = changed(&read.keys, &new.keys);
+        let mut access = new.config.access.clone();
+        if let (Some(new), Some(old)) = (&mut access, &read.config.access)
+            && new.listen != old.listen
+        {
+            changed.push(ACCESS_LISTEN.to_owned());
+            new.listen.clone_from(&old.listen);
+        }
         let is_at_once = |key: &String| AT_ONCE.contains(&key.as_str());
         let Config {
             tls,
@@ -116,6 +135,7 @@ impl InForce {
             ..
         } = (*new.config).clone();
         read.config = Arc::new(Config {
+            access,
             tls,
             bandwidth_limit,
             allow_postcopy,
@@ -174,8 +194,13 @@ pub(crate) fn tls(tls: &Tls) -> Result<Security, Failure> {
 /// Takes the file's settings over, or keeps those that are in force; the log says which. Blocks for a moment.
 pub(crate) fn reload(service: &Service) {
     let file = service.in_force.file.display();
-    match service.in_force.again() {
-        Ok((new, security)) => {
+    let again = service.in_force.again().and_then(|(new, security)| {
+        let roles = Roles::look_up(new.config.access.as_ref())?;
+        Ok((new, security, roles))
+    });
+    match again {
+        Ok((new, security, roles)) => {
+            service.roles.set(roles);
             let [at_once, later] = service.in_force.set(&new);
             service.security.set(security);
             service.budget.limit(new.config.bandwidth_limit);

@@ -12,11 +12,12 @@ use pagecopy::engine::journal::Side;
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 use transport::{Listener, Security};
 use uuid::Uuid;
 
 use crate::api;
+use crate::api::access::{Roles, RolesInForce};
 use crate::api::types::MigrationRequest;
 use crate::config::Config;
 use crate::failure::{Failure, host, operator};
@@ -51,6 +52,8 @@ pub struct Service {
     pub budget: Budget,
     /// How peers are trusted.
     pub security: Trust,
+    /// Who may use the API.
+    pub roles: RolesInForce,
     /// What QEMUs are lent whose page faults they could not let anybody see.
     pub userfaultfd: Device,
 }
@@ -66,6 +69,7 @@ impl Service {
         userfaultfd: Device,
     ) -> Result<Service, Failure> {
         let config = (*in_force.now()).clone();
+        let roles = Roles::look_up(config.access.as_ref())?;
         let store = Store::open(&config.state_dir)?;
         Ok(Service {
             budget: Budget::new(config.bandwidth_limit),
@@ -74,6 +78,7 @@ impl Service {
             store,
             migrations: Migrations::default(),
             security: Trust::new(security),
+            roles: RolesInForce::new(roles),
             userfaultfd,
         })
     }
@@ -248,21 +253,19 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let api_socket = match start.api {
         Some(passed) => UnixListener::from_std(passed)
             .map_err(|error| host(error.to_string(), "report this"))?,
-        None => api::listen(&service.config.api)?,
+        None => api::listen(&service.config.api, service.config.access.is_some())?,
     };
     recover::recover(&service);
     service.prune();
 
-    let (end_api, api_ended) = oneshot::channel::<()>();
-    let server = axum::serve(api_socket, api::router(Arc::clone(&service)));
-    let server = tokio::spawn(
-        server
-            .with_graceful_shutdown(async {
-                // Either the word to end, or the end of the one who would say it.
-                let _ = api_ended.await;
-            })
-            .into_future(),
+    let (end_api, api_ended) = watch::channel(());
+    let server = api::serve(
+        Arc::clone(&service),
+        api_socket,
+        start.api_remote,
+        api_ended,
     );
+    let server = tokio::spawn(server);
     let end = Arc::new(AtomicBool::new(false));
     let accepting = accept(&service, listener, &end)?;
     tracing::info!(

@@ -4,6 +4,7 @@
 //! is opened, and folders that are missing are made and given to the user. Everything later is done as that user.
 
 use std::io;
+use std::net::TcpListener;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -32,6 +33,7 @@ pub struct Start {
     pub(crate) in_force: InForce,
     pub(crate) security: Security,
     pub(crate) api: Option<UnixListener>,
+    pub(crate) api_remote: Option<TcpListener>,
     pub(crate) listener: Listener,
     pub(crate) userfaultfd: Device,
 }
@@ -57,6 +59,9 @@ impl Start {
         // A socket file is to be the user's own.
         let is_file = config.listen.starts_with("unix:");
         let early = (!is_file).then(|| bind(&config.listen)).transpose()?;
+        let api_remote = config.access.as_ref();
+        let api_remote = api_remote.and_then(|access| access.listen.as_deref());
+        let api_remote = api_remote.map(bind_api).transpose()?;
         let userfaultfd = Device::open();
         privilege::give_up(user.as_ref())?;
         // Sockets, too, are made with the permissions that they shall have.
@@ -69,6 +74,7 @@ impl Start {
             in_force,
             security,
             api,
+            api_remote,
             listener,
             userfaultfd,
         })
@@ -134,6 +140,15 @@ fn bind(listen: &str) -> Result<Listener, Failure> {
         ),
         "choose an address of this host and a port that is free",
     ))
+}
+
+fn bind_api(listen: &str) -> Result<TcpListener, Failure> {
+    TcpListener::bind(listen).map_err(|error| {
+        operator(
+            format!("access.listen = {listen:?} cannot be listened on: {error}"),
+            "choose an address of this host and a port that is free",
+        )
+    })
 }
 
 /// Raises what the daemon may raise by itself: locked memory for io_uring's buffers, open files, and the priority of an

@@ -232,6 +232,12 @@ fn a_migration_is_cancelled_by_a_click_and_the_page_outlives_the_daemon() {
     let options = ["--bandwidth-limit", "10MB/s"];
     let migration = world.begin(Side::A, "vm", &source, &destination, &options);
     browser.wait(&is_in("migrating"));
+    // Who may only look sees no buttons.
+    let buttons = "[...document.querySelectorAll('button')].some(one => one.checkVisibility())";
+    browser.value("mayOperate = false; views.forEach(later)");
+    browser.wait(&format!("!{buttons}"));
+    browser.value("load()");
+    browser.wait(buttons);
     click(&mut browser, "Cancel", "Really cancel?");
     migration.finish().not_completed("cancelled");
     browser.wait(&is_in("cancelled"));

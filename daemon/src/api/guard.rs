@@ -5,11 +5,12 @@
 
 use std::net::IpAddr;
 
-use axum::extract::Request;
+use axum::extract::{ConnectInfo, Request};
 use axum::http::header::{HOST, HeaderMap, HeaderName, ORIGIN};
 use axum::middleware::Next;
 use axum::response::Response;
 
+use super::peer::Peer;
 use super::problem::{ApiError, Kind};
 
 /// What this daemon may be called besides the names of the host's loopback: the command line's word for it.
@@ -22,11 +23,19 @@ pub(super) async fn refuse_foreign(request: Request, next: Next) -> Result<Respo
     // In a request to a proxy the host stands in the address, and counts.
     let host = request.uri().authority().map(|host| host.as_str());
     let host = host.or_else(|| text(headers, &HOST)).unwrap_or_default();
-    check(host, headers)?;
+    // Over TLS a browser has seen from our certificate that the name is ours.
+    let is_certified = matches!(
+        request.extensions().get(),
+        Some(ConnectInfo(Peer::Remote { .. }))
+    );
+    if !is_certified {
+        check_host(host, headers)?;
+    }
+    check_origin(host, headers)?;
     Ok(next.run(request).await)
 }
 
-fn check(host: &str, headers: &HeaderMap) -> Result<(), ApiError> {
+fn check_host(host: &str, headers: &HeaderMap) -> Result<(), ApiError> {
     if headers.contains_key(HOST) && !is_this_host(host) {
         return Err(foreign(
             format!(
@@ -35,6 +44,10 @@ fn check(host: &str, headers: &HeaderMap) -> Result<(), ApiError> {
             "name the host localhost: http://localhost/…, with the port of your tunnel if there is one",
         ));
     }
+    Ok(())
+}
+
+fn check_origin(host: &str, headers: &HeaderMap) -> Result<(), ApiError> {
     let site = text(headers, &SEC_FETCH_SITE);
     if headers.contains_key(SEC_FETCH_SITE) && !matches!(site, Some("same-origin" | "none")) {
         return Err(cross_site());
@@ -86,7 +99,9 @@ mod tests {
         for (name, value) in more {
             headers.insert(*name, value.parse().unwrap());
         }
-        check(host, &headers).is_ok()
+        check_host(host, &headers)
+            .and_then(|()| check_origin(host, &headers))
+            .is_ok()
     }
 
     #[test]
@@ -116,7 +131,7 @@ mod tests {
             assert!(!is_let_in(foreign, &[]), "{foreign}");
         }
         assert!(
-            check("", &HeaderMap::new()).is_ok(),
+            check_host("", &HeaderMap::new()).is_ok(),
             "HTTP/1.0 names no host"
         );
     }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use axum::response::Json;
+use axum::http::header::LOCATION;
+use axum::response::{IntoResponse, Json};
 use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::State as MigrationState;
 use pagecopy::engine::journal::Side;
@@ -21,15 +22,17 @@ use crate::service::Service;
 
 #[utoipa::path(
     post, path = "/v1/migrations", tag = "migrations", operation_id = "begin_migration", request_body = MigrationRequest,
-    responses((status = 201, description = "It has begun.", body = Begun), Problems)
+    responses((status = 201, description = "It has begun.", body = Begun,
+        headers(("Location" = String, description = "Where it is shown."))), Problems)
 )]
 pub(super) async fn begin(
     State(service): State<Arc<Service>>,
     request: Result<Json<MigrationRequest>, JsonRejection>,
-) -> Result<(StatusCode, Json<Begun>), ApiError> {
+) -> Result<impl IntoResponse, ApiError> {
     let Json(request) = request?;
     let id = service.begin(request).await?;
-    Ok((StatusCode::CREATED, Json(Begun { id })))
+    let place = [(LOCATION, format!("/v1/migrations/{id}"))];
+    Ok((StatusCode::CREATED, place, Json(Begun { id })))
 }
 
 #[utoipa::path(

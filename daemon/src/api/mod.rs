@@ -1,10 +1,11 @@
-//! The daemon's API: HTTP over a unix socket that only its owner may open.
+//! The daemon's API: HTTP over a unix socket that only its owner may open, or those who have a role (`access.rs`).
 //!
 //! Its paths, with what they take and give, are described at `/v1/openapi.json`, which is made of the handlers themselves
 //! (`openapi.rs`): a route is added with `routes!`, and cannot be without its description. Every error is a [`Problem`].
 //!
 //! [`Problem`]: problem::Problem
 
+pub mod access;
 mod events;
 mod guard;
 mod health;
@@ -13,6 +14,7 @@ pub mod metrics;
 mod migrations;
 mod openapi;
 mod page;
+mod peer;
 pub mod problem;
 mod receivers;
 pub mod types;
@@ -24,15 +26,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use axum::extract::DefaultBodyLimit;
-use axum::middleware::from_fn;
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::{Extension, Router};
 use tokio::net::UnixListener;
+use tokio::sync::watch;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::failure::{Failure, host, operator};
 use crate::service::Service;
+use peer::{Peer, TlsListener};
 
 /// The longest request that is taken.
 const MAX_REQUEST: usize = 64 << 10;
@@ -45,10 +49,11 @@ pub fn router(service: Arc<Service>) -> Router {
         .fallback(problem::no_such_route)
         .layer(Extension(text))
         .layer(DefaultBodyLimit::max(MAX_REQUEST))
-        .with_state(service);
+        .with_state(Arc::clone(&service));
     // Around the whole of it: a layer of its own would not see what methods a path takes.
     Router::new()
         .fallback_service(routes)
+        .layer(from_fn_with_state(Arc::clone(&service), access::check))
         .layer(from_fn(guard::refuse_foreign))
         .layer(from_fn(problem::every_error))
 }
@@ -72,13 +77,37 @@ fn routes() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(health::readyz))
         .routes(routes!(openapi::describe))
         .routes(routes!(page::page))
+        .routes(routes!(access::caller))
 }
 
-/// Makes the socket, readable and writable for its owner only. One that nobody listens on any more is replaced.
+/// Serves the API on the socket, and over TCP where there is a listener, until the sender of `end` is gone and what was asked
+/// has been answered.
+pub async fn serve(
+    service: Arc<Service>,
+    socket: UnixListener,
+    remote: Option<std::net::TcpListener>,
+    end: watch::Receiver<()>,
+) -> io::Result<()> {
+    let router = router(Arc::clone(&service)).into_make_service_with_connect_info::<Peer>();
+    let ended = |mut end: watch::Receiver<()>| async move {
+        // Nothing is ever sent.
+        let _ = end.changed().await;
+    };
+    let local = axum::serve(socket, router.clone()).with_graceful_shutdown(ended(end.clone()));
+    let Some(remote) = remote else {
+        return local.await;
+    };
+    let remote = TlsListener::new(remote, service.security.clone())?;
+    let remote = axum::serve(remote, router).with_graceful_shutdown(ended(end));
+    tokio::try_join!(local.into_future(), remote.into_future())?;
+    Ok(())
+}
+
+/// Makes the socket, readable and writable for its owner only, or for everybody where `roles` say who may do what. One that nobody listens on any more is replaced.
 ///
 /// # Errors
 /// Somebody listens on it, it is no socket, or its directory cannot be written.
-pub fn listen(path: &Path) -> Result<UnixListener, Failure> {
+pub fn listen(path: &Path, has_roles: bool) -> Result<UnixListener, Failure> {
     let cannot = |error: io::Error| {
         host(
             format!("the API socket {} cannot be made: {error}", path.display()),
@@ -105,7 +134,8 @@ pub fn listen(path: &Path) -> Result<UnixListener, Failure> {
     // Nobody may connect in the moment before the mode is set: make it under a name of its own, then move it there.
     let hidden = path.with_extension(format!("{}.new", std::process::id()));
     let listener = UnixListener::bind(&hidden).map_err(cannot)?;
-    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600)).map_err(cannot)?;
+    let mode = if has_roles { 0o666 } else { 0o600 };
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(mode)).map_err(cannot)?;
     fs::rename(&hidden, path).map_err(cannot)?;
     Ok(listener)
 }

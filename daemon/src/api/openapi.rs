@@ -15,7 +15,9 @@ use super::problem::Problem;
 #[openapi(
     info(
         title = "pagecopy",
-        description = "Moves running QEMU guests between hosts. Served over HTTP/1.1 on the unix socket `api`. Every error is a \
+        description = "Moves running QEMU guests between hosts. Served over HTTP/1.1 on the unix socket `api`, and over TCP with mutual TLS where \
+                       the configuration has `access.listen`. With a table `[access]`, GET needs the role `read` and everything else \
+                       `operate`; without one, whoever can open the socket may do everything. Every error is a \
                        problem of RFC 9457 with `remedy` and `fault`."
     ),
     components(schemas(Problem)),

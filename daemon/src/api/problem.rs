@@ -57,6 +57,8 @@ pub(crate) enum Kind {
     WrongMethod,
     /// For another host, or from a page of another site.
     Foreign,
+    /// Not for this caller.
+    Forbidden,
     /// Not in this state.
     Conflict,
     TooLarge,
@@ -109,6 +111,7 @@ impl Kind {
                 StatusCode::FORBIDDEN,
                 "The request is another site's",
             ),
+            Kind::Forbidden => ("forbidden", StatusCode::FORBIDDEN, "The caller may not"),
             Kind::Conflict => ("conflict", StatusCode::CONFLICT, "Not in this state"),
             Kind::TooLarge => (
                 "too-large",

@@ -1,8 +1,8 @@
 //! The one place of this crate with `unsafe` in it: guest RAM that the host half has mapped becomes a transport region, and
-//! the kernel is told what is free, and who is in a hurry; and descriptors that systemd has passed are taken.
+//! the kernel is told what is free, and who is in a hurry; and descriptors that systemd has passed are taken, and callers' groups asked for.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use pagecopy::host::ram::MappedRam;
@@ -33,6 +33,39 @@ pub fn passed_descriptors() -> io::Result<Vec<OwnedFd>> {
     Ok(passed
         .map(|number| unsafe { OwnedFd::from_raw_fd(number) })
         .collect())
+}
+
+/// The supplementary groups of whoever has connected this unix socket, as they were at that moment (`SO_PEERGROUPS`).
+///
+/// # Errors
+/// It is no unix socket, or not connected.
+pub fn peer_groups(socket: &impl AsFd) -> io::Result<Vec<u32>> {
+    let mut groups: Vec<libc::gid_t> = vec![0; 32];
+    loop {
+        let room = size_of::<libc::gid_t>() * groups.len();
+        let mut length = libc::socklen_t::try_from(room).map_err(io::Error::other)?;
+        // SAFETY: the kernel writes at most `length` bytes to `groups`, which has room for them, and the number to `length`.
+        let answer = unsafe {
+            libc::getsockopt(
+                socket.as_fd().as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        let error = io::Error::last_os_error();
+        let number = usize::try_from(length).map_err(io::Error::other)? / size_of::<libc::gid_t>();
+        if answer == 0 {
+            groups.truncate(number);
+            return Ok(groups);
+        }
+        // It has said how many there are.
+        if error.raw_os_error() != Some(libc::ERANGE) || number <= groups.len() {
+            return Err(error);
+        }
+        groups.resize(number, 0);
+    }
 }
 
 /// Gives the kernel the memory that this process has freed and the C library keeps: after a device state of a gibibyte, one
@@ -113,6 +146,22 @@ mod tests {
             turn_ns == 100_000 || (before_ns, turn_ns) == (0, 0),
             "{turn_ns}"
         );
+    }
+
+    #[test]
+    fn a_callers_groups_are_the_kernels_word() {
+        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut own: Vec<u32> = rustix::process::getgroups()
+            .unwrap()
+            .iter()
+            .map(|group| group.as_raw())
+            .collect();
+        let mut found = peer_groups(&one).unwrap();
+        own.sort_unstable();
+        found.sort_unstable();
+        assert_eq!(found, own);
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(peer_groups(&file).is_err());
     }
 
     #[test]

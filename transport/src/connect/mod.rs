@@ -23,8 +23,8 @@ use self::socket::{Bounded, Deadline};
 use crate::channel::Channel;
 use crate::error::Error;
 use crate::region::Regions;
-pub use crate::tls::Identity;
 use crate::tls::handshake;
+pub use crate::tls::{Identity, dns_names};
 
 /// Where a peer listens.
 #[derive(Clone, Debug, PartialEq, Eq)]

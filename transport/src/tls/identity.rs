@@ -77,6 +77,15 @@ impl Identity {
         self.server.clone()
     }
 
+    /// TLS for clients that are no peers and speak one of `protocols`: with our certificate, and for whoever has one of the same
+    /// authorities. Their names ([`dns_names`](crate::connect::dns_names)) are the caller's to check.
+    pub fn for_clients(&self, protocols: &[&[u8]]) -> Arc<ServerConfig> {
+        let mut config = (*self.server).clone();
+        config.enable_secret_extraction = false;
+        config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
+        Arc::new(config)
+    }
+
     /// For one connection of the dialling side, with the verifier that knows in the end what was wrong.
     pub(crate) fn client_config(&self) -> Result<(Arc<ClientConfig>, Arc<AllowedServer>), Error> {
         let verifier = Arc::new(AllowedServer::new(

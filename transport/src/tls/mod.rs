@@ -16,3 +16,4 @@ pub(crate) mod tests;
 mod verify;
 
 pub use self::identity::Identity;
+pub use self::verify::dns_names;

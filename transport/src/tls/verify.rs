@@ -12,7 +12,7 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 use crate::error::Error;
 
 /// The DNS names that a certificate carries, in lower case.
-pub(crate) fn dns_names(certificate: &CertificateDer<'_>) -> Vec<String> {
+pub fn dns_names(certificate: &CertificateDer<'_>) -> Vec<String> {
     let Ok((_, parsed)) = X509Certificate::from_der(certificate) else {
         return Vec::new();
     };
