@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use axum::http::header::LOCATION;
+use axum::http::header::{HeaderMap, HeaderName, LOCATION};
 use axum::response::{IntoResponse, Json};
 use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::State as MigrationState;
@@ -13,26 +13,83 @@ use pagecopy::engine::journal::Side;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-use super::problem::{ApiError, Problems};
+use super::problem::{ApiError, Kind, Problems};
 use super::types::{Begun, MigrationRequest, RecoverRequest, ResolveRequest, Resolved};
 use crate::dial::check_host_port;
 use crate::failure::{Failure, operator};
 use crate::migrations::{Decided, Migration, Request, Shown};
 use crate::service::Service;
+use crate::store::Once;
+
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
+/// Bytes of a key.
+const MAX_KEY: usize = 255;
 
 #[utoipa::path(
     post, path = "/v1/migrations", tag = "migrations", operation_id = "begin_migration", request_body = MigrationRequest,
+    params(("Idempotency-Key" = Option<String>, Header, description = "A word of the caller's for this request. Sent again with the \
+        same, it begins nothing and is answered as before.")),
     responses((status = 201, description = "It has begun.", body = Begun,
-        headers(("Location" = String, description = "Where it is shown."))), Problems)
+        headers(("Location" = String, description = "Where it is shown."),
+            ("Idempotent-Replayed" = Option<String>, description = "`true` where it had begun before, under this key."))), Problems)
 )]
 pub(super) async fn begin(
     State(service): State<Arc<Service>>,
+    headers: HeaderMap,
     request: Result<Json<MigrationRequest>, JsonRejection>,
 ) -> Result<impl IntoResponse, ApiError> {
+    let key = idempotency_key(&headers)?;
     let Json(request) = request?;
-    let id = service.begin(request).await?;
+    let once = match key {
+        None => Once::Begun(service.begin(request).await?),
+        Some(key) => {
+            let asked = serde_json::to_value(&request).unwrap_or_default();
+            let begin = service.begin(request);
+            service.store.keys.once(key, asked, begin).await?
+        }
+    };
+    let (id, is_replayed) = match once {
+        Once::Begun(id) => (id, false),
+        Once::Again(id) => (id, true),
+        Once::Another(id) => {
+            return Err(ApiError::new(
+                Kind::KeyReused,
+                format!(
+                    "the idempotency key is that of another request, which has begun migration {id}"
+                ),
+                "send each request with a key of its own, and the same request with the same key",
+            ));
+        }
+    };
     let place = [(LOCATION, format!("/v1/migrations/{id}"))];
-    Ok((StatusCode::CREATED, place, Json(Begun { id })))
+    let replayed = is_replayed.then_some([(REPLAYED, "true")]);
+    Ok((StatusCode::CREATED, place, replayed, Json(Begun { id })))
+}
+
+/// The key that the caller has given its request.
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
+    let mut keys = headers.get_all(IDEMPOTENCY_KEY).iter();
+    let (Some(key), None) = (keys.next(), keys.next()) else {
+        return match headers.contains_key(IDEMPOTENCY_KEY) {
+            true => Err(wrong_key("there are several")),
+            false => Ok(None),
+        };
+    };
+    let key = key.to_str().map_err(|_| wrong_key("it is no ASCII"))?;
+    let is_word = key.bytes().all(|byte| byte.is_ascii_graphic());
+    if key.is_empty() || key.len() > MAX_KEY || !is_word {
+        return Err(wrong_key("it is empty, too long, or has blanks"));
+    }
+    Ok(Some(key))
+}
+
+fn wrong_key(why: &str) -> ApiError {
+    ApiError::new(
+        Kind::BadRequest,
+        format!("the header Idempotency-Key is not understood: {why}"),
+        format!("send one word of at most {MAX_KEY} ASCII characters, such as a UUID"),
+    )
 }
 
 #[utoipa::path(

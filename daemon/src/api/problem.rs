@@ -50,6 +50,8 @@ pub(crate) enum Kind {
     BadRequest,
     /// JSON of another shape: unknown fields, wrong types.
     Invalid,
+    /// The idempotency key is another request's.
+    KeyReused,
     /// Understood, and it cannot be.
     Refused,
     NotFound,
@@ -85,6 +87,11 @@ impl Kind {
                 "invalid",
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "The request has fields that are unknown, missing or of another type",
+            ),
+            Kind::KeyReused => (
+                "key-reused",
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "The idempotency key is another request's",
             ),
             Kind::Refused => (
                 "refused",

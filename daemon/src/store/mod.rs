@@ -12,6 +12,7 @@
 mod downtime;
 mod files;
 mod journal;
+mod keys;
 mod receivers;
 
 use std::fs::File;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 
 pub use downtime::FixedDowntime;
 pub use journal::{JournalFile, Journals};
+pub use keys::{Keys, Once};
 pub use receivers::{Receiver, Receivers};
 
 use crate::failure::{Failure, host, operator};
@@ -32,6 +34,8 @@ pub struct Store {
     pub journals: Journals,
     /// The waiting QEMUs.
     pub receivers: Receivers,
+    /// The idempotency keys.
+    pub keys: Keys,
     /// The measured downtime.
     pub downtime: FixedDowntime,
     /// Holds the lock.
@@ -70,6 +74,7 @@ impl Store {
             journals: Journals::open(journal),
             receivers: Receivers::open(Arc::clone(&folder))
                 .map_err(|error| cannot("receivers.json", &error))?,
+            keys: Keys::open(Arc::clone(&folder)).map_err(|error| cannot("keys.json", &error))?,
             downtime: FixedDowntime::open(folder),
             _lock: lock,
         })

@@ -5,6 +5,7 @@
 mod access;
 mod events;
 mod harness;
+mod keys;
 mod metrics;
 mod openapi;
 mod page;
