@@ -4,6 +4,7 @@
 //! exist, so that a typing error never turns into a silent default. See `README.md` for an example.
 
 pub mod access;
+pub mod hooks;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use crate::limits::MAX_DELTA_CACHE;
 use crate::queue;
 use crate::units::parse_size;
 use access::Access;
+use hooks::Hook;
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -46,6 +48,9 @@ pub struct Config {
     /// Bytes a second that all migrations from this host may send together; none is unlimited.
     #[serde(default, deserialize_with = "queue::config::rate")]
     pub bandwidth_limit: Option<u64>,
+    /// Who is told over HTTP of what happens.
+    #[serde(default)]
+    pub hooks: Vec<Hook>,
     /// TLS between the peers.
     pub tls: Option<Tls>,
     /// Who may use the API. Without it, whoever can open its socket.
@@ -143,6 +148,7 @@ impl Config {
                 self.listen
             ));
         }
+        self.hooks.iter().try_for_each(Hook::check)?;
         if let Some(access) = &self.access {
             access.check(self)?;
         }
@@ -167,7 +173,9 @@ impl Config {
             .tls
             .iter_mut()
             .flat_map(|tls| [&mut tls.ca, &mut tls.cert, &mut tls.key]);
-        for path in paths.chain(tls) {
+        let hooks = self.hooks.iter_mut();
+        let hooks = hooks.flat_map(|hook| hook.secret_file.iter_mut().chain([&mut hook.ca]));
+        for path in paths.chain(tls).chain(hooks) {
             *path = base.join(&*path);
         }
     }
@@ -270,6 +278,33 @@ mod tests {
         assert!(error.contains("HOST:PORT"), "{error}");
         let error = parse(&format!("{PLAIN}{}", TLS.replace("'b.example'", ""))).unwrap_err();
         assert!(error.contains("tls.allow is empty"), "{error}");
+    }
+
+    #[test]
+    fn who_is_told() {
+        use hooks::About;
+
+        let with = |hook: &str| parse(&format!("{PLAIN}{TLS}[[hooks]]\n{hook}"));
+        let hook = with("url = 'http://ops.example/a'\nsecret-file = 'hook.key'\n").unwrap();
+        let hook = &hook.hooks[0];
+        assert_eq!(
+            hook.secret_file.as_deref(),
+            Some(Path::new("/etc/pagecopy/hook.key"))
+        );
+        assert_eq!(
+            hook.events,
+            [About::State, About::Finished, About::Outpaced]
+        );
+        for (wrong, word) in [
+            ("events = []\nurl = 'http://a/'", "never be told"),
+            ("events = ['end']\nurl = 'http://a/'", "`outpaced`"),
+            ("url = 'ftp://a/'", "https://"),
+            ("", "missing key `url`"),
+            ("url = 'http://a/'\nsecret = 'x'", "`secret-file`"),
+        ] {
+            let error = with(wrong).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::api::access::{Roles, RolesInForce};
 use crate::api::types::MigrationRequest;
 use crate::config::Config;
 use crate::failure::{Failure, host, operator};
+use crate::hooks::Hooks;
 use crate::listener;
 use crate::log;
 use crate::migrations::{Migration, Migrations, Request, Shown};
@@ -255,6 +256,8 @@ pub async fn run(start: Start) -> Result<(), Failure> {
             .map_err(|error| host(error.to_string(), "report this"))?,
         None => api::listen(&service.config.api, service.config.access.is_some())?,
     };
+    // What is taken up again is told, too.
+    let hooks = Hooks::start(&service.config, service.migrations.feed())?;
     recover::recover(&service);
     service.prune();
 
@@ -287,6 +290,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     end.store(true, Ordering::Relaxed);
     service.migrations.feed().end();
     service.end().await;
+    hooks.end().await;
     // Readers of events get the end of their migration; those of one in doubt are let go.
     drop(end_api);
     if tokio::time::timeout(Duration::from_secs(1), server)

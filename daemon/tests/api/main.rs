@@ -5,6 +5,7 @@
 mod access;
 mod events;
 mod harness;
+mod hooks;
 mod keys;
 mod metrics;
 mod openapi;
