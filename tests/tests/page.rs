@@ -40,7 +40,7 @@ const LOOK: &str = r"(() => {
 
 /// An expression: whether there is a line of what would be lost with the source.
 const RISK_IS_DRAWN: &str =
-    "document.querySelector('figure > svg .risk').getAttribute('points')?.split(' ').length > 2";
+    "document.querySelector('figure > svg .risk').getAttribute('points')?.split(' ').length > 1";
 
 /// Opens the status page of a daemon as one does by `ssh -L`.
 fn open(world: &World, side: Side, scratch: &Scratch) -> Browser {
@@ -144,7 +144,7 @@ fn a_migration_is_seen_live_and_its_guest_goes_first_by_a_click() {
         "--downtime-limit",
         "1ms",
         "--postcopy-bandwidth-limit",
-        "10MB/s",
+        "5MB/s",
     ];
     let migration = world.begin(
         Side::A,
