@@ -1,4 +1,4 @@
-//! Web hooks with a real guest that writes faster than its link carries, over TLS. What is told and how: `daemon/tests/api/hooks.rs`.
+//! Web hooks over TLS, with a real guest that is on its way. What is told and how: `daemon/tests/api/hooks.rs`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -63,7 +63,7 @@ impl Drop for Receiver {
 }
 
 #[test]
-fn a_guest_that_writes_faster_than_its_link_is_told_of() {
+fn a_guest_on_its_way_is_told_of_over_tls() {
     let mut world = World::plain();
     let certs = Certs::new(world.scratch.files(), "ops");
     let Identity { ca, cert, key } = certs.identity("localhost");
@@ -77,7 +77,7 @@ fn a_guest_that_writes_faster_than_its_link_is_told_of() {
     let daemon = world.daemon_mut(Side::A);
     let mut text = fs::read_to_string(daemon.config()).unwrap();
     text += &format!(
-        "[[hooks]]\nurl = 'https://localhost:8443/'\nca = {ca:?}\nevents = ['state', 'outpaced', 'finished']\n"
+        "[[hooks]]\nurl = 'https://localhost:8443/'\nca = {ca:?}\nevents = ['state', 'finished']\n"
     );
     fs::write(daemon.config(), text).unwrap();
     daemon.signal(Signal::TERM);
@@ -99,13 +99,8 @@ fn a_guest_that_writes_faster_than_its_link_is_told_of() {
     ];
     let migration = world.begin(Side::A, "vm", &source, &destination, &options);
     assert_eq!(receiver.wait("state")["state"], "preparing");
-    let told = receiver.wait("outpaced");
-    let number = |name: &str| told[name].as_u64().unwrap();
-    assert!(
-        number("dirty_bytes_s") > number("goodput_bytes_s"),
-        "{told}"
-    );
-    assert!(number("goodput_bytes_s") > 1 << 20, "{told}");
+    let told = receiver.wait("state");
+    assert_eq!(told["state"], "migrating", "{told}");
     assert_eq!(
         (&told["vm"], &told["side"], &told["host"]),
         (&"vm".into(), &"source".into(), &"a".into())

@@ -1,4 +1,7 @@
-//! Whether a guest writes faster than the link carries: not for a moment, but so that its migration will not converge.
+//! Whether a guest writes as fast as the link carries, or faster: not for a moment, but so that its migration will not converge.
+//!
+//! A page that is written twice in a round counts once. So of a guest that writes far too fast little more is seen than what the
+//! link carries, and from nine tenths of that on it is told.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +31,7 @@ impl Outpaced {
         match self.0.get(&id) {
             Some(Since::Told) => return None,
             // Before the first scan nothing is known of what it writes, and that is shown as nothing.
-            _ if dirty <= goodput || goodput == 0 => {
+            _ if goodput == 0 || u128::from(dirty) * 10 < u128::from(goodput) * 9 => {
                 self.0.remove(&id);
                 return None;
             }

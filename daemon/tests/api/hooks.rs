@@ -1,5 +1,5 @@
-//! Web hooks: what is told and how it is signed, again when it is not taken, and never so that anybody waits for it. Over TLS and
-//! with a guest that writes too fast: `tests/tests/hooks.rs`.
+//! Web hooks: what is told and how it is signed, again when it is not taken, and never so that anybody waits for it. Over TLS:
+//! `tests/tests/hooks.rs`.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
