@@ -18,6 +18,7 @@ pub mod log;
 pub mod migrations;
 mod names;
 mod nic;
+pub mod preflight;
 pub mod privilege;
 pub mod pull;
 pub mod qemu;

@@ -25,6 +25,7 @@ use crate::hooks::Hooks;
 use crate::listener;
 use crate::log;
 use crate::migrations::{Migration, Migrations, Request, Shown};
+use crate::preflight::dirty_rate::Sampled;
 use crate::qemu::discover;
 use crate::qemu::faults::Device;
 use crate::qmp::Qmp;
@@ -55,6 +56,8 @@ pub struct Service {
     pub security: Trust,
     /// Who may use the API.
     pub roles: RolesInForce,
+    /// Whose dirty rate is being sampled.
+    pub(crate) sampled: Sampled,
     /// What QEMUs are lent whose page faults they could not let anybody see.
     pub userfaultfd: Device,
 }
@@ -80,6 +83,7 @@ impl Service {
             migrations: Migrations::default(),
             security: Trust::new(security),
             roles: RolesInForce::new(roles),
+            sampled: Sampled::default(),
             userfaultfd,
         })
     }
@@ -178,6 +182,17 @@ impl Service {
             format!("refused: migration {id} is in doubt here: its guest {of:?} {what}"),
             format!("decide that one first: `pagecopy status {id}` says how"),
         ))
+    }
+
+    /// A guest that is on its way is tracked by its migration.
+    pub(crate) fn refuse_if_moving(&self, vm: &str) -> Result<(), Failure> {
+        match self.migrations.running(vm, Side::Source) {
+            None => self.refuse_if_receiving(vm),
+            Some(running) => Err(operator(
+                format!("{vm:?} is being migrated from here just now (migration {running})"),
+                "wait for it: its progress tells how fast the guest writes (`pagecopy status`)",
+            )),
+        }
     }
 
     /// A guest that lacks pages cannot be sent on.

@@ -52,6 +52,21 @@ pub enum Command {
     /// Move a running guest to another host, and wait until it has moved
     #[command(after_help = EXIT_STATUS)]
     Migrate(MigrateArguments),
+    /// Sample how fast a guest writes its memory, without migrating it
+    DirtyRate {
+        /// The guest's name
+        #[arg(long, value_name = "NAME")]
+        vm: String,
+        /// QMP socket of the QEMU that runs the guest
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
+        /// How long, from 100ms to 10min
+        #[arg(long = "for", value_name = "DURATION", value_parser = parse_duration, default_value = "10s")]
+        length: Duration,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Show a migration, or all
     Status {
         /// The migration's id

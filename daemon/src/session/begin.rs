@@ -221,6 +221,7 @@ struct Prepared {
 async fn look(service: &Service, request: &MigrationRequest) -> Result<Looked, Failure> {
     let qmp = Arc::new(Qmp::connect(&request.qmp).await?);
     let guest = discover::source(&qmp).await?;
+    service.sampled.refuse(guest.pid)?;
     let memory = memory(&guest)?;
     let mut target = Target {
         to: request.to.clone(),
@@ -359,7 +360,8 @@ fn memory(guest: &Guest) -> Result<Memory, Failure> {
     })
 }
 
-fn tracked(block: &Block, number: u16) -> TrackedBlock {
+/// How a RAMBlock is tracked.
+pub(crate) fn tracked(block: &Block, number: u16) -> TrackedBlock {
     TrackedBlock {
         block: BlockId(number),
         address: block.mapping.address,
