@@ -102,13 +102,10 @@ pub(crate) struct Sampled(Mutex<BTreeSet<i32>>);
 impl Sampled {
     /// Refuses what would have to track the QEMU `pid`, too.
     pub(crate) fn refuse(&self, pid: i32) -> Result<(), Failure> {
-        if self.lock().contains(&pid) {
-            return Err(operator(
-                "the guest's dirty rate is being sampled just now (`pagecopy dirty-rate`), which tracks its memory",
-                "wait until the sampling has ended, or end it (Ctrl-C)",
-            ));
+        match self.lock().contains(&pid) {
+            true => Err(sampled_already()),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeSet<i32>> {
@@ -116,14 +113,22 @@ impl Sampled {
     }
 }
 
+fn sampled_already() -> Failure {
+    operator(
+        "the guest's dirty rate is being sampled just now (`pagecopy dirty-rate`), which tracks its memory",
+        "wait until the sampling has ended, or end it (Ctrl-C)",
+    )
+}
+
 /// A QEMU's place among those that are sampled.
 struct Place(Arc<Service>, i32);
 
 impl Place {
     fn take(service: &Arc<Service>, pid: i32) -> Result<Place, Failure> {
-        service.sampled.refuse(pid)?;
-        service.sampled.lock().insert(pid);
-        Ok(Place(Arc::clone(service), pid))
+        match service.sampled.lock().insert(pid) {
+            true => Ok(Place(Arc::clone(service), pid)),
+            false => Err(sampled_already()),
+        }
     }
 }
 
