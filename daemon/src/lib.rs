@@ -18,6 +18,7 @@ pub mod log;
 pub mod migrations;
 mod names;
 mod nic;
+pub mod preflight;
 pub mod privilege;
 pub mod pull;
 pub mod qemu;
@@ -28,6 +29,7 @@ pub mod reload;
 pub mod seldom;
 pub mod service;
 pub mod session;
+pub mod spawn;
 pub mod start;
 #[cfg(feature = "steps")]
 mod steps;

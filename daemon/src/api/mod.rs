@@ -15,6 +15,7 @@ mod migrations;
 mod openapi;
 mod page;
 mod peer;
+mod preflight;
 pub mod problem;
 mod receivers;
 pub mod types;
@@ -71,6 +72,7 @@ fn routes() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(migrations::resolve))
         .routes(routes!(receivers::add, receivers::list))
         .routes(routes!(receivers::remove))
+        .routes(routes!(preflight::dirty_rate))
         .routes(routes!(events::of_all))
         .routes(routes!(metrics::metrics))
         .routes(routes!(health::healthz))

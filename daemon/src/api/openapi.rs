@@ -23,6 +23,7 @@ use super::problem::Problem;
     components(schemas(Problem)),
     tags(
         (name = "migrations", description = "Guests that leave or arrive here."),
+        (name = "preflight", description = "What is looked at before a guest moves."),
         (name = "receivers", description = "QEMUs that wait for a guest."),
         (name = "daemon", description = "The daemon itself."),
     )

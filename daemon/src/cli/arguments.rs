@@ -52,6 +52,21 @@ pub enum Command {
     /// Move a running guest to another host, and wait until it has moved
     #[command(after_help = EXIT_STATUS)]
     Migrate(MigrateArguments),
+    /// Sample how fast a guest writes its memory, without migrating it
+    DirtyRate {
+        /// The guest's name
+        #[arg(long, value_name = "NAME")]
+        vm: String,
+        /// QMP socket of the QEMU that runs the guest
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
+        /// How long, from 100ms to 10min
+        #[arg(long = "for", value_name = "DURATION", value_parser = parse_duration, default_value = "10s")]
+        length: Duration,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Show a migration, or all
     Status {
         /// The migration's id
@@ -160,6 +175,9 @@ pub struct MigrateArguments {
     /// The other host's pagecopyd; HOST is a name, an IPv4 address, or an IPv6 address in brackets
     #[arg(long, value_name = "HOST:PORT")]
     pub to: String,
+    /// Have the other host start the QEMU that the guest comes to, with this one's options as far as its spawn-policy allows
+    #[arg(long)]
+    pub spawn: bool,
     /// How the memory moves
     #[arg(long, value_enum, default_value = "auto")]
     pub mode: Mode,
@@ -219,6 +237,7 @@ impl MigrateArguments {
             vm: self.vm,
             qmp: std::path::absolute(&self.qmp).unwrap_or(self.qmp),
             to: self.to,
+            spawn: self.spawn,
             mode: self.mode,
             allow_postcopy: self.allow_postcopy,
             postcopy_after_rounds,
@@ -280,6 +299,7 @@ mod tests {
             "60s",
             "--verify",
             "--quit-source",
+            "--spawn",
             "--json",
         ])
         .unwrap();
@@ -293,7 +313,7 @@ mod tests {
         );
         assert_eq!(request.max_rounds, Some(9));
         assert_eq!(request.timeout_ms, Some(60_000));
-        assert!(request.verify && request.quit_source);
+        assert!(request.verify && request.quit_source && request.spawn);
     }
 
     #[test]
@@ -307,7 +327,7 @@ mod tests {
             ),
             (None, None, None)
         );
-        assert!(!request.verify && !request.quit_source);
+        assert!(!request.verify && !request.quit_source && !request.spawn);
         assert_eq!((request.mode, request.allow_postcopy), (Mode::Auto, false));
     }
 

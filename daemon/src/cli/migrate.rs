@@ -168,7 +168,7 @@ fn cut_short(id: Option<&str>, status: State, error: &CliError) -> Value {
     event
 }
 
-fn misunderstood(error: &dyn std::fmt::Display) -> CliError {
+pub(super) fn misunderstood(error: &dyn std::fmt::Display) -> CliError {
     CliError {
         what: format!("pagecopyd's answer is not understood: {error}"),
         remedy: "use pagecopy and pagecopyd of the same version".to_owned(),

@@ -3,6 +3,7 @@
 mod arguments;
 mod client;
 mod migrate;
+mod preflight;
 mod progress;
 mod show;
 mod watch;
@@ -30,6 +31,12 @@ pub async fn run(arguments: Arguments) -> u8 {
     let done = match arguments.command {
         Command::Migrate(arguments) => return migrate::migrate(&client, arguments).await,
         Command::Receive { vm, qmp } => receive(&client, vm, qmp).await,
+        Command::DirtyRate {
+            vm,
+            qmp,
+            length,
+            json,
+        } => preflight::dirty_rate(&client, vm, qmp, length, json).await,
         Command::Status { id, json } => status(&client, id, json).await,
         Command::List { json } => list(&client, json).await,
         Command::Watch { json } => watch::watch(&client, json).await,

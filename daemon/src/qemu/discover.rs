@@ -69,24 +69,46 @@ pub struct Guest {
 /// # Errors
 /// Why it cannot, and what would help.
 pub async fn source(qmp: &Qmp) -> Result<Guest, Failure> {
-    let state = query_status(qmp).await?;
-    if !state.running {
-        let remedy = match state.status.as_str() {
-            "inmigrate" => {
-                "this QEMU waits for a guest: use `pagecopy receive` for it, and migrate on the other host"
-            }
-            "postmigrate" => "its guest has been moved away already",
-            _ => "start the guest (\"cont\" on QEMU's monitor), then migrate",
-        };
-        return Err(operator(
-            format!(
-                "the guest does not run: QEMU's state is \"{}\"",
-                state.status
-            ),
-            remedy,
-        ));
-    }
+    runs(qmp).await?;
     settings::check(qmp).await?;
+    is_idle(qmp).await?;
+    is_not_blocked(qmp).await?;
+    look_at(qmp).await
+}
+
+/// Looks at a QEMU whose guest runs, whether or not it could leave.
+///
+/// # Errors
+/// Why its memory cannot be tracked, and what would help.
+pub(crate) async fn running(qmp: &Qmp) -> Result<Guest, Failure> {
+    runs(qmp).await?;
+    look_at(qmp).await
+}
+
+/// Whether the guest runs.
+async fn runs(qmp: &Qmp) -> Result<(), Failure> {
+    let state = query_status(qmp).await?;
+    if state.running {
+        return Ok(());
+    }
+    let remedy = match state.status.as_str() {
+        "inmigrate" => {
+            "this QEMU waits for a guest: use `pagecopy receive` for it, and migrate on the other host"
+        }
+        "postmigrate" => "its guest has been moved away already",
+        _ => "start the guest (\"cont\" on QEMU's monitor), then migrate",
+    };
+    Err(operator(
+        format!(
+            "the guest does not run: QEMU's state is \"{}\"",
+            state.status
+        ),
+        remedy,
+    ))
+}
+
+/// Whether nothing else migrates it.
+async fn is_idle(qmp: &Qmp) -> Result<(), Failure> {
     let migration = query_migrate(qmp).await?;
     if let Some(status) = migration
         .status
@@ -100,13 +122,18 @@ pub async fn source(qmp: &Qmp) -> Result<Guest, Failure> {
             "wait for it, or send migrate_cancel to QEMU",
         ));
     }
-    if let Some(reason) = migration.blocked_reasons.first() {
-        return Err(qemu(
+    Ok(())
+}
+
+/// Whether QEMU itself would migrate it.
+async fn is_not_blocked(qmp: &Qmp) -> Result<(), Failure> {
+    match query_migrate(qmp).await?.blocked_reasons.first() {
+        None => Ok(()),
+        Some(reason) => Err(qemu(
             format!("QEMU says that it cannot be migrated: {reason}"),
             "remove that device or setting",
-        ));
+        )),
     }
-    look_at(qmp).await
 }
 
 /// Looks once more at a guest that is under way: whether something has come that writes its memory where tracking does not

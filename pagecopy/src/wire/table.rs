@@ -10,6 +10,7 @@ use super::fields::{
     Words,
 };
 use super::figures::{Cost, Faults};
+use super::spawn::{Arguments, Blamed, Parts};
 
 macro_rules! messages {
     ($($number:literal $name:ident
@@ -94,7 +95,7 @@ messages! {
     21 Abort { code: Code, reason: Reason };
     22 Withdrawn { id: Id };
     23 Lacking { block: u16, first: u64, words: Words };
-    24 LackingEnd { pages: u64, background: u64 };
+    24 LackingEnd { pages: u64, background: u64, sent: u64 };
     25 Serve { id: Id };
     26 Resumed;
     27 Lacks { bytes: u64, faults: Faults };
@@ -102,4 +103,6 @@ messages! {
     29 Lost { id: Id, reason: Reason };
     30 Copied { block: u16, zstd: Flag, pieces: Pieces, bytes: Encoded };
     31 Deltas { block: u16, base_round: u32, pieces: Pieces, bytes: Encoded };
+    36 Spawn { id: Id, vm: Name, host: Name, arguments: Arguments, parts: Parts };
+    37 Spawned { id: Id, blame: Blamed, text: Reason, remedy: Reason };
 }

@@ -18,7 +18,7 @@ use super::interface::{Input, Output, Resolution};
 use super::reasons::by_peer;
 use super::{Phase, Step};
 use crate::engine::course::Course;
-use crate::engine::event::{PostcopyCost, PostcopyProgress, Report, State};
+use crate::engine::event::{PostcopyCost, PostcopyProgress, Report, State, Switch, Way};
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
 use crate::wire::{AbortCode, Message, Standing};
@@ -153,6 +153,7 @@ impl Serving {
                 core.figures.faults = Some(faults);
                 let took = self.course.took(core.now);
                 let report = Report::Postcopy(PostcopyProgress {
+                    mode: core.switch.map_or(Way::Postcopy, Switch::way),
                     lacking_bytes: bytes,
                     postcopy_ms: millis(took.postcopy),
                     paused_ms: millis(took.paused),
@@ -196,7 +197,11 @@ impl Serving {
     /// A destination that lacks pages also reads them, and says each second what it lacks: otherwise its threads are stuck, or it
     /// answers for no good, and a person must know.
     fn look_whether_it_reads(&mut self, core: &mut Core) {
-        let unread = core.setup.timeouts.unread;
+        let timeouts = core.setup.timeouts;
+        let unread = match core.limits_background {
+            true => timeouts.unread_limited,
+            false => timeouts.unread,
+        };
         let Some((_, since)) = self.read.filter(|_| self.lacking != Some(0)) else {
             return;
         };
