@@ -43,6 +43,8 @@ pub struct Config {
     /// Bytes a second that all migrations from this host may send together; none is unlimited.
     #[serde(default, deserialize_with = "queue::config::rate")]
     pub bandwidth_limit: Option<u64>,
+    /// The policy under which QEMUs are started here for guests that come; none are without one.
+    pub spawn_policy: Option<PathBuf>,
     /// TLS between the peers.
     pub tls: Option<Tls>,
 }
@@ -154,6 +156,7 @@ impl Config {
 
     fn make_absolute(&mut self, base: &Path) {
         let paths = [&mut self.api, &mut self.state_dir].into_iter();
+        let paths = paths.chain(&mut self.spawn_policy);
         let tls = self
             .tls
             .iter_mut()

@@ -28,7 +28,9 @@ use crate::qemu::faults::Device;
 use crate::qmp::Qmp;
 use crate::queue::budget::Budget;
 use crate::reload::{self, InForce, Trust};
+use crate::session::spawned::{self, Spawning};
 use crate::session::{begin, recover};
+use crate::spawn::Starter;
 use crate::start::Start;
 use crate::store::{Receiver, Store};
 use crate::systemd;
@@ -51,6 +53,10 @@ pub struct Service {
     pub budget: Budget,
     /// How peers are trusted.
     pub security: Trust,
+    /// Who starts QEMUs for guests that come, if there is a policy for it.
+    pub starter: Option<Starter>,
+    /// Places for those that are being started, and for the migrations that they are for.
+    pub(crate) spawning: Spawning,
     /// What QEMUs are lent whose page faults they could not let anybody see.
     pub userfaultfd: Device,
 }
@@ -64,6 +70,7 @@ impl Service {
         in_force: InForce,
         security: Security,
         userfaultfd: Device,
+        starter: Option<Starter>,
     ) -> Result<Service, Failure> {
         let config = (*in_force.now()).clone();
         let store = Store::open(&config.state_dir)?;
@@ -74,6 +81,8 @@ impl Service {
             store,
             migrations: Migrations::default(),
             security: Trust::new(security),
+            starter,
+            spawning: Spawning::default(),
             userfaultfd,
         })
     }
@@ -189,7 +198,7 @@ impl Service {
         Ok(())
     }
 
-    fn refuse_if_receiving(&self, vm: &str) -> Result<(), Failure> {
+    pub(crate) fn refuse_if_receiving(&self, vm: &str) -> Result<(), Failure> {
         match self.migrations.running(vm, Side::Destination) {
             None => Ok(()),
             Some(running) => Err(operator(
@@ -214,6 +223,7 @@ impl Service {
             for migration in &running {
                 migration.wait_over().await;
             }
+            self.spawning.end().await;
         };
         if tokio::time::timeout(END_LIMIT, all_over).await.is_err() {
             tracing::warn!("a migration did not end in time and is left to its journal");
@@ -238,6 +248,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         start.in_force,
         start.security,
         start.userfaultfd,
+        start.starter,
     )?);
     let (mut terminate, mut interrupt, mut hangup) = (
         on_signal(SignalKind::terminate())?,
@@ -251,6 +262,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         None => api::listen(&service.config.api)?,
     };
     recover::recover(&service);
+    spawned::recover(&service);
     service.prune();
 
     let (end_api, api_ended) = oneshot::channel::<()>();

@@ -8,18 +8,20 @@ mod destination;
 mod encoded;
 mod orders;
 mod source;
+mod spawn;
 mod words;
 
 pub use decoders::{journal, message};
 pub use destination::destination;
 pub use encoded::encoded;
 pub use source::source;
+pub use spawn::spawn;
 
 /// Takes any bytes.
 pub type Target = fn(&[u8]);
 
 /// Every target by its name, which is also that of its folder in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("destination", destination),
     ("encoded", encoded),
     ("greeting", transport::fuzzing::greeting),
@@ -27,5 +29,6 @@ pub const TARGETS: [(&str, Target); 8] = [
     ("message", message),
     ("records", transport::fuzzing::records),
     ("source", source),
+    ("spawn", spawn),
     ("stream", transport::fuzzing::stream),
 ];

@@ -10,6 +10,7 @@
 mod another;
 mod destination;
 mod source;
+mod spawning;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
