@@ -43,6 +43,18 @@ pub struct Config {
     /// Bytes a second that all migrations from this host may send together; none is unlimited.
     #[serde(default, deserialize_with = "queue::config::rate")]
     pub bandwidth_limit: Option<u64>,
+    /// Migrations that may leave this host at a time; the others wait.
+    #[serde(
+        default = "queue::config::default_concurrent",
+        deserialize_with = "queue::config::concurrent"
+    )]
+    pub max_concurrent: usize,
+    /// Migrations that may wait.
+    #[serde(
+        default = "queue::config::default_pending",
+        deserialize_with = "queue::config::pending"
+    )]
+    pub max_pending: usize,
     /// TLS between the peers.
     pub tls: Option<Tls>,
 }
@@ -274,6 +286,23 @@ mod tests {
         assert_eq!(limit, Some(10_000_000_000));
         for wrong in ["'0'", "'fast'", "5"] {
             assert!(with(wrong).unwrap_err().contains("line 5"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn how_many_leave_at_a_time_and_how_many_wait() {
+        let with = |key: &str| parse(&format!("{PLAIN}{key}\n{TLS}"));
+        let config = with("").unwrap();
+        assert_eq!((config.max_concurrent, config.max_pending), (2, 1000));
+        let config = with("max-concurrent = 8\nmax-pending = 0").unwrap();
+        assert_eq!((config.max_concurrent, config.max_pending), (8, 0));
+        for (wrong, right) in [
+            ("max-concurrent = 0", "1 to 256"),
+            ("max-concurrent = -1", "1 to 256"),
+            ("max-pending = 10001", "0 to 10000"),
+            ("max-pending = 'all'", "line 5"),
+        ] {
+            assert!(with(wrong).unwrap_err().contains(right), "{wrong}");
         }
     }
 

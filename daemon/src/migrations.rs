@@ -21,6 +21,7 @@ use crate::failure::{self, Failure, Fault};
 use crate::feed::Feed;
 use crate::limits::MAX_HISTORY;
 use crate::pull::FaultReport;
+use crate::queue::turns::Place;
 use crate::session::arrive::Caller;
 
 /// Ended migrations that stay visible.
@@ -179,6 +180,10 @@ pub struct Shown {
     pub qmp: PathBuf,
     /// Its state.
     pub state: State,
+    /// How urgent it is, from -100 to 100.
+    pub priority: i32,
+    /// While it waits for its turn: its place among those that do, from 1.
+    pub place: Option<u32>,
     /// Why it is paused, while it is.
     pub reason: Option<String>,
     /// The last progress event.
@@ -198,6 +203,8 @@ pub struct Migration {
     requests: mpsc::UnboundedSender<Request>,
     /// Whether the session has ended.
     over: watch::Sender<bool>,
+    /// While it counts among those that run: what it gives up for the next.
+    place: Mutex<Option<Place>>,
     /// Who else is told, once the daemon knows it.
     host: OnceLock<Host>,
 }
@@ -247,6 +254,8 @@ impl Migration {
             peer: peer.to_owned(),
             qmp,
             state: State::Pending,
+            priority: 0,
+            place: None,
             reason: None,
             progress: None,
             faults: None,
@@ -263,6 +272,7 @@ impl Migration {
                 live,
                 requests,
                 over,
+                place: Mutex::default(),
                 host: OnceLock::new(),
             }),
             receiver,
@@ -279,6 +289,26 @@ impl Migration {
         self.requests.send(request).is_ok()
     }
 
+    /// What is shown of how urgent it is.
+    pub(crate) fn set_priority(&self, priority: i32) {
+        self.lock().shown.priority = priority;
+    }
+
+    /// It runs, and holds its place meanwhile.
+    pub(crate) fn hold(&self, place: Place) {
+        *self.place() = Some(place);
+    }
+
+    /// Lets the next begin.
+    fn give_way(&self) {
+        let place = self.place().take();
+        drop(place);
+    }
+
+    fn place(&self) -> MutexGuard<'_, Option<Place>> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// An engine's report.
     pub fn report(&self, report: &Report) {
         let told = Told::Running {
@@ -286,6 +316,13 @@ impl Migration {
             report: report.clone(),
         };
         let value = told.value();
+        // It does not go on by itself, and may take hours. Neither does a doubt, which is told as an end.
+        if let Report::State {
+            state: State::Paused,
+        } = report
+        {
+            self.give_way();
+        }
         let mut inner = self.lock();
         match report {
             Report::State { state } => {
@@ -315,6 +352,7 @@ impl Migration {
 
     /// The migration ended so (an in-doubt one may end once more).
     pub fn finish(&self, finished: Finished) {
+        self.give_way();
         let told = Told::Finished(Box::new(finished.clone()));
         let value = told.value();
         let mut inner = self.lock();
@@ -336,6 +374,7 @@ impl Migration {
 
     /// The session has ended.
     pub fn over(&self) {
+        self.give_way();
         self.over.send_replace(true);
     }
 

@@ -16,9 +16,11 @@ use crate::failure::{Failure, Shown, operator};
 use crate::service::Service;
 
 /// The keys that take effect at once.
-const AT_ONCE: [&str; 5] = [
+const AT_ONCE: [&str; 7] = [
     "tls",
     "bandwidth-limit",
+    "max-concurrent",
+    "max-pending",
     "allow-postcopy",
     "compress",
     "delta-cache",
@@ -110,6 +112,8 @@ impl InForce {
         let Config {
             tls,
             bandwidth_limit,
+            max_concurrent,
+            max_pending,
             allow_postcopy,
             compress,
             delta_cache,
@@ -118,6 +122,8 @@ impl InForce {
         read.config = Arc::new(Config {
             tls,
             bandwidth_limit,
+            max_concurrent,
+            max_pending,
             allow_postcopy,
             compress,
             delta_cache,
@@ -179,6 +185,9 @@ pub(crate) fn reload(service: &Service) {
             let [at_once, later] = service.in_force.set(&new);
             service.security.set(security);
             service.budget.limit(new.config.bandwidth_limit);
+            service
+                .queue
+                .limit(new.config.max_concurrent, new.config.max_pending);
             // The files that a key names are read again whether or not it was changed.
             tracing::info!(%file, changed = ?at_once, "reloaded");
             if !later.is_empty() {

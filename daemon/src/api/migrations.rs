@@ -21,7 +21,7 @@ use crate::service::Service;
 
 #[utoipa::path(
     post, path = "/v1/migrations", tag = "migrations", operation_id = "begin_migration", request_body = MigrationRequest,
-    responses((status = 201, description = "It has begun.", body = Begun), Problems)
+    responses((status = 201, description = "It has begun, or waits for its turn.", body = Begun), Problems)
 )]
 pub(super) async fn begin(
     State(service): State<Arc<Service>>,
@@ -42,7 +42,7 @@ pub(super) async fn list(State(service): State<Arc<Service>>) -> Json<Vec<Shown>
             .migrations
             .list()
             .iter()
-            .map(|migration| migration.shown())
+            .map(|migration| service.shown(migration))
             .collect(),
     )
 }
@@ -56,7 +56,7 @@ pub(super) async fn show(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
 ) -> Result<Json<Shown>, ApiError> {
-    Ok(Json(find(&service, &id)?.shown()))
+    Ok(Json(service.shown(&*find(&service, &id)?)))
 }
 
 #[utoipa::path(

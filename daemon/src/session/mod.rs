@@ -14,6 +14,7 @@ pub(crate) mod resume;
 mod source;
 mod teller;
 pub(crate) mod telling;
+pub(crate) mod wait;
 mod worker;
 
 use std::fmt::{self, Write};

@@ -6,12 +6,14 @@
 //! state-dir/journal/UUID.destination
 //! state-dir/journal/UUID.settings      what QEMU had set before a migration that is under way here
 //! state-dir/receivers.json             which QEMU waits for which guest
+//! state-dir/pending.json             the migrations that wait for their turn
 //! state-dir/fixed-downtime.json        the part of the downtime that does not depend on bytes, as last measured
 //! ```
 
 mod downtime;
 mod files;
 mod journal;
+mod pending;
 mod receivers;
 
 use std::fs::File;
@@ -20,6 +22,8 @@ use std::sync::Arc;
 
 pub use downtime::FixedDowntime;
 pub use journal::{JournalFile, Journals};
+pub use pending::Pending;
+pub(crate) use pending::Waiting;
 pub use receivers::{Receiver, Receivers};
 
 use crate::failure::{Failure, host, operator};
@@ -32,6 +36,8 @@ pub struct Store {
     pub journals: Journals,
     /// The waiting QEMUs.
     pub receivers: Receivers,
+    /// The migrations that wait for their turn.
+    pub pending: Pending,
     /// The measured downtime.
     pub downtime: FixedDowntime,
     /// Holds the lock.
@@ -70,6 +76,12 @@ impl Store {
             journals: Journals::open(journal),
             receivers: Receivers::open(Arc::clone(&folder))
                 .map_err(|error| cannot("receivers.json", &error))?,
+            pending: Pending::open(Arc::clone(&folder)).map_err(|error| {
+                cannot(
+                    "pending.json (without that file the migrations that waited are forgotten)",
+                    &error,
+                )
+            })?,
             downtime: FixedDowntime::open(folder),
             _lock: lock,
         })

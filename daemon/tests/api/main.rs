@@ -8,6 +8,7 @@ mod metrics;
 mod openapi;
 mod page;
 mod problems;
+mod queue;
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
