@@ -12,6 +12,7 @@ use crate::api::types::Compress;
 use crate::failure::{Failure, Fault};
 use crate::limits::MAX_DELTA_CACHE;
 use crate::queue;
+use crate::rdma::Rdma;
 use crate::units::parse_size;
 
 /// The whole file.
@@ -45,6 +46,9 @@ pub struct Config {
     pub bandwidth_limit: Option<u64>,
     /// TLS between the peers.
     pub tls: Option<Tls>,
+    /// RDMA between the peers.
+    #[serde(default)]
+    pub rdma: Rdma,
 }
 
 /// Beside a channel's buffers and all else, a migration stays below 64 MiB with it.
@@ -126,6 +130,7 @@ impl Config {
         if self.user.as_ref().is_some_and(String::is_empty) {
             return Err("user is empty: name a user, or remove the key".to_owned());
         }
+        self.rdma.check()?;
         let has_port = |listen: &str| {
             listen
                 .rsplit_once(':')
@@ -274,6 +279,21 @@ mod tests {
         assert_eq!(limit, Some(10_000_000_000));
         for wrong in ["'0'", "'fast'", "5"] {
             assert!(with(wrong).unwrap_err().contains("line 5"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn rdma_is_off_until_the_networks_are_named() {
+        let with = |table: &str| parse(&format!("{PLAIN}{TLS}[rdma]\n{table}\n"));
+        assert!(!with("").unwrap().rdma.allow_plaintext);
+        let error = with("allow-plaintext = true").unwrap_err();
+        assert!(error.contains("rdma.networks is empty"), "{error}");
+        let rdma = with("allow-plaintext = true\nnetworks = ['192.0.2.0/24']\npin = '8GiB'");
+        let rdma = rdma.unwrap().rdma;
+        assert!(rdma.allow_plaintext && rdma.networks.len() == 1);
+        assert_eq!(rdma.pin, crate::rdma::Pin::Bytes(8 << 30));
+        for wrong in ["networks = ['192.0.2.0']", "pin = 'some'", "device = 'x'"] {
+            assert!(with(wrong).unwrap_err().contains("line 11"), "{wrong}");
         }
     }
 

@@ -16,12 +16,13 @@ use crate::failure::{Failure, Shown, operator};
 use crate::service::Service;
 
 /// The keys that take effect at once.
-const AT_ONCE: [&str; 5] = [
+const AT_ONCE: [&str; 6] = [
     "tls",
     "bandwidth-limit",
     "allow-postcopy",
     "compress",
     "delta-cache",
+    "rdma",
 ];
 
 /// How peers are trusted, for as long as it is held: a reload changes it for everybody.
@@ -113,6 +114,7 @@ impl InForce {
             allow_postcopy,
             compress,
             delta_cache,
+            rdma,
             ..
         } = (*new.config).clone();
         read.config = Arc::new(Config {
@@ -121,6 +123,7 @@ impl InForce {
             allow_postcopy,
             compress,
             delta_cache,
+            rdma,
             ..(*read.config).clone()
         });
         let mut keys = (*new.keys).clone();

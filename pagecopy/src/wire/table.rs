@@ -6,7 +6,7 @@ use bytes::Bytes;
 use super::Message;
 use super::codec::{Reader, WireError, Writer};
 use super::fields::{
-    Blocks, Chunk, Code, Codec, Digests, Encoded, Flag, Id, Name, Pieces, Reason, Runs, Stand,
+    Blocks, Chunk, Code, Codec, Digests, Encoded, Flag, Id, Key, Name, Pieces, Reason, Runs, Stand,
     Words,
 };
 use super::figures::{Cost, Faults};
@@ -102,4 +102,6 @@ messages! {
     29 Lost { id: Id, reason: Reason };
     30 Copied { block: u16, zstd: Flag, pieces: Pieces, bytes: Encoded };
     31 Deltas { block: u16, base_round: u32, pieces: Pieces, bytes: Encoded };
+    32 RdmaOffer { channels: u16, bytes: u64 };
+    33 RdmaAnswer { address: Reason, secret: Key, reason: Reason };
 }

@@ -50,6 +50,7 @@ mod tests {
         let target = Target {
             to: to.to_owned(),
             security: crate::reload::Trust::new(Security::Plaintext),
+            rdma: None,
             names: Vec::new(),
         };
         Unreached::by(failure, &target).await.answers
