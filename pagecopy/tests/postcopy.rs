@@ -245,7 +245,9 @@ fn an_operator_may_give_up_what_lacks_when_the_source_is_gone_for_good() {
     assert!(pair.decided.pop().unwrap().is_ok());
 
     // The source lets go of it, when its operator says so.
-    pair.tell_source(source::Input::Resolve(Resolution::Abandon));
+    pair.tell_source(source::Input::Resolve(Resolution::Abandon {
+        peer_fenced: false,
+    }));
     pair.drain();
     assert!(pair.decided.pop().unwrap().is_ok());
     pair.run(STEPS);

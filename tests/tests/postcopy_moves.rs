@@ -3,9 +3,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::time::{Duration, Instant};
+
 use tests::real::{
     Backing, Hugepages, Machine, Moved, PATIENCE, Qemu, Role, Side, Version, World, assert_moved,
-    skipped,
+    let_it_last, skipped,
 };
 
 fn machine() -> Machine {
@@ -34,6 +36,8 @@ fn the_guest_goes_first() {
     let shown = world.cli(Side::B).status(&id);
     let end = &shown["finished"];
     assert_eq!(end["status"], "completed", "{shown}");
+    assert_eq!(shown["mode"], "postcopy", "{shown}");
+    assert_eq!(end["sent_bytes"], 0, "{shown}");
     assert!(end["faults"].as_u64().unwrap() > 5, "{shown}");
     let [p50, max] = ["p50", "max"].map(|name| end["fault_us"][name].as_u64().unwrap());
     assert!(0 < p50 && p50 <= max, "{shown}");
@@ -42,7 +46,7 @@ fn the_guest_goes_first() {
     // The source has them from the destination, in its last event and for who asks later.
     let asked = world.cli(Side::A).status(&id);
     for told in [moved.outcome.finished(), &asked["finished"]] {
-        for figure in ["faults", "fault_us"] {
+        for figure in ["faults", "fault_us", "mode", "sent_bytes", "lacking_bytes"] {
             assert_eq!(told[figure], end[figure], "{told} {shown}");
         }
     }
@@ -76,8 +80,20 @@ fn after_rounds() {
         let machine = Machine::new(Version::V10_0, 128, "rate=400 set=64");
         let mut options = vec!["--mode", "hybrid", "--downtime-limit", "1ms"];
         options.extend_from_slice(after);
-        let moved = World::tls().move_and_check(&machine, &options);
+        let world = World::tls();
+        let moved = world.move_and_check(&machine, &options);
         assert_postcopy(&moved, "hybrid");
+        // Each side says so when it is switched over, and in the end, with the same figures.
+        let here = moved.outcome.finished();
+        let told = moved.outcome.events.iter();
+        let mut switched = told.filter(|event| event["event"] == "switched");
+        let first = switched.next().unwrap();
+        let there = world.cli(Side::B).last_finished("vm").unwrap();
+        for figure in ["mode", "sent_bytes", "lacking_bytes"] {
+            assert_eq!(first[figure], here[figure], "{first} {here}");
+            assert_eq!(there[figure], here[figure], "{there} {here}");
+        }
+        assert!(here["sent_bytes"].as_u64().unwrap() > 0, "{here}");
     }
 }
 
@@ -129,6 +145,55 @@ fn by_hand() {
     assert_moved(&mut source, &mut destination);
     let late = world.cli(Side::A).run(&["start-postcopy", &id]);
     assert!(!late.status.success(), "{late:?}");
+}
+
+/// Next to nothing is fetched but what the guest touches, and that comes; nobody takes the destination for one that is stuck.
+#[test]
+fn a_limit_of_a_byte_a_second_holds_no_page_fault_back() {
+    let machine = Machine::new(Version::V10_0, 64, "rate=5 set=4");
+    let world = World::tls();
+    let source = world.guest("source", &machine);
+    let destination = world.waiting("destination", &machine);
+    let options = ["--mode", "postcopy", "--postcopy-bandwidth-limit", "1B/s"];
+    let migration = world.begin(Side::A, "vm", &source, &destination, &options);
+    // It touches all that it has filled: half of its memory.
+    destination.serial.wait_beats(1);
+    destination.serial.verify();
+    let id = world.cli(Side::A).id_of("vm");
+    let touched = world.cli(Side::B).status(&id);
+    assert!(
+        touched["faults"]["faults"].as_u64().unwrap() > 1000,
+        "{touched}"
+    );
+    // Longer than a destination may read nothing that has no limit to keep to.
+    let_it_last(Duration::from_secs(13));
+    for side in [Side::A, Side::B] {
+        let shown = world.cli(side).status(&id);
+        assert_eq!(shown["state"], "migrating", "{shown}");
+        assert!(
+            shown["progress"]["lacking_bytes"].as_u64().unwrap() > 0,
+            "{shown}"
+        );
+    }
+    destination.serial.wait_beats(100);
+    drop(migration);
+}
+
+/// Nor is the switch to post-copy held up by pages that are under way.
+#[test]
+fn the_guest_goes_first_at_once_under_a_small_limit() {
+    let machine = Machine::new(Version::V10_0, 64, "rate=5 set=4");
+    let world = World::tls();
+    let source = world.guest("source", &machine);
+    let destination = world.waiting("destination", &machine);
+    let options = ["--mode", "hybrid", "--postcopy-after", "1s"];
+    let options = [&options[..], &["--bandwidth-limit", "100B/s"]].concat();
+    let begun = Instant::now();
+    let migration = world.begin(Side::A, "vm", &source, &destination, &options);
+    destination.serial.wait_beats(1);
+    assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
+    destination.serial.verify();
+    drop(migration);
 }
 
 #[test]

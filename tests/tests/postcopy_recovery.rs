@@ -89,6 +89,18 @@ impl Gone {
     fn assert_whole(mut self) {
         self.wait_state(Side::B, "completed");
         self.wait_state(Side::A, "completed");
+        // Also a daemon that was started anew knows how it went.
+        let [here, there] = [Side::A, Side::B].map(|side| self.shown(side).unwrap_or_default());
+        for shown in [&here, &there] {
+            assert_eq!(shown["mode"], "postcopy", "{shown}");
+            let end = &shown["finished"];
+            assert_eq!(end["mode"], "postcopy", "{shown}");
+            assert_eq!(end["sent_bytes"], 0, "{shown}");
+            assert_eq!(
+                end["lacking_bytes"], here["finished"]["lacking_bytes"],
+                "{here} {there}"
+            );
+        }
         if let Some(migration) = self.migration.take() {
             // The one that began it may have lost its daemon.
             drop(migration);
@@ -107,6 +119,22 @@ impl Gone {
         self.source.serial.assert_whole();
         assert_nothing_left_in(self.destination.pid());
         self.assert_nothing_kept();
+    }
+
+    /// The source's daemon has the guest's memory no more, and its QEMU keeps it, stopped.
+    fn assert_nothing_served(&mut self) {
+        let name = self.source.ram().file_name().unwrap().to_owned();
+        let maps = format!("/proc/{}/maps", self.world.daemon(Side::A).pid());
+        eventually(PATIENCE, || {
+            let maps = std::fs::read_to_string(&maps).unwrap();
+            match maps.contains(name.to_str().unwrap()) {
+                true => Err(maps),
+                false => Ok(()),
+            }
+        })
+        .unwrap_or_else(|maps| panic!("the memory is still mapped: {maps}"));
+        assert_eq!(self.source.qmp.status(), "postmigrate");
+        assert_nothing_left_in(self.source.pid());
     }
 
     /// The record of what was received goes when nothing lacks.
@@ -316,6 +344,78 @@ fn a_source_that_lets_go_of_what_it_has_lost() {
     gone.wait_state(Side::B, "paused");
     gone.world.restart(Side::A);
     gone.wait_state(Side::A, "completed");
+}
+
+/// A destination whose host has lost everything and comes back: its guest has ended, which the source hears, and keeps nothing for it.
+#[test]
+fn a_destination_host_that_was_started_anew() {
+    let mut gone = Gone::begin();
+    gone.world.daemon_mut(Side::B).kill();
+    gone.destination.kill();
+    std::fs::remove_file(gone.destination.ram()).unwrap();
+    gone.wait_state(Side::A, "paused");
+    gone.world.restart(Side::B);
+    gone.wait_state(Side::B, "failed");
+    gone.wait_state(Side::A, "failed");
+    for side in [Side::A, Side::B] {
+        let end = gone.shown(side).unwrap()["finished"].clone();
+        assert_eq!(end["fault"], "qemu", "{end}");
+        let remedy = end["remedy"].as_str().unwrap();
+        assert!(remedy.contains("start it anew") || remedy.contains("start the guest anew"));
+    }
+    gone.migration
+        .take()
+        .unwrap()
+        .finish()
+        .not_completed("failed");
+    gone.assert_nothing_served();
+    gone.assert_nothing_kept();
+}
+
+/// One that does not come back: its operator ends what depends on it, knowing how much goes with it.
+#[test]
+fn a_destination_that_is_gone_for_good() {
+    let mut gone = Gone::begin();
+    gone.world.net.cut();
+    gone.wait_state(Side::A, "paused");
+    let resolve = |gone: &Gone, options: &[&str]| {
+        let words = [&["resolve", &gone.id], options].concat();
+        let output = gone.world.cli(Side::A).run(&words);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match output.status.success() {
+            true => Ok(text(&output.stdout)),
+            false => Err(text(&output.stderr)),
+        }
+    };
+    // It is only cut off, and its guest lives.
+    let refused = resolve(&gone, &["--abandon"]).unwrap_err();
+    for words in ["bytes of the guest's memory are here only", "--peer-fenced"] {
+        assert!(refused.contains(words), "{refused}");
+    }
+    let refused = resolve(&gone, &["--resume-here", "--peer-fenced"]).unwrap_err();
+    assert!(
+        refused.contains("the guest runs at the destination"),
+        "{refused}"
+    );
+    gone.world.daemon_mut(Side::B).kill();
+    gone.destination.kill();
+    gone.world.net.mend();
+    gone.wait_reason(
+        Side::A,
+        &[
+            "nobody answers",
+            "bytes of the guest's memory are here only",
+        ],
+    );
+    let done = resolve(&gone, &["--abandon", "--peer-fenced"]).unwrap();
+    assert!(done.contains("let go of"), "{done}");
+    gone.wait_state(Side::A, "failed");
+    gone.migration
+        .take()
+        .unwrap()
+        .finish()
+        .not_completed("failed");
+    gone.assert_nothing_served();
 }
 
 /// The destination has moved to another address meanwhile.

@@ -9,16 +9,18 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use pagecopy::engine::destination::{Destination, Input};
 use pagecopy::engine::doubt::{
     Found, Resolution, Step, at_destination, memory_gone, when_withdrawn,
 };
-use pagecopy::engine::event::{Figures, State};
-use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for};
+use pagecopy::engine::event::{Figures, Report, State};
+use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for, switched};
 use pagecopy::engine::{Failure, Fault, MigrationId};
 use pagecopy::wire::Standing;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::timeout;
 use transport::Regions;
 use uuid::Uuid;
 
@@ -36,6 +38,9 @@ use crate::qmp::Qmp;
 use crate::service::Service;
 use crate::store::JournalFile;
 
+/// How long a guest that lacks pages may take to run.
+const LACKING_LIMIT: Duration = Duration::from_secs(5);
+
 /// Takes up a committed guest that no session serves, as its journal begins. `None`: there is another migration of that
 /// guest here, or the journal does not begin.
 pub(crate) fn take_up(
@@ -51,6 +56,10 @@ pub(crate) fn take_up(
     if let Err(other) = service.migrations.add(&migration) {
         tracing::error!(id = %Uuid::from_bytes(id.0), vm, %other, "two migrations of this guest are open: a person has to look");
         return None;
+    }
+    if let Some(switch) = switched(records) {
+        let mode = switch.way();
+        migration.report(&Report::Switched { mode, switch });
     }
     show(
         id,
@@ -191,7 +200,7 @@ impl Held {
     async fn resolve(&self, resolution: Resolution) -> Decided {
         let (found, qmp) = look(&self.qmp).await;
         tracing::warn!(id = %Uuid::from_bytes(self.id.0), ?resolution, ?found, "the operator decides");
-        if resolution == Resolution::Abandon
+        if matches!(resolution, Resolution::Abandon { .. })
             && found == Found::StandsStill
             && self.depends_on_its_source()
         {
@@ -275,7 +284,12 @@ impl Held {
                 let qmp = qmp
                     .clone()
                     .ok_or_else(|| host("there is no QEMU", "report this"))?;
-                Incoming::new(qmp).run().await?;
+                match timeout(self.run_limit(), Incoming::new(qmp).run()).await {
+                    Ok(ran) => ran?,
+                    Err(_) => {
+                        tracing::warn!(id = %Uuid::from_bytes(self.id.0), "the guest was told to run, and waits for memory that lacks");
+                    }
+                }
                 // `Committed` is on disk, and a daemon that looks finds the guest running.
                 if let Err(failure) = self.append(&Record::Running) {
                     tracing::error!(failure = %Shown(&failure), "that the guest runs could not be recorded");
@@ -308,6 +322,16 @@ impl Held {
             finish(self.id, &self.migration, State::Completed, None);
         }
         Ok(())
+    }
+
+    /// How long QEMU may take to say that the guest runs. One that lacks pages may wait for one of them before it can: it has been
+    /// told to run, and what it waits for is for whoever fetches or poisons it.
+    fn run_limit(&self) -> Duration {
+        match self.depends_on_its_source() {
+            true => LACKING_LIMIT,
+            // QEMU's monitor has a limit of its own.
+            false => Duration::MAX,
+        }
     }
 
     fn depends_on_its_source(&self) -> bool {
@@ -346,6 +370,7 @@ impl Held {
         };
         let journals = &self.service.store.journals;
         let (armed, there) = (taken_over.is_some(), visit.is_some());
+        let switch = switched(journal.records());
         let setup = resume::setup(&self.service, self.id, &self.migration);
         let clock = Clock::start();
         let parts = |control, data, regions| Parts {
@@ -375,7 +400,7 @@ impl Held {
         };
         match Session::start(parts) {
             Ok(session) => {
-                let mut engine = Destination::recover(setup, armed, clock.now());
+                let mut engine = Destination::recover(setup, armed, clock.now()).switched(switch);
                 if !there {
                     engine.handle(clock.now(), Input::LinkLost(no_connection()));
                 }

@@ -121,6 +121,8 @@ pub enum Input {
     Message(Message),
     /// The connection is gone (any channel of it), with the reason.
     LinkLost(Failure),
+    /// Post-copy: what the guest lacks is not here any more, or was not found. Until `Reconnected`.
+    MemoryLost,
     /// Answer to [`Output::Connect`]: there is a control channel again.
     Reconnected,
     /// Answer to [`Output::Connect`]: not now.

@@ -62,9 +62,14 @@ impl SourceSide {
                     words,
                 })
             }
-            Message::LackingEnd { pages, background } => Some(Message::LackingEnd {
+            Message::LackingEnd {
+                pages,
+                background,
+                sent,
+            } => Some(Message::LackingEnd {
                 pages: pages - u64::from(self.forgot),
                 background: *background,
+                sent: *sent,
             }),
             _ => None,
         }
@@ -117,6 +122,7 @@ impl SourceSide {
     /// What would be served is gone: that is said, on a connection of its own.
     fn say_lost(&mut self, env: &mut Env, attempt: u32) {
         let why = "the RAM files went with the host";
+        self.input(env, Input::MemoryLost);
         if env.wires.passable() && env.destination_listens {
             let (ours, theirs) = env.wires.connect(&self.regions[..1], &Regions::new());
             env.incoming.push_back(theirs);

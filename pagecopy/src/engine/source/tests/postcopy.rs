@@ -11,6 +11,7 @@ fn lost() -> Input {
 fn setup_of(mode: Mode) -> Setup {
     let mut setup = setup();
     setup.options.mode = mode;
+    setup.options.background_limit = None;
     setup.data_channels = 2;
     setup
 }
@@ -45,7 +46,11 @@ fn attached() -> Input {
 
 /// Up to `Commit`: nothing is sent of the guest's memory, and two pages lack.
 fn switched_over() -> (Source, Vec<Output>) {
-    let mut source = Source::new(setup_of(Mode::Postcopy), Time(0));
+    switched_over_with(setup_of(Mode::Postcopy))
+}
+
+fn switched_over_with(setup: Setup) -> (Source, Vec<Output>) {
+    let mut source = Source::new(setup, Time(0));
     let mut asked = Vec::new();
     let mut now = NOW;
     for input in [
@@ -74,7 +79,11 @@ fn switched_over() -> (Source, Vec<Output>) {
 
 /// The guest runs at the destination, which fetches.
 fn serving() -> Source {
-    let (mut source, _) = switched_over();
+    serving_with(setup_of(Mode::Postcopy))
+}
+
+fn serving_with(setup: Setup) -> Source {
+    let (mut source, _) = switched_over_with(setup);
     let now = NOW.after(Duration::from_secs(1));
     source.handle(now, Input::Message(Message::Running));
     source.handle(now, Input::Journaled(Record::GuestMoved));
@@ -178,7 +187,7 @@ fn only_the_destination_or_the_operator_ends_it() {
         Input::HostFailed(failure()),
         Input::QemuFailed(failure()),
         Input::JournalFailed(Record::GuestMoved, failure()),
-        Input::Resolve(Resolution::Abandon),
+        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
         Input::Resolve(Resolution::ResumeHere { peer_fenced: true }),
         Input::StartPostcopy,
         lost(),
@@ -228,12 +237,62 @@ fn a_destination_that_is_away_is_dialled_until_the_operator_lets_go() {
     source.handle(now, Input::Message(Message::Resumed));
     assert_eq!(source.state(), State::Migrating);
 
+    // It may come back: only a fenced word counts, and only if nobody is there then.
     source.handle(now, lost());
-    source.handle(now, Input::Resolve(Resolution::Abandon));
+    source.handle(
+        now,
+        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
+    );
+    let refusal = |asked: &[Output]| {
+        asked.iter().find_map(|output| match output {
+            Output::Decided(Err(failure)) => Some(failure.clone()),
+            _ => None,
+        })
+    };
+    let refused = refusal(&outputs(&mut source)).unwrap();
+    assert!(refused.what.contains("8192 bytes"), "{refused:?}");
+    assert!(refused.remedy.contains("--peer-fenced"), "{refused:?}");
+    let fenced = || Input::Resolve(Resolution::Abandon { peer_fenced: true });
+    source.handle(now, fenced());
+    let asked = outputs(&mut source);
+    assert!(asked.contains(&Output::ConnectAll), "{asked:?}");
+    source.handle(now, Input::ReconnectRefused("full".into()));
+    let refused = refusal(&outputs(&mut source)).unwrap();
+    assert!(refused.what.contains("is there"), "{refused:?}");
+    // An attempt that is older than the word says nothing.
+    let next = source.poll_timeout().unwrap();
+    source.handle(next, Input::Tick);
+    source.handle(next, fenced());
+    outputs(&mut source);
+    source.handle(next, Input::ReconnectFailed("no route".into()));
+    let asked = outputs(&mut source);
+    assert!(asked.contains(&Output::ConnectAll), "{asked:?}");
+    source.handle(next, Input::ReconnectFailed("no route".into()));
     assert!(outputs(&mut source).contains(&Output::Journal(Record::Released)));
     source.handle(now, Input::Journaled(Record::Released));
     assert_eq!(source.state(), State::Failed);
-    assert!(!outputs(&mut source).contains(&Output::QuitGuest));
+    let end = outputs(&mut source);
+    assert!(!end.contains(&Output::QuitGuest));
+    let failure = end.iter().find_map(|output| match output {
+        Output::Finished(finished) => finished.failure.clone(),
+        _ => None,
+    });
+    let failure = failure.unwrap();
+    assert!(failure.what.contains("lacked 8192 bytes"), "{failure:?}");
+    assert!(failure.remedy.contains("Do not resume"), "{failure:?}");
+}
+
+/// Nothing is lost by letting go of what is not there.
+#[test]
+fn memory_that_is_lost_already_is_let_go_of_without_a_word() {
+    let mut source = serving();
+    source.handle(NOW, lost());
+    source.handle(NOW, Input::MemoryLost);
+    source.handle(
+        NOW,
+        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
+    );
+    assert!(outputs(&mut source).contains(&Output::Journal(Record::Released)));
 }
 
 #[test]
@@ -459,7 +518,10 @@ fn a_destination_that_reads_nothing_though_it_lacks_pages_is_a_pause() {
     now = now.after(Duration::from_secs(5));
     source.handle(now, lacks(8192));
     assert_eq!(told(&mut source), []);
-    source.handle(now, Input::Resolve(Resolution::Abandon));
+    source.handle(
+        now,
+        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
+    );
     assert!(matches!(
         &outputs(&mut source)[..],
         [Output::Decided(Err(_))]
@@ -480,6 +542,33 @@ fn a_destination_that_reads_nothing_though_it_lacks_pages_is_a_pause() {
         _ => None,
     });
     assert_eq!(figures.unwrap().paused_ms, Some(20_000.0));
+}
+
+/// One that keeps to a small limit, under which a page takes its time, also when a daemon serves it that does not know the limit.
+#[test]
+fn a_destination_that_reads_as_slowly_as_it_may_is_no_pause() {
+    let mut setup = setup_of(Mode::Postcopy);
+    setup.options.background_limit = Some(1);
+    let mut taken_up =
+        Source::recover(setup_of(Mode::Postcopy), Outcome::Here, Postcopy::Open, NOW);
+    taken_up.handle(NOW, Input::Reconnected);
+    taken_up.handle(NOW, Input::Message(Message::Resumed));
+    outputs(&mut taken_up);
+    for mut source in [serving_with(setup), taken_up] {
+        let paused = |output: &Output| matches!(output, Output::Report(Report::Paused { .. }));
+        let start = NOW.after(Duration::from_secs(2));
+        let mut told = Vec::new();
+        for second in 0..=91 {
+            told.extend(outputs(&mut source));
+            // It stops at 31 s.
+            let bytes = 1 + second.min(31) / 31;
+            let now = start.after(Duration::from_secs(second));
+            source.handle(now, Input::Message(Message::Pong { nonce: second }));
+            source.handle(now, Input::Read { bytes });
+        }
+        assert!(!told.iter().any(paused), "{told:?}");
+        assert!(outputs(&mut source).iter().any(paused));
+    }
 }
 
 /// One that answers pings is not better for saying nothing of what it lacks.
