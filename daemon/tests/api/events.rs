@@ -67,8 +67,7 @@ impl Reader {
 
 /// Begins a migration that fails at once; its id.
 fn begin(daemon: &Daemon, vm: &str) -> String {
-    let body = format!(r#"{{"vm":"{vm}","qmp":"/nonexistent","to":"127.0.0.1:1"}}"#);
-    let begun = daemon.post("/v1/migrations", &body).json();
+    let begun = daemon.begin_in_vain(vm).json();
     begun["id"].as_str().unwrap().to_owned()
 }
 

@@ -12,6 +12,11 @@ use serde_json::Value;
 pub(crate) const JSON: &str = "Content-Type: application/json";
 const CONFIG: &str = "name = 'a'\nlisten = '127.0.0.1:0'\napi = 'api.sock'\nstate-dir = 'state'\ninsecure-plaintext = true\n";
 
+/// What begins a migration that fails at once.
+pub(crate) fn in_vain(vm: &str) -> String {
+    format!(r#"{{"vm":"{vm}","qmp":"/nonexistent","to":"127.0.0.1:1"}}"#)
+}
+
 /// A daemon in a directory of its own, ended with the test.
 pub(crate) struct Daemon {
     pub(crate) dir: PathBuf,
@@ -85,6 +90,19 @@ impl Daemon {
     /// Posts JSON.
     pub(crate) fn post(&self, path: &str, body: &str) -> Answer {
         self.ask("POST", path, &[JSON], body)
+    }
+
+    /// Begins a migration that fails at once: no QEMU is there.
+    pub(crate) fn begin_in_vain(&self, vm: &str) -> Answer {
+        self.post("/v1/migrations", &in_vain(vm))
+    }
+
+    /// Begins one and waits for its end; its id.
+    pub(crate) fn fail(&self, vm: &str) -> String {
+        let begun = self.begin_in_vain(vm);
+        let id = begun.json()["id"].as_str().unwrap().to_owned();
+        self.get(&format!("/v1/migrations/{id}/events"));
+        id
     }
 
     /// Gets what must be there.

@@ -95,20 +95,11 @@ fn with_hook(name: &str, url: &str, more: &str) -> Daemon {
     daemon
 }
 
-/// Begins a migration that fails at once, and waits for its end.
-fn fail(daemon: &Daemon, vm: &str) -> String {
-    let body = format!(r#"{{"vm":"{vm}","qmp":"/nonexistent","to":"127.0.0.1:1"}}"#);
-    let begun = daemon.post("/v1/migrations", &body);
-    let id = begun.json()["id"].as_str().unwrap().to_owned();
-    daemon.get(&format!("/v1/migrations/{id}/events"));
-    id
-}
-
 #[test]
 fn the_end_is_told_and_signed() {
     let receiver = Receiver::new();
     let daemon = with_hook("hooks", &receiver.url(), "");
-    let id = fail(&daemon, "web");
+    let id = daemon.fail("web");
     let end = receiver.take("204 No Content");
     assert_eq!(end.line, "POST /told?by=pagecopy HTTP/1.1\r\n");
     assert_eq!(end.header("content-type"), "application/json");
@@ -139,7 +130,7 @@ fn the_end_is_told_and_signed() {
 fn what_is_not_taken_is_told_again_and_what_is_refused_is_not() {
     let receiver = Receiver::new();
     let daemon = with_hook("hooks-again", &receiver.url(), "events = ['finished']\n");
-    let first = fail(&daemon, "web");
+    let first = daemon.fail("web");
     let posted = receiver.take("503 Service Unavailable");
     let again = receiver.take("200 OK");
     assert_eq!(again.body, posted.body);
@@ -149,9 +140,9 @@ fn what_is_not_taken_is_told_again_and_what_is_refused_is_not() {
     );
     assert_eq!(again.json()["id"], first.as_str());
     // Neither a refusal nor a redirection is followed by anything.
-    let refused = fail(&daemon, "web");
-    let moved = fail(&daemon, "web");
-    let last = fail(&daemon, "web");
+    let refused = daemon.fail("web");
+    let moved = daemon.fail("web");
+    let last = daemon.fail("web");
     assert_eq!(
         receiver.take("404 Not Found").json()["id"],
         refused.as_str()
@@ -173,7 +164,7 @@ fn nobody_waits_for_one_who_does_not_answer() {
     });
     let from = Instant::now();
     for _ in 0..300 {
-        fail(&daemon, "web");
+        daemon.fail("web");
     }
     assert!(
         from.elapsed() < Duration::from_secs(30),
@@ -190,7 +181,7 @@ fn nobody_waits_for_one_who_does_not_answer() {
 fn the_last_is_told_while_the_daemon_ends() {
     let receiver = Receiver::new();
     let mut daemon = with_hook("hooks-end", &receiver.url(), "events = ['finished']\n");
-    let id = fail(&daemon, "web");
+    let id = daemon.fail("web");
     daemon.signal(rustix::process::Signal::TERM);
     assert_eq!(receiver.take("200 OK").json()["id"], id.as_str());
     assert!(daemon.child.wait().unwrap().success());

@@ -1,11 +1,7 @@
 //! Idempotency keys: whoever asks again is answered again, and nothing begins twice.
 
-use super::harness::{Answer, Daemon, JSON, start};
+use super::harness::{Answer, Daemon, JSON, in_vain, start};
 use super::problems::assert_problem;
-
-fn body(vm: &str) -> String {
-    format!(r#"{{"vm":"{vm}","qmp":"/nonexistent","to":"127.0.0.1:1"}}"#)
-}
 
 fn begin(daemon: &Daemon, key: &str, body: &str) -> Answer {
     let key = format!("Idempotency-Key: {key}");
@@ -20,20 +16,20 @@ fn begun(answer: &Answer) -> String {
 #[test]
 fn a_request_that_comes_again_begins_nothing() {
     let mut daemon = Daemon::start("keys");
-    let first = begin(&daemon, "\"one\"", &body("web"));
+    let first = begin(&daemon, "\"one\"", &in_vain("web"));
     let id = begun(&first);
     assert_eq!(first.header("idempotent-replayed"), "");
     // The same, though it is written in another way.
-    let same = body("web")
+    let same = in_vain("web")
         .replace(',', ", ")
         .replace('}', r#", "mode": "auto"}"#);
-    for body in [body("web"), same] {
+    for body in [in_vain("web"), same] {
         let again = begin(&daemon, "\"one\"", &body);
         assert_eq!(begun(&again), id);
         assert_eq!(again.header("idempotent-replayed"), "true");
         assert_eq!(again.header("location"), format!("/v1/migrations/{id}"));
     }
-    assert_ne!(begun(&begin(&daemon, "two", &body("db"))), id);
+    assert_ne!(begun(&begin(&daemon, "two", &in_vain("db"))), id);
     assert_eq!(
         daemon
             .get("/v1/migrations")
@@ -46,27 +42,27 @@ fn a_request_that_comes_again_begins_nothing() {
     daemon.child.kill().unwrap();
     daemon.child.wait().unwrap();
     daemon.child = start(&daemon.dir);
-    assert_eq!(begun(&begin(&daemon, "\"one\"", &body("web"))), id);
+    assert_eq!(begun(&begin(&daemon, "\"one\"", &in_vain("web"))), id);
     assert_eq!(daemon.get("/v1/migrations").body, "[]");
 }
 
 #[test]
 fn keys_that_cannot_be() {
     let daemon = Daemon::start("keys-wrong");
-    let id = begun(&begin(&daemon, "one", &body("web")));
-    let other = begin(&daemon, "one", &body("db"));
+    let id = begun(&begin(&daemon, "one", &in_vain("web")));
+    let other = begin(&daemon, "one", &in_vain("db"));
     assert_problem(&other, 422, "key-reused");
     assert!(
         other.json()["detail"].as_str().unwrap().contains(&id),
         "{other:?}"
     );
     for wrong in ["", "a b", "\u{e4}", &"x".repeat(256)] {
-        assert_problem(&begin(&daemon, wrong, &body("db")), 400, "bad-request");
+        assert_problem(&begin(&daemon, wrong, &in_vain("db")), 400, "bad-request");
     }
     let two = ["Idempotency-Key: a", "Idempotency-Key: b", JSON];
-    let twice = daemon.ask("POST", "/v1/migrations", &two, &body("db"));
+    let twice = daemon.ask("POST", "/v1/migrations", &two, &in_vain("db"));
     assert_problem(&twice, 400, "bad-request");
     // What was refused has used up no key.
-    assert_problem(&begin(&daemon, "three", &body("")), 400, "refused");
-    begun(&begin(&daemon, "three", &body("db")));
+    assert_problem(&begin(&daemon, "three", &in_vain("")), 400, "refused");
+    begun(&begin(&daemon, "three", &in_vain("db")));
 }

@@ -1,6 +1,6 @@
 //! The status page as it is sent, and who may have it and the rest of the API. What it looks like: `tests/tests/page.rs`.
 
-use super::harness::{Daemon, JSON};
+use super::harness::{Daemon, JSON, in_vain};
 use super::problems::assert_problem;
 
 #[test]
@@ -49,7 +49,7 @@ fn it_is_one_document_that_runs_nothing_but_its_own_script() {
 #[test]
 fn what_other_sites_ask_for_is_refused() {
     let daemon = Daemon::start("foreign");
-    let begin = r#"{"vm":"web","qmp":"/nonexistent","to":"127.0.0.1:1"}"#;
+    let begin = in_vain("web");
     for wrong in [
         "Host: evil.example",
         "Origin: http://evil.example",
@@ -62,7 +62,7 @@ fn what_other_sites_ask_for_is_refused() {
                 "foreign",
             );
         }
-        let asked = daemon.asked_by(wrong, "POST", "/v1/migrations", &[JSON], begin);
+        let asked = daemon.asked_by(wrong, "POST", "/v1/migrations", &[JSON], &begin);
         assert_problem(&asked, 403, "foreign");
     }
     assert_eq!(daemon.get("/v1/migrations").body, "[]");
@@ -71,20 +71,14 @@ fn what_other_sites_ask_for_is_refused() {
         "Sec-Fetch-Site: same-origin",
         JSON,
     ];
-    let asked = daemon.ask("POST", "/v1/migrations", &own, begin);
+    let asked = daemon.ask("POST", "/v1/migrations", &own, &begin);
     assert_eq!(asked.status, 201, "{asked:?}");
 }
 
 #[test]
 fn the_journal_has_events_and_records() {
     let daemon = Daemon::start("journal");
-    let begun = daemon.post(
-        "/v1/migrations",
-        r#"{"vm":"web","qmp":"/nonexistent","to":"127.0.0.1:1"}"#,
-    );
-    let id = begun.json()["id"].as_str().unwrap().to_owned();
-    // Up to its end.
-    daemon.get(&format!("/v1/migrations/{id}/events"));
+    let id = daemon.fail("web");
     let path = format!("/v1/migrations/{id}/journal");
     let journal = daemon.get(&path).json();
     let events = journal["events"].as_array().unwrap();
