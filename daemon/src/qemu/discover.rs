@@ -71,8 +71,7 @@ pub struct Guest {
 pub async fn source(qmp: &Qmp) -> Result<Guest, Failure> {
     runs(qmp).await?;
     settings::check(qmp).await?;
-    is_idle(qmp).await?;
-    is_not_blocked(qmp).await?;
+    may_leave(qmp).await?;
     look_at(qmp).await
 }
 
@@ -107,8 +106,8 @@ async fn runs(qmp: &Qmp) -> Result<(), Failure> {
     ))
 }
 
-/// Whether nothing else migrates it.
-async fn is_idle(qmp: &Qmp) -> Result<(), Failure> {
+/// Whether nothing else migrates it, and QEMU itself would.
+async fn may_leave(qmp: &Qmp) -> Result<(), Failure> {
     let migration = query_migrate(qmp).await?;
     if let Some(status) = migration
         .status
@@ -122,12 +121,7 @@ async fn is_idle(qmp: &Qmp) -> Result<(), Failure> {
             "wait for it, or send migrate_cancel to QEMU",
         ));
     }
-    Ok(())
-}
-
-/// Whether QEMU itself would migrate it.
-async fn is_not_blocked(qmp: &Qmp) -> Result<(), Failure> {
-    match query_migrate(qmp).await?.blocked_reasons.first() {
+    match migration.blocked_reasons.first() {
         None => Ok(()),
         Some(reason) => Err(qemu(
             format!("QEMU says that it cannot be migrated: {reason}"),
