@@ -13,7 +13,7 @@ pub enum About {
     State,
     /// A migration has ended.
     Finished,
-    /// A guest that is leaving writes its memory faster than the link carries it away.
+    /// A guest that is leaving has written nine tenths of what the link carries away, or more, for two seconds.
     Outpaced,
 }
 

@@ -1,5 +1,5 @@
 //! Web hooks: who is named in the configuration is told over HTTP when a migration's state changes, when it has ended, and when
-//! a guest writes faster than the link carries.
+//! a guest writes about as fast as the link carries, or faster.
 //!
 //! Hooks read the feed (`feed.rs`) as any reader does and have a bounded queue each, so that nobody waits for one who does not
 //! answer: what finds its queue full is lost, and the log says so.
