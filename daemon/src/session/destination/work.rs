@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pagecopy::engine::destination::Input;
 use pagecopy::engine::encoding::Encodings;
@@ -35,14 +35,18 @@ impl Session {
             Err(failure) => return self.answer(Input::HostFailed(failure)),
         };
         self.memory = Some(memory.clone());
-        let lanes = self.start_lanes(&memory, encodings).err();
+        let ready = Arc::new(AtomicBool::new(false));
+        let lanes = self.start_lanes(&memory, &ready, encodings).err();
         let regions = self.regions.clone();
         self.order(async move {
             if let Some(failure) = lanes {
                 return Input::HostFailed(failure);
             }
             match blocking(move || clear_and_register(&memory, &regions)).await {
-                Ok(()) => Input::Prepared,
+                Ok(()) => {
+                    ready.store(true, Ordering::Release);
+                    Input::Prepared
+                }
                 Err(failure) => Input::HostFailed(failure),
             }
         });
@@ -72,12 +76,19 @@ impl Session {
         })
     }
 
-    /// Before the regions are registered no page can land: an early one is refused by the transport.
-    fn start_lanes(&mut self, memory: &Memory, encodings: Encodings) -> Result<(), Failure> {
+    /// Before the regions are registered no page can land: an early one is refused by the transport, and what comes as a message by
+    /// the lanes, until the RAM is `ready`.
+    fn start_lanes(
+        &mut self,
+        memory: &Memory,
+        ready: &Arc<AtomicBool>,
+        encodings: Encodings,
+    ) -> Result<(), Failure> {
         for (channel, number) in std::mem::take(&mut self.idle).into_iter().zip(1..) {
             let id = ChannelId(number);
             let handler = DestinationData::new(
                 id,
+                Arc::clone(ready),
                 Arc::clone(&memory.specs),
                 Arc::clone(&memory.placer),
                 encodings,
