@@ -3,9 +3,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::time::{Duration, Instant};
+
 use tests::real::{
     Backing, Hugepages, Machine, Moved, PATIENCE, Qemu, Role, Side, Version, World, assert_moved,
-    skipped,
+    let_it_last, skipped,
 };
 
 fn machine() -> Machine {
@@ -129,6 +131,55 @@ fn by_hand() {
     assert_moved(&mut source, &mut destination);
     let late = world.cli(Side::A).run(&["start-postcopy", &id]);
     assert!(!late.status.success(), "{late:?}");
+}
+
+/// Next to nothing is fetched but what the guest touches, and that comes; nobody takes the destination for one that is stuck.
+#[test]
+fn a_limit_of_a_byte_a_second_holds_no_page_fault_back() {
+    let machine = Machine::new(Version::V10_0, 64, "rate=5 set=4");
+    let world = World::tls();
+    let source = world.guest("source", &machine);
+    let destination = world.waiting("destination", &machine);
+    let options = ["--mode", "postcopy", "--postcopy-bandwidth-limit", "1B/s"];
+    let migration = world.begin(Side::A, "vm", &source, &destination, &options);
+    // It touches all that it has filled: half of its memory.
+    destination.serial.wait_beats(1);
+    destination.serial.verify();
+    let id = world.cli(Side::A).id_of("vm");
+    let touched = world.cli(Side::B).status(&id);
+    assert!(
+        touched["faults"]["faults"].as_u64().unwrap() > 1000,
+        "{touched}"
+    );
+    // Longer than a destination may read nothing that has no limit to keep to.
+    let_it_last(Duration::from_secs(13));
+    for side in [Side::A, Side::B] {
+        let shown = world.cli(side).status(&id);
+        assert_eq!(shown["state"], "migrating", "{shown}");
+        assert!(
+            shown["progress"]["lacking_bytes"].as_u64().unwrap() > 0,
+            "{shown}"
+        );
+    }
+    destination.serial.wait_beats(100);
+    drop(migration);
+}
+
+/// Nor is the switch to post-copy held up by pages that are under way.
+#[test]
+fn the_guest_goes_first_at_once_under_a_small_limit() {
+    let machine = Machine::new(Version::V10_0, 64, "rate=5 set=4");
+    let world = World::tls();
+    let source = world.guest("source", &machine);
+    let destination = world.waiting("destination", &machine);
+    let options = ["--mode", "hybrid", "--postcopy-after", "1s"];
+    let options = [&options[..], &["--bandwidth-limit", "100B/s"]].concat();
+    let begun = Instant::now();
+    let migration = world.begin(Side::A, "vm", &source, &destination, &options);
+    destination.serial.wait_beats(1);
+    assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
+    destination.serial.verify();
+    drop(migration);
 }
 
 #[test]

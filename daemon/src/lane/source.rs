@@ -7,7 +7,8 @@
 //!
 //! Here a bandwidth limit is kept to the byte: pages are taken from the migration's share as they are submitted, in small
 //! pieces, and what has gone beyond (headers, encryption) is taken when it has. When the destination reads, what somebody
-//! waits for goes at once, on the first channel; on the others a share that is used up makes its requests wait.
+//! waits for goes at once, on the first channel; on the others a share that is used up makes its requests wait, but not for
+//! long: somebody may have come to wait for what was asked for.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -41,6 +42,8 @@ const FAULTS: ChannelId = ChannelId(1);
 const READS: Duration = Duration::from_micros(500);
 /// … and so often while there are none.
 const NO_READS: Duration = Duration::from_millis(5);
+/// After so long without an answer on a channel its next request is taken, whatever is left of the share.
+const LONGEST_HOLD: Duration = Duration::from_secs(2);
 
 /// What the session asks of a data channel.
 #[derive(Debug)]
@@ -91,6 +94,8 @@ pub struct SourceData {
     until: Option<Instant>,
     /// Something has gone over the channel just now that was not taken before.
     reads: bool,
+    /// When something last went over the channel.
+    went: Instant,
     /// Made when the first batch says what was agreed on.
     policy: Option<Policy>,
     /// How pages went last.
@@ -135,6 +140,7 @@ impl SourceData {
             taken: 0,
             until: None,
             reads: false,
+            went: Instant::now(),
             policy: None,
             choice: Choice::default(),
             meter: Meter::new(),
@@ -331,7 +337,8 @@ impl Handler for SourceData {
     }
 
     fn hold(&self) -> Option<Duration> {
-        let holds = self.share.is_serving() && self.id != FAULTS;
+        let holds =
+            self.share.is_serving() && self.id != FAULTS && self.went.elapsed() < LONGEST_HOLD;
         holds.then(|| self.share.wait()).flatten()
     }
 
@@ -339,6 +346,9 @@ impl Handler for SourceData {
         let more = sent.saturating_sub(self.taken);
         self.taken += more;
         self.reads = more > 0;
+        if self.reads {
+            self.went = Instant::now();
+        }
         match more {
             0 => {}
             _ if self.share.is_serving() && self.id == FAULTS => self.share.spend_at_once(more),

@@ -12,7 +12,8 @@
 //! So the shares are max-min fair: nobody can be given more without taking from one who has less for its weight. A bucket may
 //! be overdrawn by what is sent at a time, [`Buckets::quantum`], and holds little: in any second all together send at most
 //! 3 % more than the limit, and so does each. Reads of a destination are known only when they have been answered: they may
-//! overdraw a bucket by more, and then wait until that is paid.
+//! overdraw a bucket by more, and then wait until that is paid. Nobody waits for longer than [`PATIENCE`], though: no less than a
+//! page can go, so under a smaller limit than a page in that time it is a page in that time, and not nothing for an hour.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -28,6 +29,8 @@ const SPARE: f64 = 0.010;
 const QUANTUM: f64 = 0.0025;
 /// Page faults are paid back for this long at most once they are over.
 const DEBT: f64 = 0.1;
+/// A bucket is overdrawn by no more than comes in this time.
+const PATIENCE: f64 = 30.0;
 /// How long somebody waits before it asks again: shares change.
 const WAITS: (f64, f64) = (0.0001, 0.005);
 
@@ -164,8 +167,11 @@ impl Buckets {
 
     /// So many bytes go.
     pub(super) fn spend(&mut self, key: u64, sent: u64) {
+        let least = self
+            .rate(key)
+            .map_or(f64::NEG_INFINITY, |rate| -rate * PATIENCE);
         if let Some(bucket) = self.of.get_mut(&key) {
-            bucket.level -= bytes(sent);
+            bucket.level = (bucket.level - bytes(sent)).max(least);
         }
     }
 
@@ -358,6 +364,27 @@ mod tests {
             assert!(most <= 1.03 * limit, "{most} of {limit}");
             assert!(least >= 0.97 * limit, "{least} of {limit}");
         }
+    }
+
+    /// Under the smallest limit, and after a huge page.
+    #[test]
+    fn nobody_waits_for_longer_than_half_a_minute() {
+        for limit in [1, 100, 10_000] {
+            let mut buckets = Buckets::new(None);
+            let key = buckets.add(Time(0), 0, Some(limit));
+            for page in [4096, 2 << 20, u64::MAX] {
+                buckets.limit(Time(0), key, Some(limit));
+                buckets.spend(key, page);
+                let at = buckets.at.after(Duration::from_secs(31));
+                assert_eq!(buckets.wait(at, key), None, "{limit}: {page}");
+            }
+        }
+        // What a second's worth of the limit is waited for in full.
+        let mut buckets = Buckets::new(None);
+        let key = buckets.add(Time(0), 0, Some(1_000_000));
+        buckets.spend(key, 20_000_000);
+        assert!(buckets.wait(Time(19 * SECOND), key).is_some());
+        assert_eq!(buckets.wait(Time(21 * SECOND), key), None);
     }
 
     #[test]

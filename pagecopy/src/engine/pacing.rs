@@ -4,10 +4,12 @@
 use std::time::Duration;
 
 use crate::engine::Time;
-use crate::limits::MAX_BATCH_BYTES;
+use crate::limits::{MAX_BATCH_BYTES, MIN_PAGE_SIZE};
 
 /// The bucket holds at most what flows in this time (but at least one batch), so that a pause is not made up for by a burst.
 const BURST: Duration = Duration::from_millis(20);
+/// A batch is what flows in a part of a second, of so many: one that is under way is waited for before the guest may go first.
+const BATCHES_A_SECOND: u64 = 4;
 
 /// A token bucket. Without a limit it never says no.
 #[derive(Debug)]
@@ -36,7 +38,14 @@ impl Pacer {
 
     fn capacity(&self) -> i128 {
         let burst = i128::from(self.rate.unwrap_or(0)) * nanos(BURST);
-        burst.max(i128::from(MAX_BATCH_BYTES) * SCALE)
+        burst.max(i128::from(self.batch_bytes()) * SCALE)
+    }
+
+    /// The most that goes as one batch.
+    pub fn batch_bytes(&self) -> u64 {
+        self.rate.map_or(MAX_BATCH_BYTES, |rate| {
+            (rate / BATCHES_A_SECOND).clamp(MIN_PAGE_SIZE, MAX_BATCH_BYTES)
+        })
     }
 
     /// Whether a batch may go now.
@@ -100,6 +109,15 @@ mod tests {
             (1_000_000_000..=1_000_000_000 + 3 * BATCH).contains(&sent),
             "{sent}"
         );
+    }
+
+    #[test]
+    fn a_batch_is_not_under_way_for_long_unless_it_is_one_page() {
+        let batch = |rate| Pacer::new(rate, Time(0)).batch_bytes();
+        assert_eq!(batch(None), MAX_BATCH_BYTES);
+        assert_eq!(batch(Some(1 << 30)), MAX_BATCH_BYTES);
+        assert_eq!(batch(Some(1 << 20)), 256 << 10);
+        assert_eq!(batch(Some(1)), MIN_PAGE_SIZE);
     }
 
     #[test]

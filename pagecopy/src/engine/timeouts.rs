@@ -33,6 +33,8 @@ pub struct Timeouts {
     pub serve_most: Duration,
     /// In post-copy: a destination that lacks pages, says so, and has read none for so long does not go on.
     pub unread: Duration,
+    /// The same where the operator may have limited what nobody waits for: a page takes its time then.
+    pub unread_limited: Duration,
     /// The destination, committed: wait this long before the next attempt to run the guest.
     pub run_again: Duration,
     /// The destination, committed: after so long without success, leave it to the operator.
@@ -55,6 +57,7 @@ impl Default for Timeouts {
             serve_first: Duration::from_millis(100),
             serve_most: Duration::from_secs(5),
             unread: Duration::from_secs(10),
+            unread_limited: Duration::from_secs(60),
             run_again: Duration::from_secs(1),
             run_most: Duration::from_secs(30),
         }

@@ -54,6 +54,8 @@ pub(super) struct Core {
     pub(super) cut: bool,
     /// The guest will depend, or depends, on the memory here.
     pub(super) serves: bool,
+    /// Whether the operator may have limited what of post-copy nobody waits for: a daemon that was started anew does not know.
+    pub(super) limits_background: bool,
     /// Whether there are data channels.
     pub(super) has_data: bool,
     /// Time in which pages were sent, for the goodput.
@@ -78,6 +80,7 @@ impl Core {
             postcopy: false,
             cut: false,
             serves: false,
+            limits_background: setup.options.background_limit.is_some(),
             has_data: true,
             sending_time: Duration::ZERO,
             progress_at: Time(0),

@@ -87,6 +87,7 @@ impl Source {
         core.link.lost();
         core.stop_ordered = Some(now);
         core.serves = postcopy == Postcopy::Open;
+        core.limits_background = true;
         let phase = match outcome {
             Outcome::Open => {
                 core.intent = Intent::Written;

@@ -139,10 +139,12 @@ impl Sender {
         (in_flight.len() < MAX_BATCHES_PER_CHANNEL).then_some(lane)
     }
 
-    /// Few pages are spread over all channels; many go in the largest batches.
+    /// Few pages are spread over all channels; many go in the largest batches that the limit leaves.
     fn batch_bytes(&self, pages: &Pages) -> u64 {
         let share = pages.send_bytes() / self.lanes.len().max(1) as u64;
-        share.clamp(MIN_BATCH_BYTES, MAX_BATCH_BYTES)
+        share
+            .clamp(MIN_BATCH_BYTES, MAX_BATCH_BYTES)
+            .min(self.pacer.batch_bytes())
     }
 
     /// A batch went. False: it is not one of those under way.

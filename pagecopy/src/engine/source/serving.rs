@@ -196,7 +196,11 @@ impl Serving {
     /// A destination that lacks pages also reads them, and says each second what it lacks: otherwise its threads are stuck, or it
     /// answers for no good, and a person must know.
     fn look_whether_it_reads(&mut self, core: &mut Core) {
-        let unread = core.setup.timeouts.unread;
+        let timeouts = core.setup.timeouts;
+        let unread = match core.limits_background {
+            true => timeouts.unread_limited,
+            false => timeouts.unread,
+        };
         let Some((_, since)) = self.read.filter(|_| self.lacking != Some(0)) else {
             return;
         };

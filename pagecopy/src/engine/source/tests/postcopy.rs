@@ -11,6 +11,7 @@ fn lost() -> Input {
 fn setup_of(mode: Mode) -> Setup {
     let mut setup = setup();
     setup.options.mode = mode;
+    setup.options.background_limit = None;
     setup.data_channels = 2;
     setup
 }
@@ -45,7 +46,11 @@ fn attached() -> Input {
 
 /// Up to `Commit`: nothing is sent of the guest's memory, and two pages lack.
 fn switched_over() -> (Source, Vec<Output>) {
-    let mut source = Source::new(setup_of(Mode::Postcopy), Time(0));
+    switched_over_with(setup_of(Mode::Postcopy))
+}
+
+fn switched_over_with(setup: Setup) -> (Source, Vec<Output>) {
+    let mut source = Source::new(setup, Time(0));
     let mut asked = Vec::new();
     let mut now = NOW;
     for input in [
@@ -74,7 +79,11 @@ fn switched_over() -> (Source, Vec<Output>) {
 
 /// The guest runs at the destination, which fetches.
 fn serving() -> Source {
-    let (mut source, _) = switched_over();
+    serving_with(setup_of(Mode::Postcopy))
+}
+
+fn serving_with(setup: Setup) -> Source {
+    let (mut source, _) = switched_over_with(setup);
     let now = NOW.after(Duration::from_secs(1));
     source.handle(now, Input::Message(Message::Running));
     source.handle(now, Input::Journaled(Record::GuestMoved));
@@ -480,6 +489,33 @@ fn a_destination_that_reads_nothing_though_it_lacks_pages_is_a_pause() {
         _ => None,
     });
     assert_eq!(figures.unwrap().paused_ms, Some(20_000.0));
+}
+
+/// One that keeps to a small limit, under which a page takes its time, also when a daemon serves it that does not know the limit.
+#[test]
+fn a_destination_that_reads_as_slowly_as_it_may_is_no_pause() {
+    let mut setup = setup_of(Mode::Postcopy);
+    setup.options.background_limit = Some(1);
+    let mut taken_up =
+        Source::recover(setup_of(Mode::Postcopy), Outcome::Here, Postcopy::Open, NOW);
+    taken_up.handle(NOW, Input::Reconnected);
+    taken_up.handle(NOW, Input::Message(Message::Resumed));
+    outputs(&mut taken_up);
+    for mut source in [serving_with(setup), taken_up] {
+        let paused = |output: &Output| matches!(output, Output::Report(Report::Paused { .. }));
+        let start = NOW.after(Duration::from_secs(2));
+        let mut told = Vec::new();
+        for second in 0..=91 {
+            told.extend(outputs(&mut source));
+            // It stops at 31 s.
+            let bytes = 1 + second.min(31) / 31;
+            let now = start.after(Duration::from_secs(second));
+            source.handle(now, Input::Message(Message::Pong { nonce: second }));
+            source.handle(now, Input::Read { bytes });
+        }
+        assert!(!told.iter().any(paused), "{told:?}");
+        assert!(outputs(&mut source).iter().any(paused));
+    }
 }
 
 /// One that answers pings is not better for saying nothing of what it lacks.
