@@ -27,6 +27,55 @@ pub struct Target {
     pub names: Vec<String>,
 }
 
+/// Why there is no connection.
+#[derive(Debug)]
+pub struct Unreached {
+    /// Whose fault it is, and what to do.
+    pub failure: Failure,
+    /// Somebody answers at that address: by a refusal, a certificate, or the end of what had begun. Not so where the name is not
+    /// known, the connection was refused by the host, timed out, or found no route.
+    pub answers: bool,
+}
+
+impl Unreached {
+    /// What became of dialling, in the transport's words.
+    fn by(to: &str, error: &Error) -> Unreached {
+        let failure = link_failure(error);
+        Unreached {
+            failure: Failure {
+                what: format!("{to} cannot be connected to: {}", failure.what),
+                ..failure
+            },
+            answers: !matches!(
+                error,
+                Error::Unreached { .. } | Error::Misuse(_) | Error::NoMemory(_)
+            ),
+        }
+    }
+
+    /// Nobody was met.
+    fn nobody(failure: Failure) -> Unreached {
+        Unreached {
+            failure,
+            answers: false,
+        }
+    }
+
+    /// Somebody was, and is of no use.
+    pub(crate) fn met(failure: Failure) -> Unreached {
+        Unreached {
+            failure,
+            answers: true,
+        }
+    }
+}
+
+impl From<Unreached> for Failure {
+    fn from(unreached: Unreached) -> Failure {
+        unreached.failure
+    }
+}
+
 /// The addresses that `HOST:PORT` (or `unix:PATH`) stands for. HOST may be a name, an IPv4 address or an IPv6 address in
 /// brackets.
 ///
@@ -96,40 +145,42 @@ pub fn check_host_port(to: &str) -> Result<(), Failure> {
 /// connected to, since another of the name's addresses may be reached by another link.
 ///
 /// # Errors
-/// Nobody answers, the peer refuses, or one side does not trust the other.
+/// The name is not known, nobody answers, the peer refuses, or one side does not trust the other.
 pub async fn dial(
     target: &Target,
     channels: impl Fn(&Address) -> u16 + Send + 'static,
     regions: &Regions,
-) -> Result<(Vec<Box<dyn Channel>>, Peer), Failure> {
-    let addresses = resolve(&target.to).await?;
+) -> Result<(Vec<Box<dyn Channel>>, Peer), Unreached> {
+    let addresses = resolve(&target.to).await.map_err(Unreached::nobody)?;
     let (security, regions, to) = (target.security.now(), regions.clone(), target.to.clone());
     let names = target.names.clone();
     let task = tokio::task::spawn_blocking(move || {
-        let mut failure = None;
+        // Of several addresses, what one says at which somebody answers tells most.
+        let mut failure: Option<Unreached> = None;
         for address in addresses {
             match dial_one(&address, &security, channels(&address), &regions) {
                 Ok((channels, peer)) if names::includes(&names, &peer) => {
                     return Ok((channels, peer));
                 }
-                Ok((_, peer)) => return Err(another(&to, &names, &peer)),
+                Ok((_, peer)) => return Err(Unreached::met(another(&to, &names, &peer))),
                 // Another of the name's addresses may be the one that is listened on; a refusal is an answer.
-                Err(error @ Error::Io { .. }) => failure = Some(error),
                 Err(error) => {
-                    failure = Some(error);
-                    break;
+                    let unreached = Unreached::by(&to, &error);
+                    let goes_on = matches!(error, Error::Io { .. } | Error::Unreached { .. });
+                    if unreached.answers || failure.is_none() {
+                        failure = Some(unreached);
+                    }
+                    if !goes_on {
+                        break;
+                    }
                 }
             }
         }
-        let mut failure = failure.map_or_else(
-            || Failure::new(Fault::Network, "no address", ""),
-            |e| link_failure(&e),
-        );
-        failure.what = format!("{to} cannot be connected to: {}", failure.what);
-        Err(failure)
+        let none = || Unreached::nobody(Failure::new(Fault::Network, "no address", ""));
+        Err(failure.unwrap_or_else(none))
     });
     task.await
-        .map_err(|error| host(error.to_string(), "report this"))?
+        .map_err(|error| Unreached::nobody(host(error.to_string(), "report this")))?
 }
 
 /// Who listens is let in, and is not the one that the migration was begun with.
@@ -149,12 +200,12 @@ fn another(to: &str, names: &[String], peer: &Peer) -> Failure {
 ///
 /// # Errors
 /// As [`dial`].
-pub async fn dial_control(target: &Target) -> Result<Box<dyn Channel>, Failure> {
+pub async fn dial_control(target: &Target) -> Result<Box<dyn Channel>, Unreached> {
     let (channels, _) = dial(target, |_| 1, &Regions::new()).await?;
     channels
         .into_iter()
         .next()
-        .ok_or_else(|| host("no channel was made", "report this"))
+        .ok_or_else(|| Unreached::met(host("no channel was made", "report this")))
 }
 
 fn dial_one(
@@ -213,6 +264,38 @@ mod tests {
                     .contains("HOST:PORT"),
                 "{bad}"
             );
+        }
+    }
+
+    /// Whether an operator's word that the other host is fenced may count.
+    #[tokio::test]
+    async fn what_failed_is_told_and_whether_anybody_is_there() {
+        for error in [
+            Error::Closed,
+            Error::Refused("full".into()),
+            Error::Untrusted("another name".into()),
+            Error::PeerIncompatible("no TLS".into()),
+            Error::PeerMisbehaved("no greeting".into()),
+            // It has let us in, and says nothing.
+            Error::io("waiting", &io::ErrorKind::TimedOut.into()),
+        ] {
+            assert!(Unreached::by("host-b:1", &error).answers, "{error}");
+        }
+        let target = |to: &str| Target {
+            to: to.to_owned(),
+            security: Trust::new(Security::Plaintext),
+            names: Vec::new(),
+        };
+        // Port 1 of this host is nobody's.
+        for (to, word) in [
+            ("127.0.0.1:1", "nobody answers: Connection refused"),
+            ("no-such-host.invalid:1", "is not known"),
+            ("unix:/nowhere/sock", "nobody answers: No such file"),
+        ] {
+            let unreached = dial_control(&target(to)).await.err().unwrap();
+            assert!(!unreached.answers, "{unreached:?}");
+            let what = unreached.failure.what;
+            assert!(what.contains(word) && what.contains(to), "{what}");
         }
     }
 

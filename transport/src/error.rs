@@ -20,6 +20,15 @@ pub enum Error {
         /// The system's words.
         message: String,
     },
+    /// Nobody answers where the peer should listen: the connection was refused by its host, timed out, or found no route. Not so
+    /// when somebody has taken the connection, whatever becomes of it.
+    #[error("nobody answers: {message}")]
+    Unreached {
+        /// The kind of error, to decide by.
+        kind: io::ErrorKind,
+        /// The system's words.
+        message: String,
+    },
     /// This host cannot take the peer's bytes: its memory is full (`ENOSPC`, `ENOMEM`, `EFAULT` on a full tmpfs).
     #[error("no memory for the peer's bytes: {0}")]
     NoMemory(String),

@@ -46,7 +46,7 @@ pub(crate) fn link_failure(error: &Error) -> Failure {
             Fault::PeerHost,
             "see the other host's pagecopyd: it ended, or gave up (its log says why)",
         ),
-        Error::Io { .. } => (
+        Error::Io { .. } | Error::Unreached { .. } => (
             Fault::Network,
             "check the network and that pagecopyd runs on the other host",
         ),

@@ -15,7 +15,7 @@ use tokio::sync::mpsc::unbounded_channel;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
-use crate::dial::{Target, dial_control};
+use crate::dial::{Target, Unreached, dial_control};
 use crate::failure::{Shown, operator};
 use crate::lane::control::Control;
 use crate::lane::{Lane, LaneEvent, Told};
@@ -62,7 +62,7 @@ pub(crate) async fn ask(
     question: Message,
     target: &Target,
     patience: Duration,
-) -> Result<Message, Failure> {
+) -> Result<Message, Unreached> {
     let channel = dial_control(target).await?;
     let (sender, mut events) = unbounded_channel();
     let to_us = move |told: Told| {
@@ -70,7 +70,8 @@ pub(crate) async fn ask(
         let _ = sender.send(told);
     };
     let control = Control::default();
-    let lane = Lane::start("control", ChannelId(0), channel, control, (), to_us)?;
+    let lane = Lane::start("control", ChannelId(0), channel, control, (), to_us)
+        .map_err(Unreached::met)?;
     lane.give(question);
     let answer = async {
         while let Some(told) = events.recv().await {
@@ -88,7 +89,7 @@ pub(crate) async fn ask(
     };
     let answer = timeout(patience, answer).await.ok().flatten();
     lane.close();
-    answer.ok_or_else(|| unheard("it does not answer"))
+    answer.ok_or_else(|| Unreached::met(unheard("it does not answer")))
 }
 
 fn unheard(why: &str) -> Failure {

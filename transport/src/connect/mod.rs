@@ -76,7 +76,7 @@ pub enum Security {
 /// Dials `address` and greets. Blocks, at most for `deadline` in all.
 ///
 /// # Errors
-/// [`Error::Io`] when nobody answers, [`Error::Refused`] with the peer's words, [`Error::PeerIncompatible`] when only
+/// [`Error::Unreached`] when nobody answers, [`Error::Refused`] with the peer's words, [`Error::PeerIncompatible`] when only
 /// one side uses TLS or no version fits, [`Error::Untrusted`] when the peer's certificate does not pass.
 pub fn connect(
     address: &Address,

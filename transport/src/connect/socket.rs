@@ -60,7 +60,10 @@ impl Bounded {
         let socket = Socket::new(domain, Type::STREAM, None).map_err(|e| Error::io(WHAT, &e))?;
         socket
             .connect_timeout(&to, deadline.left(WHAT)?)
-            .map_err(|e| Error::io(WHAT, &e))?;
+            .map_err(|e| Error::Unreached {
+                kind: e.kind(),
+                message: e.to_string(),
+            })?;
         Bounded::new(socket, deadline)
     }
 

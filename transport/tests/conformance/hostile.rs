@@ -250,7 +250,7 @@ fn nobody_at_the_address_is_told_apart() {
     assert!(
         matches!(
             error,
-            Some(Error::Io {
+            Some(Error::Unreached {
                 kind: ErrorKind::ConnectionRefused,
                 ..
             })

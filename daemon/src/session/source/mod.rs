@@ -24,10 +24,9 @@ use tokio::sync::oneshot;
 use transport::{Channel, Regions};
 
 use self::serve::Served;
-use self::unreached::Unreached;
 use super::telling;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
-use crate::dial::{Target, dial_control};
+use crate::dial::{Target, Unreached, dial_control};
 use crate::failure::{Shown, operator};
 use crate::lane::control::Control;
 use crate::lane::source::{Command, Encoding, SourceData};
@@ -464,10 +463,7 @@ impl Session {
         let (target, sender) = (self.target.clone(), self.sender.clone());
         let attempt = self.connection;
         log::spawn(async move {
-            let dialled = match dial_control(&target).await {
-                Ok(channel) => Ok(channel),
-                Err(failure) => Err(Unreached::by(failure, &target).await),
-            };
+            let dialled = dial_control(&target).await;
             let _ = sender.send(Incoming::Connected(attempt, dialled));
         });
     }

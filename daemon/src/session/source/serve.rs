@@ -10,9 +10,8 @@ use pagecopy::memory::{BlockId, BlockSpec};
 use pagecopy::wire::Message;
 use transport::{Access, Address, Channel, RegionId};
 
-use super::unreached::Unreached;
 use super::{Incoming, Session};
-use crate::dial::dial;
+use crate::dial::{Unreached, dial};
 use crate::failure::Failure;
 use crate::log;
 use crate::nic::{POSTCOPY_CHANNELS, default_channels};
@@ -76,10 +75,8 @@ impl Session {
             // Joining the lanes' threads may block for a moment.
             let _ = log::spawn_blocking(move || drop(lanes)).await;
             let wanted = |address: &Address| default_channels(address).max(POSTCOPY_CHANNELS) + 1;
-            let dialled = match dial(&target, wanted, &regions).await {
-                Ok((channels, _)) => Ok(channels),
-                Err(failure) => Err(Unreached::by(failure, &target).await),
-            };
+            let dialled = dial(&target, wanted, &regions).await;
+            let dialled = dialled.map(|(channels, _)| channels);
             let _ = sender.send(Incoming::ConnectedAll(attempt, dialled));
         });
     }
@@ -97,13 +94,11 @@ impl Session {
                     let _ = sender.send(Incoming::Engine(Input::Message(answer)));
                     ("the destination knows".to_owned(), true)
                 }
-                Err(unheard) => {
-                    let unreached = Unreached::by(unheard, &target).await;
-                    (unreached.what, unreached.answers)
-                }
+                Err(unreached) => (unreached.failure.what, unreached.answers),
             };
             let what = format!("{}; {heard}; what to do: {}", failure.what, failure.remedy);
-            let unreached = Unreached { what, answers };
+            let failure = Failure { what, ..failure };
+            let unreached = Unreached { failure, answers };
             // A session that has ended needs no word.
             let _ = sender.send(Incoming::ConnectedAll(attempt, Err(unreached)));
         });
