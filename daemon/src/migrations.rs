@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use pagecopy::engine::MigrationId;
 use pagecopy::engine::doubt::Resolution;
-use pagecopy::engine::event::{Figures, Report, State};
+use pagecopy::engine::event::{Figures, Report, State, Way};
 use pagecopy::engine::journal::Side;
 use pagecopy::wire::Standing;
 use serde::{Deserialize, Serialize};
@@ -103,7 +103,7 @@ impl Finished {
             id: Uuid::from_bytes(id.0),
             at_ms: now_ms(),
             status,
-            mode: mode(&figures).to_owned(),
+            mode: figures.way().word().to_owned(),
             transport: None,
             bytes_on_wire: 0,
             error: failure.map(|failure| failure::Shown(failure).to_string()),
@@ -112,14 +112,6 @@ impl Finished {
             faults: None,
             figures,
         }
-    }
-}
-
-fn mode(figures: &Figures) -> &'static str {
-    match figures.lacking_bytes {
-        None => "precopy",
-        Some(_) if figures.pages_sent == 0 => "postcopy",
-        Some(_) => "hybrid",
     }
 }
 
@@ -179,6 +171,8 @@ pub struct Shown {
     pub qmp: PathBuf,
     /// Its state.
     pub state: State,
+    /// How it moves: pre-copy until the guest goes before its memory.
+    pub mode: Way,
     /// Why it is paused, while it is.
     pub reason: Option<String>,
     /// The last progress event.
@@ -247,6 +241,7 @@ impl Migration {
             peer: peer.to_owned(),
             qmp,
             state: State::Pending,
+            mode: Way::Precopy,
             reason: None,
             progress: None,
             faults: None,
@@ -292,6 +287,7 @@ impl Migration {
                 inner.shown.state = *state;
                 inner.shown.reason = None;
             }
+            Report::Switched { mode, .. } => inner.shown.mode = *mode,
             Report::Paused { reason } => inner.shown.reason = Some(reason.clone()),
             Report::Progress { .. } | Report::Postcopy { .. } => {
                 inner.shown.progress = Some(value.clone());
@@ -314,7 +310,12 @@ impl Migration {
     }
 
     /// The migration ended so (an in-doubt one may end once more).
-    pub fn finish(&self, finished: Finished) {
+    pub fn finish(&self, mut finished: Finished) {
+        match finished.figures.way() {
+            // Or without figures: a daemon before this one had them.
+            Way::Precopy => finished.mode = self.lock().shown.mode.word().to_owned(),
+            way => self.lock().shown.mode = way,
+        }
         let told = Told::Finished(Box::new(finished.clone()));
         let value = told.value();
         let mut inner = self.lock();

@@ -36,6 +36,8 @@ fn the_guest_goes_first() {
     let shown = world.cli(Side::B).status(&id);
     let end = &shown["finished"];
     assert_eq!(end["status"], "completed", "{shown}");
+    assert_eq!(shown["mode"], "postcopy", "{shown}");
+    assert_eq!(end["sent_bytes"], 0, "{shown}");
     assert!(end["faults"].as_u64().unwrap() > 5, "{shown}");
     let [p50, max] = ["p50", "max"].map(|name| end["fault_us"][name].as_u64().unwrap());
     assert!(0 < p50 && p50 <= max, "{shown}");
@@ -44,7 +46,7 @@ fn the_guest_goes_first() {
     // The source has them from the destination, in its last event and for who asks later.
     let asked = world.cli(Side::A).status(&id);
     for told in [moved.outcome.finished(), &asked["finished"]] {
-        for figure in ["faults", "fault_us"] {
+        for figure in ["faults", "fault_us", "mode", "sent_bytes", "lacking_bytes"] {
             assert_eq!(told[figure], end[figure], "{told} {shown}");
         }
     }
@@ -78,8 +80,20 @@ fn after_rounds() {
         let machine = Machine::new(Version::V10_0, 128, "rate=400 set=64");
         let mut options = vec!["--mode", "hybrid", "--downtime-limit", "1ms"];
         options.extend_from_slice(after);
-        let moved = World::tls().move_and_check(&machine, &options);
+        let world = World::tls();
+        let moved = world.move_and_check(&machine, &options);
         assert_postcopy(&moved, "hybrid");
+        // Each side says so when it is switched over, and in the end, with the same figures.
+        let here = moved.outcome.finished();
+        let told = moved.outcome.events.iter();
+        let mut switched = told.filter(|event| event["event"] == "switched");
+        let first = switched.next().unwrap();
+        let there = world.cli(Side::B).last_finished("vm").unwrap();
+        for figure in ["mode", "sent_bytes", "lacking_bytes"] {
+            assert_eq!(first[figure], here[figure], "{first} {here}");
+            assert_eq!(there[figure], here[figure], "{there} {here}");
+        }
+        assert!(here["sent_bytes"].as_u64().unwrap() > 0, "{here}");
     }
 }
 

@@ -89,6 +89,18 @@ impl Gone {
     fn assert_whole(mut self) {
         self.wait_state(Side::B, "completed");
         self.wait_state(Side::A, "completed");
+        // Also a daemon that was started anew knows how it went.
+        let [here, there] = [Side::A, Side::B].map(|side| self.shown(side).unwrap_or_default());
+        for shown in [&here, &there] {
+            assert_eq!(shown["mode"], "postcopy", "{shown}");
+            let end = &shown["finished"];
+            assert_eq!(end["mode"], "postcopy", "{shown}");
+            assert_eq!(end["sent_bytes"], 0, "{shown}");
+            assert_eq!(
+                end["lacking_bytes"], here["finished"]["lacking_bytes"],
+                "{here} {there}"
+            );
+        }
         if let Some(migration) = self.migration.take() {
             // The one that began it may have lost its daemon.
             drop(migration);

@@ -130,6 +130,12 @@ pub(super) fn line(report: &Report) -> Option<String> {
                  downtime {predicted_downtime_ms:.1} ms: {decision}",
             ms / 1e3
         )),
+        Report::Switched { mode, switch } => Some(format!(
+            "{}: the guest goes first, {} were sent, {} are to come",
+            mode.word(),
+            show_bytes(switch.sent_bytes),
+            show_bytes(switch.lacking_bytes)
+        )),
         Report::Notice { text } => Some(text.clone()),
         Report::Paused { reason } => Some(reason.clone()),
         Report::Postcopy(progress) => Some(postcopy_words(progress)),
@@ -171,7 +177,7 @@ fn progress_words(progress: &RoundProgress) -> String {
 
 #[cfg(test)]
 mod tests {
-    use pagecopy::engine::event::FaultFigures;
+    use pagecopy::engine::event::{FaultFigures, Way};
 
     use super::*;
     use pagecopy::engine::encoding::Encoded;
@@ -198,6 +204,7 @@ mod tests {
     #[test]
     fn page_faults_are_told_once_there_are_some() {
         let mut progress = PostcopyProgress {
+            mode: Way::Postcopy,
             lacking_bytes: 3 << 20,
             postcopy_ms: 1000.0,
             paused_ms: 0.0,

@@ -14,8 +14,8 @@ use pagecopy::engine::destination::{Destination, Input};
 use pagecopy::engine::doubt::{
     Found, Resolution, Step, at_destination, memory_gone, when_withdrawn,
 };
-use pagecopy::engine::event::{Figures, State};
-use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for};
+use pagecopy::engine::event::{Figures, Report, State};
+use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for, switched};
 use pagecopy::engine::{Failure, Fault, MigrationId};
 use pagecopy::wire::Standing;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -51,6 +51,10 @@ pub(crate) fn take_up(
     if let Err(other) = service.migrations.add(&migration) {
         tracing::error!(id = %Uuid::from_bytes(id.0), vm, %other, "two migrations of this guest are open: a person has to look");
         return None;
+    }
+    if let Some(switch) = switched(records) {
+        let mode = switch.way();
+        migration.report(&Report::Switched { mode, switch });
     }
     show(
         id,
@@ -346,6 +350,7 @@ impl Held {
         };
         let journals = &self.service.store.journals;
         let (armed, there) = (taken_over.is_some(), visit.is_some());
+        let switch = switched(journal.records());
         let setup = resume::setup(&self.service, self.id, &self.migration);
         let clock = Clock::start();
         let parts = |control, data, regions| Parts {
@@ -375,7 +380,7 @@ impl Held {
         };
         match Session::start(parts) {
             Ok(session) => {
-                let mut engine = Destination::recover(setup, armed, clock.now());
+                let mut engine = Destination::recover(setup, armed, clock.now()).switched(switch);
                 if !there {
                     engine.handle(clock.now(), Input::LinkLost(no_connection()));
                 }

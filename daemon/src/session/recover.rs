@@ -13,6 +13,7 @@ use pagecopy::engine::encoding::policy::Compress;
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{
     Outcome, Postcopy, Record, Side, has_to_tell, is_settled, outcome, postcopy, standing_for,
+    switched,
 };
 use pagecopy::engine::source::{Mode, Options, Setup, Source};
 use pagecopy::engine::{Failure, MigrationId, Timeouts};
@@ -163,7 +164,8 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         found,
         postcopy(records),
         clock.now(),
-    );
+    )
+    .switched(switched(records));
     log::spawn_for(id, async move {
         let _over = Over(Arc::clone(&migration));
         match Session::start(parts) {
@@ -176,7 +178,7 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
 /// The memory that a guest in post-copy depends on, from its files: QEMU may have ended.
 pub(super) fn served(records: &[Record]) -> Result<Memory, Failure> {
     let found = records.iter().find_map(|record| match record {
-        Record::Serving { blocks, ram } => Some((blocks, ram)),
+        Record::Serving { blocks, ram, .. } => Some((blocks, ram)),
         _ => None,
     });
     let (blocks, ram) =
@@ -300,7 +302,10 @@ fn end(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         );
         (State::Failed, Some(failure))
     };
-    let figures = Figures::default();
+    let mut figures = Figures::default();
+    if let Some(switch) = switched(records) {
+        figures.switched(switch);
+    }
     migration.finish(Finished::new(id, state, failure.as_ref(), figures));
     if let Some(settings) = settings {
         let (service, side) = (Arc::clone(service), *side);

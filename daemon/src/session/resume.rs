@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pagecopy::engine::destination::{Destination, Setup};
 use pagecopy::engine::event::{Figures, State};
-use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for};
+use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for, switched};
 use pagecopy::engine::{Failure, MigrationId, Timeouts};
 use pagecopy::wire::Standing;
 use tokio::sync::mpsc::unbounded_channel;
@@ -90,7 +90,8 @@ async fn prepare(
         setup(service, id, migration),
         taken_over.lacks(),
         clock.now(),
-    );
+    )
+    .switched(switched(journal.records()));
     let session = Session::start(Parts {
         id,
         service: Arc::clone(service),

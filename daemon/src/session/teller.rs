@@ -36,6 +36,9 @@ pub(crate) fn tell(migration: &Migration, report: &Report) {
             );
         }
         Report::Paused { reason } => tracing::warn!(%id, reason, "paused"),
+        Report::Switched { mode, switch } => tracing::info!(
+            %id, mode = mode.word(), sent_bytes = switch.sent_bytes, lacking_bytes = switch.lacking_bytes, "switched over"
+        ),
         Report::Notice { text } => tracing::info!(%id, text, "notice"),
         Report::Progress { .. } | Report::Postcopy { .. } => {}
     }

@@ -49,6 +49,51 @@ impl State {
     }
 }
 
+/// How a guest moves, or has moved.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// It runs at the source until its memory has come, as far as is known yet.
+    #[default]
+    Precopy,
+    /// Some of its memory came before it, the rest does after it.
+    Hybrid,
+    /// It went before its memory.
+    Postcopy,
+}
+
+impl Way {
+    /// In one word, as the API spells it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Way::Precopy => "precopy",
+            Way::Hybrid => "hybrid",
+            Way::Postcopy => "postcopy",
+        }
+    }
+}
+
+/// What a post-copy began with.
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Switch {
+    /// Bytes of pages that had been sent before, all rounds.
+    pub sent_bytes: u64,
+    /// Bytes that the guest lacked then.
+    pub lacking_bytes: u64,
+}
+
+impl Switch {
+    /// Whether there was pre-copy before.
+    pub fn way(self) -> Way {
+        match self.sent_bytes {
+            0 => Way::Postcopy,
+            _ => Way::Hybrid,
+        }
+    }
+}
+
 /// Something worth telling while a migration runs.
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -90,6 +135,14 @@ pub enum Report {
         /// The decision and its reason, in words with figures.
         decision: String,
     },
+    /// The guest is switched over before its memory: both sides tell the same. A daemon that takes it up anew tells it again.
+    Switched {
+        /// Hybrid or post-copy.
+        mode: Way,
+        /// With what.
+        #[serde(flatten)]
+        switch: Switch,
+    },
     /// Where post-copy stands. About one a second.
     Postcopy(PostcopyProgress),
     /// Something that a person should know and that changes no state: a request that was refused, an attempt that failed
@@ -129,6 +182,8 @@ pub struct Progress {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PostcopyProgress {
+    /// Hybrid or post-copy.
+    pub mode: Way,
     /// Bytes that the guest lacks: for these it depends on its source.
     pub lacking_bytes: u64,
     /// Since the guest's first moment at the destination, in milliseconds.
@@ -209,6 +264,8 @@ pub struct Figures {
     pub attach_stop_us: Option<u64>,
     /// With post-copy: bytes that the guest lacked when it was switched over.
     pub lacking_bytes: Option<u64>,
+    /// With post-copy: bytes of pages that the source had sent before that.
+    pub sent_bytes: Option<u64>,
     /// With post-copy: from the guest's first moment at the destination until it lacked nothing, in milliseconds. Each daemon
     /// counts from when it was started; at the source, the longer of what both have counted.
     pub postcopy_ms: Option<f64>,
@@ -217,6 +274,23 @@ pub struct Figures {
     /// With post-copy: its page faults; at the source, as the destination told them, if it did.
     #[serde(flatten)]
     pub faults: Option<FaultFigures>,
+}
+
+impl Figures {
+    /// How the guest moved.
+    pub fn way(&self) -> Way {
+        match (self.lacking_bytes, self.sent_bytes) {
+            (None, _) => Way::Precopy,
+            (Some(_), Some(0)) => Way::Postcopy,
+            (Some(_), _) => Way::Hybrid,
+        }
+    }
+
+    /// What the post-copy began with.
+    pub fn switched(&mut self, switch: Switch) {
+        self.lacking_bytes = Some(switch.lacking_bytes);
+        self.sent_bytes = Some(switch.sent_bytes);
+    }
 }
 
 /// How a migration ended at the source.

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::MigrationId;
+use super::event::Switch;
 use crate::memory::BlockSpec;
 use crate::wire::Standing;
 
@@ -71,6 +72,9 @@ pub enum Record {
         blocks: Vec<BlockSpec>,
         /// Their files, in the same order.
         ram: Vec<RamFile>,
+        /// What it began with; daemons before this one did not write it.
+        #[serde(default)]
+        switched: Option<Switch>,
     },
     /// Source: the destination runs the guest (it said so, or the operator did).
     GuestMoved,
@@ -98,6 +102,9 @@ pub enum Record {
         /// Bytes a second that are fetched while nobody waits for them; none is unlimited.
         #[serde(default)]
         background: Option<u64>,
+        /// What it began with; daemons before this one did not write it.
+        #[serde(default)]
+        switched: Option<Switch>,
     },
     /// Destination: the guest runs here.
     Running,
@@ -265,6 +272,14 @@ pub fn postcopy(records: &[Record]) -> Postcopy {
         })
 }
 
+/// What a post-copy of that journal began with.
+pub fn switched(records: &[Record]) -> Option<Switch> {
+    records.iter().find_map(|record| match record {
+        Record::Serving { switched, .. } | Record::Armed { switched, .. } => *switched,
+        _ => None,
+    })
+}
+
 /// What a destination's journal lets its daemon answer to `Query`; `None`: there is no journal of that name, which is
 /// answered with `NoJournal`.
 ///
@@ -325,6 +340,29 @@ mod tests {
             String::from_utf8(encode(&Record::CommitIntent)).unwrap(),
             "3129ab2d {\"record\":\"commit-intent\"}\n"
         );
+    }
+
+    /// What a post-copy began with is kept, and a journal of a daemon that did not write it yet is read.
+    #[test]
+    fn what_a_post_copy_began_with() {
+        let switch = Switch {
+            sent_bytes: 7,
+            lacking_bytes: 8192,
+        };
+        let serving = |switched| Record::Serving {
+            blocks: Vec::new(),
+            ram: Vec::new(),
+            switched,
+        };
+        let records = [begun(Side::Source), serving(Some(switch))];
+        let read = decode(&written(&records)).unwrap().records;
+        assert_eq!(switched(&read), Some(switch));
+        let json = r#"{"record":"serving","blocks":[],"ram":[]}"#;
+        let line = format!("{:08x} {json}\n", crc32c::crc32c(json.as_bytes()));
+        let old = [&written(&[begun(Side::Source)]), line.as_bytes()].concat();
+        let read = decode(&old).unwrap().records;
+        assert_eq!(read[1], serving(None));
+        assert_eq!(switched(&read), None);
     }
 
     #[test]
@@ -415,6 +453,7 @@ mod tests {
         let serving = || Serving {
             blocks: Vec::new(),
             ram: Vec::new(),
+            switched: None,
         };
         let armed = || Armed {
             pid: 1,
@@ -422,6 +461,7 @@ mod tests {
             inside: vec![7, 9],
             blocks: Vec::new(),
             background: None,
+            switched: None,
         };
         let source = [
             (vec![serving()], Outcome::NotHere, Postcopy::Open, false),

@@ -254,6 +254,8 @@ pub enum Message {
         pages: u64,
         /// Bytes a second that the destination may fetch while nobody waits for them; 0: as many as it can.
         background: u64,
+        /// Bytes of pages that were sent in the rounds before, for people.
+        sent: u64,
     },
     /// Source → destination, first message of a new connection with data channels: the pages that the guest lacks are
     /// served here.

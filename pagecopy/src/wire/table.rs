@@ -94,7 +94,7 @@ messages! {
     21 Abort { code: Code, reason: Reason };
     22 Withdrawn { id: Id };
     23 Lacking { block: u16, first: u64, words: Words };
-    24 LackingEnd { pages: u64, background: u64 };
+    24 LackingEnd { pages: u64, background: u64, sent: u64 };
     25 Serve { id: Id };
     26 Resumed;
     27 Lacks { bytes: u64, faults: Faults };

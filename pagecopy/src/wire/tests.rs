@@ -173,8 +173,9 @@ fn samples() -> Vec<(Message, String)> {
             Message::LackingEnd {
                 pages: 2,
                 background: 1 << 20,
+                sent: 3 << 20,
             },
-            "1800 0200000000000000 0000100000000000".into(),
+            "1800 0200000000000000 0000100000000000 0000300000000000".into(),
         ),
         (Message::Serve { id: ID }, format!("1900 {ID_HEX}")),
         (Message::Resumed, "1a00".into()),

@@ -270,6 +270,7 @@ impl World {
                     .map(|word| u64::from(word.count_ones()))
                     .sum(),
                 background: 0,
+                sent: 0,
             },
             _ => {
                 let block = u16::from(u8::arbitrary(input)? % 2);

@@ -185,6 +185,7 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
         22 => Message::LackingEnd {
             pages: u64::from(u8::arbitrary(input)?),
             background: u64::arbitrary(input)?,
+            sent: u64::arbitrary(input)?,
         },
         23 => Message::Serve { id: id(input)? },
         24 => Message::Resumed,

@@ -475,6 +475,7 @@ impl<'a> Armed<'a> {
                 ram,
                 blocks,
                 background,
+                ..
             } => Some((*pid, inside, ram, blocks, *background)),
             _ => None,
         });

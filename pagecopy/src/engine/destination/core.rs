@@ -7,7 +7,7 @@ use super::reasons::by_peer;
 use crate::engine::course::Course;
 use crate::engine::doubt::refuse;
 use crate::engine::end::End;
-use crate::engine::event::{FaultFigures, Figures, PostcopyCost, State};
+use crate::engine::event::{FaultFigures, Figures, PostcopyCost, Report, State, Switch};
 use crate::engine::journal::Record;
 use crate::engine::liveness::Liveness;
 use crate::engine::outbox::Outbox;
@@ -34,6 +34,8 @@ pub(super) struct Core {
     pub(super) lacks: u64,
     /// Bytes a second of them that may be fetched while nobody waits for them.
     pub(super) background: Option<u64>,
+    /// What the post-copy began with, if that is known.
+    pub(super) switch: Option<Switch>,
     /// Page faults, as last heard.
     pub(super) faults: FaultFigures,
     /// From the guest's first moment here on.
@@ -63,6 +65,7 @@ impl Core {
             pulls: false,
             lacks: 0,
             background: None,
+            switch: None,
             faults: FaultFigures::default(),
             course: None,
             whole: false,
@@ -138,12 +141,24 @@ impl Core {
 
     fn figures(&self) -> Figures {
         let took = self.course.map(|course| course.took(self.now));
-        Figures {
+        let mut figures = Figures {
             faults: self.armed.then_some(self.faults),
             postcopy_ms: took.map(|took| took.postcopy.as_secs_f64() * 1e3),
             paused_ms: took.map(|took| took.paused.as_secs_f64() * 1e3),
             ..Figures::default()
+        };
+        if let Some(switch) = self.switch {
+            figures.switched(switch);
         }
+        figures
+    }
+
+    /// The guest goes before its memory.
+    pub(super) fn switch_over(&mut self, switch: Switch) {
+        self.switch = Some(switch);
+        let mode = switch.way();
+        self.out
+            .push(Output::Report(Report::Switched { mode, switch }));
     }
 
     /// What the post-copy cost, for the source.

@@ -8,7 +8,7 @@ use super::interface::{Input, Output};
 use super::{Phase, Step};
 use crate::engine::course::Course;
 use crate::engine::doubt::refuse;
-use crate::engine::event::{FaultFigures, PostcopyProgress, Report, State};
+use crate::engine::event::{FaultFigures, PostcopyProgress, Report, State, Switch, Way};
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
 use crate::wire::{AbortCode, Message};
@@ -154,6 +154,7 @@ impl Fetching {
         };
         core.out
             .push(Output::Report(Report::Postcopy(PostcopyProgress {
+                mode: core.switch.map_or(Way::Postcopy, Switch::way),
                 lacking_bytes: bytes,
                 postcopy_ms: took.postcopy.as_secs_f64() * 1e3,
                 paused_ms: took.paused.as_secs_f64() * 1e3,

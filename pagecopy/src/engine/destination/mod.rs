@@ -30,7 +30,7 @@ pub use interface::{Input, Output, Setup};
 use self::core::Core;
 use super::Time;
 use super::end::End;
-use super::event::State;
+use super::event::{State, Switch};
 
 /// Receives one guest. See [the engines' common shape](super).
 #[derive(Debug)]
@@ -94,6 +94,15 @@ impl Destination {
         core.link.lost();
         let phase = fetching::Fetching::resume(&mut core, lacks);
         Destination { core, phase }
+    }
+
+    /// The same, with what the post-copy began with, which its journal says.
+    #[must_use]
+    pub fn switched(mut self, switch: Option<Switch>) -> Destination {
+        if let Some(switch) = switch {
+            self.core.switch_over(switch);
+        }
+        self
     }
 
     /// Takes something that happened. Late answers to what was given up are ignored; nothing panics.

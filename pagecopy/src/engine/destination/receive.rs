@@ -9,7 +9,7 @@ use super::verify::Verify;
 use super::{Phase, Step};
 use crate::engine::bitmap::Bitmap;
 use crate::engine::end::End;
-use crate::engine::event::State;
+use crate::engine::event::{State, Switch};
 use crate::engine::journal::Record;
 use crate::limits::MAX_DEVICE_STATE;
 use crate::memory::{BlockId, BlockSpec, Run};
@@ -116,6 +116,7 @@ impl Receive {
                     ram,
                     blocks: core.blocks.clone(),
                     background: core.background,
+                    switched: core.switch,
                 });
             }
             Input::Journaled(Record::Armed { .. }) => self.lacking = Lacking::Armed,
@@ -148,9 +149,17 @@ impl Receive {
                 Some(_),
                 None,
             ) if core.postcopy => self.lacks(core, BlockId(block), first, &words)?,
-            (Message::LackingEnd { pages, background }, Some(_), None) if core.postcopy => {
+            (
+                Message::LackingEnd {
+                    pages,
+                    background,
+                    sent,
+                },
+                Some(_),
+                None,
+            ) if core.postcopy => {
                 core.background = Some(background).filter(|limit| *limit > 0);
-                self.lacks_no_more(core, pages)?;
+                self.lacks_no_more(core, pages, sent)?;
             }
             (Message::DeviceState(bytes), Some(_), _)
                 if !self.device_state.whole && !matches!(self.lacking, Lacking::Some(_)) =>
@@ -216,7 +225,7 @@ impl Receive {
             .map_err(|outside| End::protocol(format!("what lacks: {outside}")))
     }
 
-    fn lacks_no_more(&mut self, core: &Core, pages: u64) -> Result<(), End> {
+    fn lacks_no_more(&mut self, core: &mut Core, pages: u64, sent: u64) -> Result<(), End> {
         let bitmap = match std::mem::replace(&mut self.lacking, Lacking::None) {
             Lacking::None if self.device_state.is_not_begun() => Bitmap::new(&core.blocks),
             Lacking::Some(bitmap) => bitmap,
@@ -228,6 +237,10 @@ impl Receive {
                 bitmap.pages()
             )));
         }
+        core.switch_over(Switch {
+            sent_bytes: sent,
+            lacking_bytes: bitmap.bytes(),
+        });
         self.lacking = Lacking::All(bitmap);
         Ok(())
     }

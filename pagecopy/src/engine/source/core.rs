@@ -10,7 +10,7 @@ use super::reasons::by_peer;
 use super::sender::Sender;
 use crate::engine::doubt::refuse;
 use crate::engine::end::End;
-use crate::engine::event::{Figures, Finished, Progress, Report, State};
+use crate::engine::event::{Figures, Finished, Progress, Report, State, Switch};
 use crate::engine::journal::Record;
 use crate::engine::liveness::Liveness;
 use crate::engine::outbox::Outbox;
@@ -56,6 +56,8 @@ pub(super) struct Core {
     pub(super) serves: bool,
     /// Whether the operator may have limited what of post-copy nobody waits for: a daemon that was started anew does not know.
     pub(super) limits_background: bool,
+    /// What the post-copy began with, if that is known.
+    pub(super) switch: Option<Switch>,
     /// Whether there are data channels.
     pub(super) has_data: bool,
     /// Time in which pages were sent, for the goodput.
@@ -81,6 +83,7 @@ impl Core {
             cut: false,
             serves: false,
             limits_background: setup.options.background_limit.is_some(),
+            switch: None,
             has_data: true,
             sending_time: Duration::ZERO,
             progress_at: Time(0),
@@ -90,6 +93,15 @@ impl Core {
 
     pub(super) fn send(&mut self, message: Message) {
         self.out.push(Output::Send(message));
+    }
+
+    /// The guest goes before its memory.
+    pub(super) fn switch_over(&mut self, switch: Switch) {
+        self.switch = Some(switch);
+        self.figures.switched(switch);
+        let mode = switch.way();
+        self.out
+            .push(Output::Report(Report::Switched { mode, switch }));
     }
 
     /// What became of the operator's decision.

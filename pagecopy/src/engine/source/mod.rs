@@ -32,7 +32,7 @@ pub use interface::{After, Batch, Input, Mode, Options, Output, Pushed, Resoluti
 use self::core::{Core, Intent};
 use super::Time;
 use super::end::End;
-use super::event::{Figures, State};
+use super::event::{Figures, State, Switch};
 use super::journal::{Outcome, Postcopy};
 use crate::wire::AbortCode;
 
@@ -102,6 +102,15 @@ impl Source {
             Outcome::Here => commit::Moved::by_word(&mut core),
         };
         Source { core, phase }
+    }
+
+    /// The same, with what the post-copy began with, which its journal says.
+    #[must_use]
+    pub fn switched(mut self, switch: Option<Switch>) -> Source {
+        if let Some(switch) = switch {
+            self.core.switch_over(switch);
+        }
+        self
     }
 
     /// Takes something that happened. Late answers to what was given up are ignored; nothing panics.

@@ -18,7 +18,7 @@ use super::interface::{Input, Output, Resolution};
 use super::reasons::by_peer;
 use super::{Phase, Step};
 use crate::engine::course::Course;
-use crate::engine::event::{PostcopyCost, PostcopyProgress, Report, State};
+use crate::engine::event::{PostcopyCost, PostcopyProgress, Report, State, Switch, Way};
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
 use crate::wire::{AbortCode, Message, Standing};
@@ -153,6 +153,7 @@ impl Serving {
                 core.figures.faults = Some(faults);
                 let took = self.course.took(core.now);
                 let report = Report::Postcopy(PostcopyProgress {
+                    mode: core.switch.map_or(Way::Postcopy, Switch::way),
                     lacking_bytes: bytes,
                     postcopy_ms: millis(took.postcopy),
                     paused_ms: millis(took.paused),

@@ -13,7 +13,7 @@ use super::reasons::outside;
 use super::{Phase, Step};
 use crate::engine::bitmap::Bitmap;
 use crate::engine::end::End;
-use crate::engine::event::State;
+use crate::engine::event::{State, Switch};
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
 use crate::limits::{MAX_DEVICE_STATE, MAX_DEVICE_STATE_CHUNK, MAX_DIGESTS, MAX_WORDS};
@@ -256,7 +256,12 @@ impl Switchover {
         core.send(Message::DeviceStateEnd { bytes, crc });
         if self.postcopy {
             let (blocks, ram) = (core.setup.blocks.clone(), core.setup.ram.clone());
-            core.journal(Record::Serving { blocks, ram });
+            let switched = core.switch;
+            core.journal(Record::Serving {
+                blocks,
+                ram,
+                switched,
+            });
         }
         core.intent = Intent::Ordered;
         core.journal(Record::CommitIntent);
@@ -384,7 +389,11 @@ impl Switchover {
 
 /// The pages that do not come: the destination fetches them.
 fn say_what_lacks(core: &mut Core, lacking: &Bitmap) {
-    core.figures.lacking_bytes = Some(lacking.bytes());
+    let switch = Switch {
+        sent_bytes: core.sender.total().raw_bytes,
+        lacking_bytes: lacking.bytes(),
+    };
+    core.switch_over(switch);
     for (block, first, words) in lacking.pieces(MAX_WORDS) {
         core.send(Message::Lacking {
             block: block.0,
@@ -395,5 +404,6 @@ fn say_what_lacks(core: &mut Core, lacking: &Bitmap) {
     core.send(Message::LackingEnd {
         pages: lacking.pages(),
         background: core.setup.options.background_limit.unwrap_or(0),
+        sent: switch.sent_bytes,
     });
 }

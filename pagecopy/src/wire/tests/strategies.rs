@@ -190,6 +190,7 @@ pub(super) fn of_numbers() -> impl Strategy<Value = Message> {
             11 => Message::LackingEnd {
                 pages: a,
                 background: b.into(),
+                sent: c.into(),
             },
             12 => Message::Serve {
                 id: MigrationId(id),

@@ -62,9 +62,14 @@ impl SourceSide {
                     words,
                 })
             }
-            Message::LackingEnd { pages, background } => Some(Message::LackingEnd {
+            Message::LackingEnd {
+                pages,
+                background,
+                sent,
+            } => Some(Message::LackingEnd {
                 pages: pages - u64::from(self.forgot),
                 background: *background,
+                sent: *sent,
             }),
             _ => None,
         }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::engine::bitmap::Bitmap;
-use crate::engine::event::{FaultFigures, PostcopyCost, Report};
+use crate::engine::event::{FaultFigures, PostcopyCost, Report, Switch};
 
 mod lost;
 
@@ -32,6 +32,7 @@ fn lacking_end(pages: u64) -> Input {
     Input::Message(Message::LackingEnd {
         pages,
         background: LIMIT,
+        sent: 0,
     })
 }
 
@@ -94,6 +95,10 @@ fn armed() -> Record {
         inside: vec![7],
         blocks: vec![ram("a", 8), ram("b", 4)],
         background: Some(LIMIT),
+        switched: Some(Switch {
+            sent_bytes: 0,
+            lacking_bytes: 2 * 4096,
+        }),
     }
 }
 
