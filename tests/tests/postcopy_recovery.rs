@@ -121,6 +121,22 @@ impl Gone {
         self.assert_nothing_kept();
     }
 
+    /// The source's daemon has the guest's memory no more, and its QEMU keeps it, stopped.
+    fn assert_nothing_served(&mut self) {
+        let name = self.source.ram().file_name().unwrap().to_owned();
+        let maps = format!("/proc/{}/maps", self.world.daemon(Side::A).pid());
+        eventually(PATIENCE, || {
+            let maps = std::fs::read_to_string(&maps).unwrap();
+            match maps.contains(name.to_str().unwrap()) {
+                true => Err(maps),
+                false => Ok(()),
+            }
+        })
+        .unwrap_or_else(|maps| panic!("the memory is still mapped: {maps}"));
+        assert_eq!(self.source.qmp.status(), "postmigrate");
+        assert_nothing_left_in(self.source.pid());
+    }
+
     /// The record of what was received goes when nothing lacks.
     fn assert_nothing_kept(&self) {
         let state = self.world.daemon(Side::B).state();
@@ -328,6 +344,28 @@ fn a_source_that_lets_go_of_what_it_has_lost() {
     gone.wait_state(Side::B, "paused");
     gone.world.restart(Side::A);
     gone.wait_state(Side::A, "completed");
+}
+
+/// A destination whose host has lost everything and comes back: its guest has ended, which the source hears, and keeps nothing for it.
+#[test]
+fn a_destination_host_that_was_started_anew() {
+    let mut gone = Gone::begin();
+    gone.world.daemon_mut(Side::B).kill();
+    gone.destination.kill();
+    std::fs::remove_file(gone.destination.ram()).unwrap();
+    gone.wait_state(Side::A, "paused");
+    gone.world.restart(Side::B);
+    gone.wait_state(Side::B, "failed");
+    gone.wait_state(Side::A, "failed");
+    for side in [Side::A, Side::B] {
+        let end = gone.shown(side).unwrap()["finished"].clone();
+        assert_eq!(end["fault"], "qemu", "{end}");
+        let remedy = end["remedy"].as_str().unwrap();
+        assert!(remedy.contains("start it anew") || remedy.contains("start the guest anew"));
+    }
+    gone.migration.take().unwrap().finish().not_completed("failed");
+    gone.assert_nothing_served();
+    gone.assert_nothing_kept();
 }
 
 /// The destination has moved to another address meanwhile.

@@ -2,24 +2,29 @@
 //! once, and fetching goes on when the source comes.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pagecopy::engine::destination::{Destination, Setup};
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for, switched};
-use pagecopy::engine::{Failure, MigrationId, Timeouts};
-use pagecopy::wire::Standing;
-use tokio::sync::mpsc::unbounded_channel;
+use pagecopy::engine::{Failure, Fault, MigrationId, Timeouts};
+use pagecopy::wire::{AbortCode, Standing};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::timeout;
 use transport::Regions;
 use uuid::Uuid;
 
 use super::arrive::Over;
-use super::destination::{Parts, Session, TakenOver};
+use super::destination::{Parts, Session, TakenOver, has_ended};
 use super::{Clock, blocking};
 use crate::failure::Shown;
 use crate::log;
-use crate::migrations::{Finished, Migration};
+use crate::migrations::{Finished, Migration, Request};
 use crate::qmp::Qmp;
 use crate::service::Service;
+
+/// A source that has come is given over at once.
+const A_MOMENT: Duration = Duration::from_secs(1);
 
 /// Takes up the migration of that journal. `None`: it is none of this kind, or cannot be taken up, which was told.
 pub(crate) fn take_up(
@@ -42,6 +47,7 @@ pub(crate) fn take_up(
         return None;
     }
     tracing::warn!(id = %uuid, vm, "a guest here lacks pages: its page faults are served again");
+    let ended = has_ended(records);
     let (service, taken, records) = (
         Arc::clone(service),
         Arc::clone(&migration),
@@ -57,13 +63,42 @@ pub(crate) fn take_up(
             }
             Err(failure) => {
                 tracing::error!(id = %uuid, failure = %Shown(&failure), "the guest's page faults cannot be served");
+                let failure = match ended {
+                    true => guest_lost(&failure),
+                    false => failure,
+                };
                 let figures = Figures::default();
                 taken.finish(Finished::new(id, State::Failed, Some(&failure), figures));
+                if ended {
+                    service.store.journals.forget_received(id);
+                    tell_its_source(&failure, &mut requests).await;
+                }
             }
         }
         drop(over);
     });
     Some(migration)
+}
+
+/// A guest that ended with its QEMU, while no daemon was there (with its host, say), needs nothing more of its source. It has come, or
+/// comes again.
+async fn tell_its_source(failure: &Failure, requests: &mut UnboundedReceiver<Request>) {
+    if let Ok(Some(Request::Serve(caller))) = timeout(A_MOMENT, requests.recv()).await
+        && let Some(visit) = caller.take()
+    {
+        visit.refuse(AbortCode::Qemu, failure.what.clone());
+    }
+}
+
+fn guest_lost(why: &Failure) -> Failure {
+    Failure::new(
+        Fault::Qemu,
+        format!(
+            "this host's QEMU has ended, and the guest with it, which still lacked some of its memory: {}",
+            why.what
+        ),
+        "see QEMU's log for why it ended, then start the guest anew",
+    )
 }
 
 /// The same, of a guest that is known to run since a moment ago.

@@ -451,6 +451,22 @@ pub(crate) fn has_all(service: &Service, id: MigrationId, records: &[Record]) ->
     }
 }
 
+/// Whether the QEMU of that journal has ended, and its guest with it: no process of that number has its RAM files mapped. Where
+/// that cannot be seen, it has not.
+pub(crate) fn has_ended(records: &[Record]) -> bool {
+    let armed = records.iter().find_map(|record| match record {
+        Record::Armed { pid, ram, .. } => Some((*pid, ram)),
+        _ => None,
+    });
+    armed.is_some_and(|(pid, ram)| match process::maps(pid) {
+        Ok(maps) => !maps.iter().any(|mapping| {
+            ram.iter()
+                .any(|file| (file.device, file.inode) == (mapping.device, mapping.inode))
+        }),
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    })
+}
+
 /// The QEMU whose page faults wait, by the journal.
 struct Armed<'a> {
     pid: i32,

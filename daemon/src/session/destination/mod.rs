@@ -25,7 +25,7 @@ use transport::{Channel, Regions};
 
 use self::device_state::DeviceState;
 use self::fetch::Fetch;
-pub(crate) use self::fetch::{TakenOver, has_all};
+pub(crate) use self::fetch::{TakenOver, has_all, has_ended};
 use self::work::allocation_failure;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::failure::operator;
