@@ -99,9 +99,14 @@ impl Doubt {
 
     /// The same, and it lacks pages.
     fn committed_without_its_file() -> Doubt {
-        let slowly = ["--postcopy-bandwidth-limit", "20MB/s"];
         // Half is empty at the source, too; what it needs to be run is at the bottom.
-        let doubt = Doubt::without_its_file(&slowly, |doubt| doubt.wait_received(75));
+        Doubt::lacking_without_its_file("20MB/s", 75)
+    }
+
+    /// It has so many of 100 pages, and fetches no faster than `limit`.
+    fn lacking_without_its_file(limit: &str, percent: usize) -> Doubt {
+        let slowly = ["--postcopy-bandwidth-limit", limit];
+        let doubt = Doubt::without_its_file(&slowly, |doubt| doubt.wait_received(percent));
         let told = eventually(Duration::from_secs(60), || {
             let shown = doubt.world.cli(Side::B).status(&doubt.id);
             let error = shown["finished"]["error"].as_str().unwrap_or_default();
@@ -397,6 +402,19 @@ fn a_guest_that_went_first_and_whose_source_is_gone_is_run_by_the_operators_word
         .unwrap();
     assert_says(&done, &["goes on without"]);
     doubt.wait_state(Side::B, "completed");
+}
+
+/// It lacks what QEMU needs to say that it runs: it was told to, and that is what can be done.
+#[test]
+fn a_guest_that_waits_as_soon_as_it_runs_is_run_by_the_operators_word() {
+    let mut doubt = Doubt::lacking_without_its_file("1B/s", 0);
+    doubt.source.kill();
+    doubt.world.daemon_mut(Side::A).kill();
+    let done = doubt
+        .resolve(Side::B, &["--run-here", "--peer-fenced"])
+        .unwrap();
+    assert_says(&done, &["the guest runs here"]);
+    doubt.wait_state(Side::B, "paused");
 }
 
 #[test]

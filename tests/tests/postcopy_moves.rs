@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tests::real::{
     Backing, Hugepages, Machine, Moved, PATIENCE, Qemu, Role, Side, Version, World, assert_moved,
@@ -160,9 +160,11 @@ fn a_limit_of_a_byte_a_second_holds_no_page_fault_back() {
     destination.serial.wait_beats(1);
     destination.serial.verify();
     let id = world.cli(Side::A).id_of("vm");
+    // It is told once a second.
+    let_it_last(Duration::from_secs(2));
     let touched = world.cli(Side::B).status(&id);
     assert!(
-        touched["faults"]["faults"].as_u64().unwrap() > 1000,
+        touched["progress"]["faults"].as_u64().unwrap() > 1000,
         "{touched}"
     );
     // Longer than a destination may read nothing that has no limit to keep to.
@@ -176,23 +178,6 @@ fn a_limit_of_a_byte_a_second_holds_no_page_fault_back() {
         );
     }
     destination.serial.wait_beats(100);
-    drop(migration);
-}
-
-/// Nor is the switch to post-copy held up by pages that are under way.
-#[test]
-fn the_guest_goes_first_at_once_under_a_small_limit() {
-    let machine = Machine::new(Version::V10_0, 64, "rate=5 set=4");
-    let world = World::tls();
-    let source = world.guest("source", &machine);
-    let destination = world.waiting("destination", &machine);
-    let options = ["--mode", "hybrid", "--postcopy-after", "1s"];
-    let options = [&options[..], &["--bandwidth-limit", "100B/s"]].concat();
-    let begun = Instant::now();
-    let migration = world.begin(Side::A, "vm", &source, &destination, &options);
-    destination.serial.wait_beats(1);
-    assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
-    destination.serial.verify();
     drop(migration);
 }
 

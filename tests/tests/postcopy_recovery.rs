@@ -90,7 +90,13 @@ impl Gone {
         self.wait_state(Side::B, "completed");
         self.wait_state(Side::A, "completed");
         // Also a daemon that was started anew knows how it went.
-        let [here, there] = [Side::A, Side::B].map(|side| self.shown(side).unwrap_or_default());
+        let [here, there] = [Side::A, Side::B].map(|side| {
+            eventually(PATIENCE, || match self.shown(side).unwrap_or_default() {
+                shown if shown["finished"].is_object() => Ok(shown),
+                shown => Err(shown.to_string()),
+            })
+            .unwrap_or_else(|shown| panic!("it has not ended: {shown}"))
+        });
         for shown in [&here, &there] {
             assert_eq!(shown["mode"], "postcopy", "{shown}");
             let end = &shown["finished"];
@@ -363,7 +369,11 @@ fn a_destination_host_that_was_started_anew() {
         let remedy = end["remedy"].as_str().unwrap();
         assert!(remedy.contains("start it anew") || remedy.contains("start the guest anew"));
     }
-    gone.migration.take().unwrap().finish().not_completed("failed");
+    gone.migration
+        .take()
+        .unwrap()
+        .finish()
+        .not_completed("failed");
     gone.assert_nothing_served();
     gone.assert_nothing_kept();
 }

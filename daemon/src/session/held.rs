@@ -9,6 +9,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use pagecopy::engine::destination::{Destination, Input};
 use pagecopy::engine::doubt::{
@@ -19,6 +20,7 @@ use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for, 
 use pagecopy::engine::{Failure, Fault, MigrationId};
 use pagecopy::wire::Standing;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::timeout;
 use transport::Regions;
 use uuid::Uuid;
 
@@ -35,6 +37,9 @@ use crate::qemu::status::query_status;
 use crate::qmp::Qmp;
 use crate::service::Service;
 use crate::store::JournalFile;
+
+/// How long a guest that lacks pages may take to run.
+const LACKING_LIMIT: Duration = Duration::from_secs(5);
 
 /// Takes up a committed guest that no session serves, as its journal begins. `None`: there is another migration of that
 /// guest here, or the journal does not begin.
@@ -279,7 +284,12 @@ impl Held {
                 let qmp = qmp
                     .clone()
                     .ok_or_else(|| host("there is no QEMU", "report this"))?;
-                Incoming::new(qmp).run().await?;
+                match timeout(self.run_limit(), Incoming::new(qmp).run()).await {
+                    Ok(ran) => ran?,
+                    Err(_) => {
+                        tracing::warn!(id = %Uuid::from_bytes(self.id.0), "the guest was told to run, and waits for memory that lacks");
+                    }
+                }
                 // `Committed` is on disk, and a daemon that looks finds the guest running.
                 if let Err(failure) = self.append(&Record::Running) {
                     tracing::error!(failure = %Shown(&failure), "that the guest runs could not be recorded");
@@ -312,6 +322,16 @@ impl Held {
             finish(self.id, &self.migration, State::Completed, None);
         }
         Ok(())
+    }
+
+    /// How long QEMU may take to say that the guest runs. One that lacks pages may wait for one of them before it can: it has been
+    /// told to run, and what it waits for is for whoever fetches or poisons it.
+    fn run_limit(&self) -> Duration {
+        match self.depends_on_its_source() {
+            true => LACKING_LIMIT,
+            // QEMU's monitor has a limit of its own.
+            false => Duration::MAX,
+        }
     }
 
     fn depends_on_its_source(&self) -> bool {
