@@ -30,6 +30,16 @@ pub const MAX_PIECES: usize = 64;
 pub const MAX_ENCODED: usize = 256 << 10;
 /// Data channels of one migration.
 pub const MAX_DATA_CHANNELS: u16 = 64;
+/// Words of a QEMU's command line.
+pub const MAX_ARGUMENTS: usize = 1024;
+/// Bytes of all of them.
+pub const MAX_ARGUMENT_BYTES: usize = 256 << 10;
+/// Parts that a QEMU is told to be made of.
+pub const MAX_PARTS: usize = 1024;
+/// Bytes of what one of them is.
+pub const MAX_PART: usize = 4096;
+/// Bytes of all parts' names and what they are.
+pub const MAX_PARTS_BYTES: usize = 256 << 10;
 /// A time that a peer tells, in microseconds: 35 years.
 pub const MAX_TIME_US: u64 = 1 << 50;
 /// The smallest page.

@@ -104,12 +104,12 @@ impl Codec for Reason {
     }
 }
 
-fn put_text(text: &str, limit: usize, out: &mut Writer) {
+pub(super) fn put_text(text: &str, limit: usize, out: &mut Writer) {
     out.count(text.len(), limit);
     out.put(text.as_bytes());
 }
 
-fn get_text(
+pub(super) fn get_text(
     field: &'static str,
     limit: usize,
     input: &mut Reader<'_>,

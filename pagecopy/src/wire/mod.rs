@@ -6,11 +6,13 @@
 mod codec;
 mod fields;
 mod figures;
+mod spawn;
 mod table;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use codec::WireError;
+pub use spawn::{Blame, Part, PartKind};
 
 use bytes::Bytes;
 
@@ -307,6 +309,30 @@ pub enum Message {
         pieces: Vec<Piece>,
         /// A delta for each page.
         bytes: Bytes,
+    },
+    /// Source → destination, first: start a QEMU for this guest, which comes on the same connection.
+    Spawn {
+        /// The migration.
+        id: MigrationId,
+        /// The guest's name.
+        vm: String,
+        /// The source daemon's name.
+        host: String,
+        /// The command line of its QEMU, the program first.
+        arguments: Vec<String>,
+        /// What its QEMU is made of now.
+        parts: Vec<Part>,
+    },
+    /// The answer to `Spawn`: it waits for the guest, or why there is none.
+    Spawned {
+        /// The migration.
+        id: MigrationId,
+        /// Whose fault it is; nobody's when it waits.
+        blame: Blame,
+        /// What happened, for people.
+        text: String,
+        /// What to do, for people.
+        remedy: String,
     },
     /// Either way, any time before `Commit`: given up.
     Abort {

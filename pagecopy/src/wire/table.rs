@@ -10,6 +10,7 @@ use super::fields::{
     Words,
 };
 use super::figures::{Cost, Faults};
+use super::spawn::{Arguments, Blamed, Parts};
 
 macro_rules! messages {
     ($($number:literal $name:ident
@@ -102,4 +103,6 @@ messages! {
     29 Lost { id: Id, reason: Reason };
     30 Copied { block: u16, zstd: Flag, pieces: Pieces, bytes: Encoded };
     31 Deltas { block: u16, base_round: u32, pieces: Pieces, bytes: Encoded };
+    36 Spawn { id: Id, vm: Name, host: Name, arguments: Arguments, parts: Parts };
+    37 Spawned { id: Id, blame: Blamed, text: Reason, remedy: Reason };
 }

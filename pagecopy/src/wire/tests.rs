@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use self::strategies::{of_numbers, with_payload};
 use super::table::TABLE;
-use super::{AbortCode, Message, Standing, WireError, capability};
+use super::{AbortCode, Blame, Message, Part, PartKind, Standing, WireError, capability};
 use crate::engine::MigrationId;
 use crate::engine::event::{FaultFigures, PostcopyCost, Quantiles};
 use crate::limits;
@@ -221,6 +221,32 @@ fn samples() -> Vec<(Message, String)> {
                 bytes: Bytes::from_static(&[7]),
             },
             "1f00 0100 03000000 01000000 0030000000000000 0020000000000000 01000000 07".into(),
+        ),
+        (
+            Message::Spawn {
+                id: ID,
+                vm: "vm".into(),
+                host: "a".into(),
+                arguments: vec!["q".into(), "-S".into(), String::new()],
+                parts: vec![Part {
+                    kind: PartKind::Image,
+                    name: "d0".into(),
+                    what: "/a".into(),
+                }],
+            },
+            format!(
+                "2400 {ID_HEX} 02000000 766d 01000000 61 03000000 01000000 71 02000000 2d53 00000000 \
+                 01000000 04 02000000 6430 02000000 2f61"
+            ),
+        ),
+        (
+            Message::Spawned {
+                id: ID,
+                blame: Blame::Request,
+                text: "no".into(),
+                remedy: "do".into(),
+            },
+            format!("2500 {ID_HEX} 01 02000000 6e6f 02000000 646f"),
         ),
     ]
 }

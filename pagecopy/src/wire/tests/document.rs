@@ -127,6 +127,17 @@ fn the_document_and_the_code_have_the_same_limits() {
             limits::MAX_TIME_US.ilog2()
         ),
         data_channels,
+        format!(
+            "| arguments | u32 *n*, then *n* × (u32 *m*, [m]) | *n* from 1 to {}; {} KiB in all;",
+            limits::MAX_ARGUMENTS,
+            limits::MAX_ARGUMENT_BYTES >> 10
+        ),
+        format!(
+            "| parts | u32 *n*, then *n* parts | *n* from 0 to {}; {} KiB in all |",
+            limits::MAX_PARTS,
+            limits::MAX_PARTS_BYTES >> 10
+        ),
+        format!("at most {} bytes", limits::MAX_PART),
     ];
     for limit in expected {
         assert!(TEXT.contains(&limit), "WIRE.md does not say: {limit}");

@@ -96,10 +96,41 @@ fn hello() -> impl Strategy<Value = Message> {
         )
 }
 
+fn spawn() -> impl Strategy<Value = Message> {
+    let part = (0..PartKind::ALL.len(), name(), "[a-z/ß]{0,50}");
+    let part = part.prop_map(|(kind, name, what)| Part {
+        kind: PartKind::ALL[kind],
+        name,
+        what,
+    });
+    (
+        any::<[u8; 16]>(),
+        name(),
+        vec("[a-z,=/-]{0,50}", 1..40),
+        vec(part, 0..20),
+    )
+        .prop_map(|(id, vm, arguments, parts)| Message::Spawn {
+            id: MigrationId(id),
+            host: vm.clone(),
+            vm,
+            arguments,
+            parts,
+        })
+}
+
 pub(super) fn with_payload() -> impl Strategy<Value = Message> {
     prop_oneof![
         hello(),
         encoded(),
+        spawn(),
+        (any::<[u8; 16]>(), 0..Blame::ALL.len(), name()).prop_map(|(id, blame, text)| {
+            Message::Spawned {
+                id: MigrationId(id),
+                blame: Blame::ALL[blame],
+                remedy: text.clone(),
+                text,
+            }
+        }),
         (any::<u16>(), any::<u64>(), name(), "[a-zß]{0,50}").prop_map(
             |(version, capabilities, host, reason)| Message::Accept {
                 version,
