@@ -51,6 +51,8 @@ pub struct Config {
     /// Who is told over HTTP of what happens.
     #[serde(default)]
     pub hooks: Vec<Hook>,
+    /// The policy under which QEMUs are started here for guests that come; none are without one.
+    pub spawn_policy: Option<PathBuf>,
     /// TLS between the peers.
     pub tls: Option<Tls>,
     /// Who may use the API. Without it, whoever can open its socket.
@@ -169,6 +171,7 @@ impl Config {
 
     fn make_absolute(&mut self, base: &Path) {
         let paths = [&mut self.api, &mut self.state_dir].into_iter();
+        let paths = paths.chain(&mut self.spawn_policy);
         let tls = self
             .tls
             .iter_mut()

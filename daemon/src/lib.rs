@@ -29,6 +29,7 @@ pub mod reload;
 pub mod seldom;
 pub mod service;
 pub mod session;
+pub mod spawn;
 pub mod start;
 #[cfg(feature = "steps")]
 mod steps;

@@ -32,6 +32,11 @@ pub const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// How long a source that asks may be silent between two questions. An honest one asks at least every 30 seconds.
 pub const ASKING_PAUSE: Duration = Duration::from_secs(90);
 
+/// QEMUs that may be started at a time for guests that have not arrived.
+pub const MAX_SPAWNING: u32 = 8;
+/// How long such a QEMU may take until its monitor answers: it may allocate all of its memory first.
+pub const SPAWN_LIMIT: Duration = Duration::from_secs(60);
+
 /// What a lane has told its session and the session has not dealt with. At so many it takes nothing more from the peer,
 /// until the session has caught up with half of them.
 pub const MAX_BACKLOG: usize = 64;

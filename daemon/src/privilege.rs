@@ -71,6 +71,13 @@ impl User {
     }
 }
 
+impl User {
+    /// All groups that it is in.
+    pub(crate) fn groups(&self) -> &[Gid] {
+        &self.groups
+    }
+}
+
 /// Whether this process runs as root.
 pub fn is_root() -> bool {
     Uid::effective().is_root()

@@ -31,7 +31,9 @@ use crate::qemu::faults::Device;
 use crate::qmp::Qmp;
 use crate::queue::budget::Budget;
 use crate::reload::{self, InForce, Trust};
+use crate::session::spawned::{self, Spawning};
 use crate::session::{begin, recover};
+use crate::spawn::Starter;
 use crate::start::Start;
 use crate::store::{Receiver, Store};
 use crate::systemd;
@@ -58,6 +60,10 @@ pub struct Service {
     pub roles: RolesInForce,
     /// Whose dirty rate is being sampled.
     pub(crate) sampled: Sampled,
+    /// Who starts QEMUs for guests that come, if there is a policy for it.
+    pub starter: Option<Starter>,
+    /// Places for those that are being started, and for the migrations that they are for.
+    pub(crate) spawning: Spawning,
     /// What QEMUs are lent whose page faults they could not let anybody see.
     pub userfaultfd: Device,
 }
@@ -71,6 +77,7 @@ impl Service {
         in_force: InForce,
         security: Security,
         userfaultfd: Device,
+        starter: Option<Starter>,
     ) -> Result<Service, Failure> {
         let config = (*in_force.now()).clone();
         let roles = Roles::look_up(config.access.as_ref())?;
@@ -84,6 +91,8 @@ impl Service {
             security: Trust::new(security),
             roles: RolesInForce::new(roles),
             sampled: Sampled::default(),
+            starter,
+            spawning: Spawning::default(),
             userfaultfd,
         })
     }
@@ -210,7 +219,7 @@ impl Service {
         Ok(())
     }
 
-    fn refuse_if_receiving(&self, vm: &str) -> Result<(), Failure> {
+    pub(crate) fn refuse_if_receiving(&self, vm: &str) -> Result<(), Failure> {
         match self.migrations.running(vm, Side::Destination) {
             None => Ok(()),
             Some(running) => Err(operator(
@@ -235,6 +244,7 @@ impl Service {
             for migration in &running {
                 migration.wait_over().await;
             }
+            self.spawning.end().await;
         };
         if tokio::time::timeout(END_LIMIT, all_over).await.is_err() {
             tracing::warn!("a migration did not end in time and is left to its journal");
@@ -259,6 +269,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         start.in_force,
         start.security,
         start.userfaultfd,
+        start.starter,
     )?);
     let (mut terminate, mut interrupt, mut hangup) = (
         on_signal(SignalKind::terminate())?,
@@ -274,6 +285,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     // What is taken up again is told, too.
     let hooks = Hooks::start(&service.config, service.migrations.feed())?;
     recover::recover(&service);
+    spawned::recover(&service);
     service.prune();
 
     let (end_api, api_ended) = watch::channel(());

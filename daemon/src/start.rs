@@ -20,6 +20,7 @@ use crate::privilege::{self, User};
 use crate::qemu::faults::Device;
 use crate::reload::{self, InForce};
 use crate::session::link_failure;
+use crate::spawn::Starter;
 use crate::systemd;
 
 /// Open files that the daemon asks for: channels, RAM files, QMP and API connections.
@@ -36,6 +37,7 @@ pub struct Start {
     pub(crate) api_remote: Option<TcpListener>,
     pub(crate) listener: Listener,
     pub(crate) userfaultfd: Device,
+    pub(crate) starter: Option<Starter>,
 }
 
 impl Start {
@@ -49,6 +51,8 @@ impl Start {
         let api = systemd::passed_socket(&config.api)?;
         let user = config.user.as_deref().map(User::look_up).transpose()?;
         raise_limits();
+        let policy = config.spawn_policy.as_deref();
+        let starter = policy.map(Starter::launch).transpose()?;
         let security = security(&config)?;
         if let Some(user) = user.as_ref().filter(|_| privilege::is_root()) {
             give_folder(&config.state_dir, 0o700, user)?;
@@ -77,6 +81,7 @@ impl Start {
             api_remote,
             listener,
             userfaultfd,
+            starter,
         })
     }
 }

@@ -52,6 +52,9 @@ pub struct MigrationRequest {
     pub qmp: PathBuf,
     /// The other daemon: `HOST:PORT`.
     pub to: String,
+    /// Whether the other daemon starts the QEMU that the guest comes to, under its policy.
+    #[serde(default)]
+    pub spawn: bool,
     /// How.
     #[serde(default)]
     pub mode: Mode,

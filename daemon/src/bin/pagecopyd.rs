@@ -6,9 +6,12 @@ use clap::Parser;
 use daemon::arguments::Arguments;
 use daemon::failure::{Failure, Shown};
 use daemon::start::Start;
-use daemon::{log, service};
+use daemon::{log, service, spawn};
 
 fn main() -> ExitCode {
+    if let Some(ended) = spawn::run_if_called() {
+        return ended;
+    }
     let arguments = Arguments::parse();
     log::init(arguments.log_format);
     // Before there is any other thread: capabilities belong to threads.

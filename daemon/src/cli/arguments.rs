@@ -175,6 +175,9 @@ pub struct MigrateArguments {
     /// The other host's pagecopyd; HOST is a name, an IPv4 address, or an IPv6 address in brackets
     #[arg(long, value_name = "HOST:PORT")]
     pub to: String,
+    /// Have the other host start the QEMU that the guest comes to, with this one's options as far as its spawn-policy allows
+    #[arg(long)]
+    pub spawn: bool,
     /// How the memory moves
     #[arg(long, value_enum, default_value = "auto")]
     pub mode: Mode,
@@ -234,6 +237,7 @@ impl MigrateArguments {
             vm: self.vm,
             qmp: std::path::absolute(&self.qmp).unwrap_or(self.qmp),
             to: self.to,
+            spawn: self.spawn,
             mode: self.mode,
             allow_postcopy: self.allow_postcopy,
             postcopy_after_rounds,
@@ -295,6 +299,7 @@ mod tests {
             "60s",
             "--verify",
             "--quit-source",
+            "--spawn",
             "--json",
         ])
         .unwrap();
@@ -308,7 +313,7 @@ mod tests {
         );
         assert_eq!(request.max_rounds, Some(9));
         assert_eq!(request.timeout_ms, Some(60_000));
-        assert!(request.verify && request.quit_source);
+        assert!(request.verify && request.quit_source && request.spawn);
     }
 
     #[test]
@@ -322,7 +327,7 @@ mod tests {
             ),
             (None, None, None)
         );
-        assert!(!request.verify && !request.quit_source);
+        assert!(!request.verify && !request.quit_source && !request.spawn);
         assert_eq!((request.mode, request.allow_postcopy), (Mode::Auto, false));
     }
 

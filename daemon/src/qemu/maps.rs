@@ -57,6 +57,14 @@ pub fn incoming_with(socket: &Path) -> io::Result<Vec<i32>> {
     })
 }
 
+/// The processes whose command line `wanted` takes.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn processes_with(wanted: impl Fn(&[String]) -> bool) -> io::Result<Vec<i32>> {
+    others(|pid| command_line(pid).is_ok_and(|words| wanted(&words)))
+}
+
 /// The processes, other than this one, that `wanted` takes.
 fn others(wanted: impl Fn(i32) -> bool) -> io::Result<Vec<i32>> {
     let own = i32::try_from(std::process::id()).unwrap_or_default();

@@ -5,6 +5,7 @@
 //! - [`faults`]: whether its page faults can be served, and what it is lent for that.
 //! - [`outgoing`]: stop, save, resume at the source.
 //! - [`incoming`]: load, run at the destination.
+//! - `parts`: what it has plugged in now, compared with what it was started with.
 
 pub mod discover;
 pub mod faults;
@@ -12,6 +13,7 @@ pub mod incoming;
 pub mod maps;
 mod memdev;
 pub mod outgoing;
+pub(crate) mod parts;
 pub mod settings;
 pub(crate) mod status;
 

@@ -147,8 +147,9 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
             visit.answer(Asked::Withdrawn(id)).await;
         }
         Ok(Some(LaneEvent::Message(hello @ Message::Hello { .. }))) => {
-            visit.receive(hello).await;
+            visit.receive(hello, None).await;
         }
+        Ok(Some(LaneEvent::Message(ask @ Message::Spawn { .. }))) => visit.spawn(ask).await,
         Ok(Some(LaneEvent::Message(Message::Serve { id }))) => visit.answer(Asked::Serve(id)).await,
         Ok(Some(LaneEvent::Message(Message::Lost { id, reason }))) => {
             visit.answer(Asked::Lost(id, reason)).await;
@@ -181,7 +182,7 @@ impl Visit {
     }
 
     #[tracing::instrument(name = "migration", level = "error", skip_all, fields(id = comes(&hello)))]
-    async fn receive(mut self, hello: Message) {
+    pub(super) async fn receive(mut self, hello: Message, spawned: Option<Receiver>) {
         let Message::Hello {
             id,
             vm,
@@ -194,9 +195,10 @@ impl Visit {
         };
         let (id, vm, offered) = (*id, vm.clone(), *capabilities);
         let who = format!("{from} ({})", self.peer.address);
-        let Some(receiver) = self.service.store.receivers.get(&vm) else {
+        let waits = spawned.or_else(|| self.service.store.receivers.get(&vm));
+        let Some(receiver) = waits else {
             let reason = format!(
-                "no QEMU waits here for {vm:?}; run: pagecopy receive --vm {vm} --qmp SOCKET"
+                "no QEMU waits here for {vm:?}; run: pagecopy receive --vm {vm} --qmp SOCKET (or migrate with --spawn)"
             );
             return self.refuse(AbortCode::UnknownVm, reason);
         };

@@ -21,7 +21,7 @@ use transport::{Access, Address, Channel, RegionId, Regions};
 
 use super::arrive::Over;
 use super::source::{Memory, Parts, Session};
-use super::{CANCELLED, Clock, journal_failure};
+use super::{CANCELLED, Clock, journal_failure, spawn};
 use crate::api::types::{Compress, MigrationRequest, Mode};
 use crate::config::Config;
 use crate::dial::{Target, dial};
@@ -148,7 +148,7 @@ pub(crate) async fn migrate(
     let clock = Clock::start();
     // Looking changes nothing and may be broken off at any moment; what follows may not.
     let looked = tokio::select! {
-        looked = look(&service, &request) => looked,
+        looked = look(&service, id, &request) => looked,
         () = cancelled(&mut requests) => Err(operator(CANCELLED, "nothing: the guest runs on here")),
     };
     let prepared = match looked {
@@ -218,7 +218,11 @@ struct Prepared {
     channels: Vec<Box<dyn Channel>>,
 }
 
-async fn look(service: &Service, request: &MigrationRequest) -> Result<Looked, Failure> {
+async fn look(
+    service: &Service,
+    id: MigrationId,
+    request: &MigrationRequest,
+) -> Result<Looked, Failure> {
     let qmp = Arc::new(Qmp::connect(&request.qmp).await?);
     let guest = discover::source(&qmp).await?;
     service.sampled.refuse(guest.pid)?;
@@ -238,6 +242,10 @@ async fn look(service: &Service, request: &MigrationRequest) -> Result<Looked, F
     let (channels, peer) = dial(&target, with_control, &memory.regions).await?;
     // Whoever is connected to later must be the same.
     target.names = names::of(&service.in_force.now(), &peer);
+    let channels = match request.spawn {
+        true => spawn::ask(service, id, request, &qmp, &guest, channels).await?,
+        false => channels,
+    };
     let data_channels = u16::try_from(channels.len().saturating_sub(1)).unwrap_or(u16::MAX);
     tracing::info!(
         vm = request.vm, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),

@@ -27,7 +27,7 @@ use uuid::Uuid;
 use super::arrive::{Over, Visit};
 use super::destination::{Parts, Session, TakenOver, has_all};
 use super::recover::let_go;
-use super::{Clock, blocking, journal_failure, resume};
+use super::{Clock, blocking, journal_failure, resume, spawned};
 use crate::failure::{Shown, host, operator};
 use crate::log;
 use crate::migrations::{Decided, Finished, Migration, Request};
@@ -71,6 +71,7 @@ pub(crate) fn take_up(
         let over = Over(Arc::clone(&kept));
         hold(&service, id, &kept, &mut requests).await;
         drop(over);
+        spawned::settle(&service, id).await;
         resume::take_up_again(&service, id);
     });
     Some(migration)

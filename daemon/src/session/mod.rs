@@ -12,6 +12,8 @@ mod link;
 pub(crate) mod recover;
 pub(crate) mod resume;
 mod source;
+mod spawn;
+pub(crate) mod spawned;
 mod teller;
 pub(crate) mod telling;
 mod worker;

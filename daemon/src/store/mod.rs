@@ -6,6 +6,7 @@
 //! state-dir/journal/UUID.destination
 //! state-dir/journal/UUID.settings      what QEMU had set before a migration that is under way here
 //! state-dir/receivers.json             which QEMU waits for which guest
+//! state-dir/spawned/UUID.{json,qmp,log}  a QEMU that was started for a guest: that it is to be, its monitor, what it prints
 //! state-dir/fixed-downtime.json        the part of the downtime that does not depend on bytes, as last measured
 //! ```
 
@@ -14,6 +15,7 @@ mod files;
 mod journal;
 mod keys;
 mod receivers;
+mod spawned;
 
 use std::fs::File;
 use std::path::Path;
@@ -23,6 +25,7 @@ pub use downtime::FixedDowntime;
 pub use journal::{JournalFile, Journals};
 pub use keys::{Keys, Once};
 pub use receivers::{Receiver, Receivers};
+pub use spawned::{SpawnedQemu, SpawnedQemus};
 
 use crate::failure::{Failure, host, operator};
 use files::Folder;
@@ -38,6 +41,8 @@ pub struct Store {
     pub keys: Keys,
     /// The measured downtime.
     pub downtime: FixedDowntime,
+    /// The QEMUs that were started for guests.
+    pub spawned: SpawnedQemus,
     /// Holds the lock.
     _lock: File,
 }
@@ -69,8 +74,12 @@ impl Store {
         let journal = folder
             .folder("journal")
             .map_err(|error| cannot("journal", &error))?;
+        let spawned = folder
+            .folder(spawned::NAME)
+            .map_err(|error| cannot(spawned::NAME, &error))?;
         let folder = Arc::new(folder);
         Ok(Store {
+            spawned: SpawnedQemus::open(spawned, dir),
             journals: Journals::open(journal),
             receivers: Receivers::open(Arc::clone(&folder))
                 .map_err(|error| cannot("receivers.json", &error))?,

@@ -1,6 +1,8 @@
 //! The one place of this crate with `unsafe` in it: guest RAM that the host half has mapped becomes a transport region, and
 //! the kernel is told what is free, and who is in a hurry; and descriptors that systemd has passed are taken, and callers' groups asked for.
 
+mod child;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use pagecopy::host::ram::MappedRam;
 use pagecopy::memory::BlockId;
 use transport::Region;
+
+pub(crate) use child::Child;
 
 /// The transport region of a mapped RAMBlock, or `None` when there is no such block. Keeps the mapping alive.
 pub fn region(ram: &MappedRam, block: BlockId) -> Option<Region> {

@@ -177,7 +177,13 @@ fn nothing_left_at(scene: &mut Scene, side: Side) -> Result<(), String> {
 fn no_stray_files(state: &Path) -> Result<(), String> {
     let known = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let kept = ["lock", "journal", "receivers.json", "fixed-downtime.json"];
+        let kept = [
+            "lock",
+            "journal",
+            "spawned",
+            "receivers.json",
+            "fixed-downtime.json",
+        ];
         let ended = [".source", ".destination"];
         // ext4 has made lost+found by itself.
         kept.contains(&&*name)
@@ -188,7 +194,8 @@ fn no_stray_files(state: &Path) -> Result<(), String> {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
         entries.map(|entry| entry.path()).collect()
     };
-    let files = list(state).into_iter().chain(list(&state.join("journal")));
+    let within = ["journal", "spawned"].map(|folder| list(&state.join(folder)));
+    let files = list(state).into_iter().chain(within.into_iter().flatten());
     let strays: Vec<PathBuf> = files.filter(|path| !known(path)).collect();
     if strays.is_empty() {
         Ok(())

@@ -230,6 +230,11 @@ pub(super) fn configuration(side: Side, folder: &Path, manner: &Manner) -> Strin
         folder.join("api.sock"),
         folder.join("state"),
     );
+    // A host that has a policy starts QEMUs.
+    let policy = folder.join("spawn.toml");
+    if policy.exists() {
+        text.push_str(&format!("spawn-policy = {policy:?}\n"));
+    }
     match &manner.trust {
         Trust::Plaintext => text.push_str("insecure-plaintext = true\n"),
         Trust::Tls(identity, allow) => {

@@ -334,6 +334,14 @@ impl Qemu {
     }
 }
 
+/// Waits until a QEMU that is no child of the test has connected.
+pub(super) fn accept_or_timeout(listener: &UnixListener) {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let limit = Timespec::try_from(PATIENCE).expect("a short time");
+    let ready = poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&limit));
+    assert_eq!(ready, Ok(1), "no QEMU connects");
+}
+
 /// Waits until QEMU has connected, and fails at once with its words if it ends instead.
 pub(super) fn accept_or_die(listener: &UnixListener, process: &mut Process) {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -20,6 +21,15 @@ impl Qmp {
     /// Takes the connection that QEMU makes (`-chardev socket,server=off`), and leaves negotiation mode.
     pub fn accept(listener: &UnixListener) -> Qmp {
         let (stream, _) = listener.accept().expect("QEMU connects");
+        Self::greeted(stream)
+    }
+
+    /// Connects to a monitor that nobody else uses now.
+    pub fn connect(socket: &Path) -> Qmp {
+        Self::greeted(UnixStream::connect(socket).expect("QEMU listens"))
+    }
+
+    fn greeted(stream: UnixStream) -> Qmp {
         let mut qmp = Qmp {
             reader: BufReader::new(stream),
             events: VecDeque::new(),

@@ -14,6 +14,8 @@ use super::{Net, Scratch, Side, Version};
 pub const DAEMON_USER: &str = "pagecopy-test";
 /// Its id, and that of its group.
 pub const DAEMON_ID: u32 = 64_110;
+/// Name of the user that a policy has QEMU run as.
+pub(super) const QEMU_USER: &str = "pagecopy-test-qemu";
 /// Id of QEMU's user.
 pub const QEMU_ID: u32 = 64_111;
 /// Id of the group that QEMU's monitor is open to, as a distribution's `kvm` or `libvirt` might be. The daemon is in it.
@@ -96,7 +98,10 @@ fn list_with_user(folder: &Path, list: &str) -> PathBuf {
     }
     text += &match list {
         "passwd" => {
-            format!("{DAEMON_USER}:x:{DAEMON_ID}:{DAEMON_ID}::/nonexistent:/usr/sbin/nologin\n")
+            let user = |name: &str, id: u32| {
+                format!("{name}:x:{id}:{id}::/nonexistent:/usr/sbin/nologin\n")
+            };
+            user(DAEMON_USER, DAEMON_ID) + &user(QEMU_USER, QEMU_ID)
         }
         _ => format!(
             "{DAEMON_USER}:x:{DAEMON_ID}:\n{DAEMON_USER}-monitor:x:{MONITOR_GROUP}:{DAEMON_USER}\n"

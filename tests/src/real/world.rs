@@ -26,7 +26,11 @@ impl World {
 
     /// The same, with daemons that are started in another way.
     pub fn tls_as(run_as: RunAs) -> World {
-        let scratch = Scratch::new();
+        Self::tls_in(Scratch::new(), run_as)
+    }
+
+    /// The same, in folders where something is already.
+    pub fn tls_in(scratch: Scratch, run_as: RunAs) -> World {
         let [a, b] = certified(&scratch);
         Self::with_as(scratch, &a, &b, run_as)
     }
