@@ -4,8 +4,9 @@
 use super::*;
 use pagecopy::engine::MigrationId;
 
-/// What the link carries, so that there is time: 32 MiB take about five seconds.
+/// What the link carries while the guest goes, and once its memory is on the way: time for all that is to be seen.
 const LINK_MBIT: u32 = 50;
+const SLOW_MBIT: u32 = 4;
 
 fn id_of(text: &str) -> MigrationId {
     let hex: String = text.chars().filter(char::is_ascii_hexdigit).collect();
@@ -48,6 +49,7 @@ fn gone_first(world: &World) -> (Qemu, Qemu, Migration) {
     let first = ["--mode", "postcopy"];
     let migration = world.begin(Side::A, "vm", &source, &destination, &first);
     destination.serial.wait_beats(1);
+    world.net.limit(SLOW_MBIT);
     (source, destination, migration)
 }
 
@@ -83,6 +85,7 @@ fn another_allowed_peer_serves_no_guest() {
     speaks_for_it(&world, &mallory, id_of(&id));
     assert_eq!(state(&world), "paused");
     world.daemon(Side::A).signal(rustix::process::Signal::CONT);
+    world.net.limit(LINK_MBIT);
     migration.finish().completed();
     assert_moved(&mut source, &mut destination);
     eventually(PATIENCE, || match state(&world) {
@@ -115,6 +118,7 @@ fn another_allowed_peer_is_served_no_guest() {
     assert_eq!(destination.qmp.status(), "running");
     std::fs::write(&config, own).unwrap();
     world.restart(Side::B);
+    world.net.limit(LINK_MBIT);
     migration.finish().completed();
     assert_moved(&mut source, &mut destination);
 }
