@@ -229,6 +229,7 @@ impl DestinationSide {
                 env.tally.note(Happened::HeardOfLoss);
             }
         }
+        self.give_up_unserved(env);
         let standing = self.standing(id);
         self.memory_gone = self.lacks() > 0;
         self.answer_question(env, lane, Message::Answer { id, standing });
