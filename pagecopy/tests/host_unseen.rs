@@ -13,11 +13,15 @@
 
 mod host_support;
 
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::{Placer, Ram, Tracker, process};
 use pagecopy::limits::DIGEST_CHUNK;
-use pagecopy::memory::{BlockId, Run};
-use rustix::fs::{FallocateFlags, fallocate};
+use pagecopy::memory::{BlockId, BlockSpec, Run};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
 use host_support::sys::{self, Map};
 use host_support::{
@@ -181,10 +185,14 @@ fn punched(file: &RamFile, other: &RamFile, punch: Punch) {
     let mut target = Target::new(&[file], Vec::new());
     target.write(0, 0, 12);
     let copy = Transfer::new(file, other);
+    let taken = copy.source.watch().unwrap();
     let mut tracker = target.tracker();
     tracker.arm().unwrap();
     copy.send(&populated(&copy.source));
-    assert_eq!(scan(&mut tracker), []);
+    target.write(0, 3, 1);
+    assert_eq!(scan(&mut tracker), [run(0, 3, 1)]);
+    copy.send(&[run(0, 3, 1)]);
+    assert!(!taken.anything(), "a write through a mapping takes nothing");
     match punch {
         Punch::Remove => target.tell(Command::Discard {
             block: 0,
@@ -195,6 +203,8 @@ fn punched(file: &RamFile, other: &RamFile, punch: Punch) {
             fallocate(&file.file, flags, VICTIM * copy.page, copy.page).unwrap();
         }
     }
+    assert!(taken.anything(), "{punch:?} is noticed at once");
+    assert!(!taken.anything(), "and only once");
     let last = scan(&mut tracker);
     let reported = pages(&last).contains(&(0, VICTIM));
     assert!(
@@ -228,6 +238,97 @@ fn a_hole_punched_into_huge_pages_is_found_by_comparing_holes() {
     for punch in [Punch::Remove, Punch::Fallocate] {
         punched(&new(), &new(), punch);
     }
+}
+
+/// Copies a guest that touches pages for the first time after the file was listed, up to the last scan: nothing was taken out,
+/// so the file is not listed again, and the scans alone must tell of them.
+fn first_touched(file: &RamFile, other: &RamFile, late: &[u64]) {
+    let mut target = Target::new(&[file], Vec::new());
+    target.write(0, 0, 4);
+    let copy = Transfer::new(file, other);
+    let taken = copy.source.watch().unwrap();
+    let mut tracker = target.tracker();
+    tracker.arm().unwrap();
+    copy.send(&populated(&copy.source));
+    for page in late {
+        target.write(0, *page, 1);
+        let last = scan(&mut tracker);
+        assert_eq!(pages(&last), [(0, *page)]);
+        copy.send(&last);
+        assert_eq!(copy.differing(), [] as [u64; 0]);
+    }
+    assert!(!taken.anything());
+}
+
+#[test]
+fn pages_first_touched_just_before_the_stop_are_found_without_listing_the_file_again() {
+    skip_unless!(is_root(), "needs root");
+    let new = || RamFile::tmpfs(64 << 20);
+    // Next to pages that it has, and far away, where the file has a large hole that was never protected.
+    first_touched(&new(), &new(), &[5, 511, 512, 8192, 8193, 16383]);
+}
+
+#[test]
+fn huge_pages_first_touched_just_before_the_stop_are_found_without_listing_the_file_again() {
+    skip_unless!(is_root(), "needs root");
+    let Some(huge) = HugePages::reserve(48) else {
+        return;
+    };
+    let new = || RamFile::at(&huge.mount.0, 16 * HUGE, HUGE);
+    first_touched(&new(), &new(), &[5, 9, 15]);
+}
+
+/// The kernel tells nobody of what is taken out of a memfd through its own descriptor or through a mapping by it, so none is
+/// watched, and the holes are found by listing them.
+#[test]
+fn a_memfd_of_which_the_kernel_does_not_tell_is_not_watched() {
+    for name in ["guest", "huge"] {
+        let flags = match name {
+            "huge" => MemfdFlags::HUGETLB,
+            _ => MemfdFlags::empty(),
+        };
+        let page_size = if name == "huge" { HUGE } else { PAGE };
+        let Ok(memfd) = memfd_create(name, flags) else {
+            continue; // No huge pages here.
+        };
+        let file = Arc::new(File::from(memfd));
+        file.set_len(16 * page_size).unwrap();
+        let map = Map::shared(file.as_fd(), 16 * page_size as usize);
+        let spec = BlockSpec {
+            name: name.into(),
+            size: 16 * page_size,
+            page_size,
+        };
+        let reopened = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        for file in [Arc::clone(&file), Arc::new(reopened)] {
+            let ram = MappedRam::map([(spec.clone(), file)], false).unwrap();
+            let refused = ram.watch().unwrap_err();
+            assert_eq!(refused.kind(), std::io::ErrorKind::Unsupported, "{refused}");
+        }
+        if page_size == PAGE {
+            let ram = MappedRam::map([(spec, Arc::clone(&file))], false).unwrap();
+            (0..16).for_each(|page| map.write_byte(page * PAGE, 1));
+            map.remove_pages(VICTIM * PAGE, PAGE);
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(&*file, flags, 3 * PAGE, PAGE).unwrap();
+            assert_eq!(populated(&ram), [run(0, 0, 3), run(0, 4, 5), run(0, 10, 6)]);
+        }
+    }
+}
+
+#[test]
+fn what_is_taken_out_of_any_block_by_any_means_is_noticed() {
+    let (one, two) = (RamFile::tmpfs(1 << 20), RamFile::tmpfs(1 << 20));
+    let open = |file: &RamFile| (file.spec("ram"), file.path.clone());
+    let ram = MappedRam::open(&[open(&one), open(&two)], false).unwrap();
+    let taken = ram.watch().unwrap();
+    one.map().write_byte(0, 1);
+    assert!(!taken.anything());
+    // The name is of no matter: libvirt's and QEMU's own files have none any more.
+    std::fs::remove_file(&two.path).unwrap();
+    assert!(!taken.anything());
+    two.file.set_len(4096).unwrap();
+    assert!(taken.anything());
 }
 
 #[test]

@@ -74,6 +74,16 @@ fn heavy_guest_dirtying_400_mb_s() {
     world.move_and_check(&Machine::new(Version::V10_0, 512, "rate=400 set=96"), &[]);
 }
 
+/// The RAM file is not listed anew at the stop: what was never touched before, and is until the very end, must go all the same.
+#[test]
+fn guest_that_goes_on_to_touch_memory_for_the_first_time() {
+    let world = World::tls();
+    world.move_and_check(
+        &Machine::new(Version::V10_0, 512, "fill=none rate=40 set=384"),
+        &[],
+    );
+}
+
 #[test]
 fn guest_with_a_hot_spot() {
     let world = World::tls();

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use pagecopy::engine::destination::{self, Destination};
 use pagecopy::engine::event::Report;
 use pagecopy::engine::journal::{self, Outcome, Postcopy, Record};
-use pagecopy::engine::source::{self, Pushed};
+use pagecopy::engine::source::{self, Populated, Pushed};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Time};
 use pagecopy::limits::DIGEST_CHUNK;
 use pagecopy::memory::{BlockId, Run};
@@ -62,7 +62,11 @@ impl Pair {
                     .into_iter()
                     .map(run)
                     .collect();
-                let populated = holes.then(|| self.populated());
+                let populated = if holes {
+                    Populated::Runs(self.populated())
+                } else {
+                    Populated::NotAsked
+                };
                 let scanned = Input::Scanned {
                     dirty,
                     populated,

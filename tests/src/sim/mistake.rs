@@ -23,7 +23,7 @@ pub enum Mistake {
     NoCommitIntentRecord,
     /// The destination does not clear the RAM that it is given.
     NoClear,
-    /// The list of holes at the end is that of the beginning.
+    /// That something was taken out of the RAM is not noticed: the list of holes at the end is that of before.
     OldHoles,
     /// The source takes the guest back when the connection breaks after `Commit`.
     ResumeAfterCommit,

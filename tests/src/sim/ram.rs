@@ -5,6 +5,7 @@
 //! in the wrong place is seen to be foreign, and an old copy over a newer one is seen to go backwards.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pagecopy::host::{Digest, OutOfBounds, Placer, Ram, TrackError, Tracker};
@@ -51,6 +52,8 @@ pub(super) struct SimRam {
     /// Where each page is: its block, and its number in it.
     places: Vec<(usize, u64)>,
     pages: Mutex<Vec<Page>>,
+    /// How often something was taken out, as the kernel tells who watches the RAM file.
+    taken: AtomicU64,
 }
 
 impl SimRam {
@@ -86,12 +89,18 @@ impl SimRam {
             blocks,
             places,
             pages: Mutex::new(vec![Page::default(); first]),
+            taken: AtomicU64::new(0),
         })
     }
 
     /// Number of pages of all blocks.
     pub(super) fn pages(&self) -> usize {
         self.places.len()
+    }
+
+    /// How often something was taken out of it.
+    pub(super) fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
     }
 
     /// The blocks.
@@ -125,6 +134,11 @@ impl SimRam {
 
     /// The guest gives `page` back (balloon, free page reporting): it reads as zero. The dirty log does not hear of it.
     pub(super) fn punch(&self, page: usize) {
+        self.taken.fetch_add(1, Ordering::Relaxed);
+        self.clear_page(page);
+    }
+
+    fn clear_page(&self, page: usize) {
         let mut pages = self.lock();
         let state = &mut pages[page];
         state.version += 1;
@@ -139,7 +153,7 @@ impl SimRam {
 
     /// The guest stores zeroes all over `page`: populated, dirty, and yet zero.
     pub(super) fn write_zeroes(&self, page: usize) {
-        self.punch(page);
+        self.clear_page(page);
         let mut pages = self.lock();
         pages[page].populated = true;
         pages[page].written = true;

@@ -15,7 +15,7 @@ use pagecopy::engine::encoding::policy::Compress;
 use pagecopy::engine::event::State;
 use pagecopy::engine::journal::{Outcome, Postcopy, Record};
 use pagecopy::engine::source::{
-    After, Batch, Input, Mode, Options, Output, Pushed, Resolution, Setup, Source,
+    After, Batch, Input, Mode, Options, Output, Populated, Pushed, Resolution, Setup, Source,
 };
 use pagecopy::engine::{ChannelId, Time, Timeouts};
 use pagecopy::limits::{
@@ -287,10 +287,12 @@ impl World {
                 let inside = !input.ratio(1, 32)?;
                 Input::Scanned {
                     dirty: words::runs(input, inside)?,
-                    populated: if holes {
-                        Some(words::runs(input, true)?)
+                    populated: if !holes {
+                        Populated::NotAsked
+                    } else if input.ratio(1, 2)? {
+                        Populated::NothingTaken
                     } else {
-                        None
+                        Populated::Runs(words::runs(input, true)?)
                     },
                     took: Duration::from_micros(500),
                 }

@@ -1,5 +1,6 @@
 //! The source's session.
 
+mod holes;
 mod serve;
 mod unreached;
 mod work;
@@ -23,6 +24,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use transport::{Channel, Regions};
 
+use self::holes::Holes;
 use self::serve::Served;
 use super::telling;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
@@ -113,6 +115,8 @@ pub(crate) struct Session {
     served: Option<Served>,
     regions: Regions,
     tracker: Option<Arc<Mutex<UffdTracker>>>,
+    /// What the RAM files hold: of a guest that runs here.
+    holes: Option<Arc<Mutex<Holes>>>,
     control: Option<Lane<Message>>,
     connection: u32,
     data: Vec<Lane<Command>>,
@@ -154,6 +158,7 @@ impl Session {
             served: None,
             regions: Regions::new(),
             tracker: None,
+            holes: None,
             control: None,
             connection: 0,
             data: Vec::new(),
@@ -181,6 +186,8 @@ impl Session {
     }
 
     fn take_memory(&mut self, memory: Memory) {
+        let holes = Holes::new(Arc::clone(&memory.ram), memory.mapped.clone());
+        self.holes = Some(Arc::new(Mutex::new(holes)));
         self.ram = Some((memory.ram, memory.specs.len()));
         self.served = Some(Served {
             mapped: memory.mapped,

@@ -2,17 +2,19 @@
 
 use std::future::Future;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use pagecopy::engine::journal::Record;
-use pagecopy::engine::source::Input;
+use pagecopy::engine::source::{Input, Populated};
 use pagecopy::engine::{Failure, Fault};
+use pagecopy::host::Tracker;
 use pagecopy::host::track::UffdTracker;
-use pagecopy::host::{Ram, Tracker};
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use super::holes::Holes;
 use super::{Incoming, Session};
 use crate::failure::host;
 use crate::log;
@@ -28,21 +30,37 @@ const GONE_GRACE: Duration = Duration::from_millis(100);
 
 impl Session {
     pub(super) fn attach(&self) {
-        let (Some(tracker), Some((ram, _))) = (self.tracker.clone(), self.ram.clone()) else {
+        let (Some(tracker), Some(holes)) = (self.tracker.clone(), self.holes.clone()) else {
             return;
         };
         let sender = self.sender.clone();
-        self.memory_worker
-            .run(move || answer(&sender, attach(&mut lock(&tracker), &*ram)));
+        self.memory_worker.run(move || {
+            answer(&sender, attach(&mut lock(&tracker), &mut lock(&holes)));
+        });
     }
 
     pub(super) fn scan(&self, holes: bool) {
-        let (Some(tracker), Some((ram, _))) = (self.tracker.clone(), self.ram.clone()) else {
+        let (Some(tracker), Some(list)) = (self.tracker.clone(), self.holes.clone()) else {
             return;
         };
         let sender = self.sender.clone();
-        self.memory_worker
-            .run(move || answer(&sender, scan(&mut lock(&tracker), &*ram, holes)));
+        self.memory_worker.run(move || {
+            let list = holes.then_some(&*list);
+            answer(&sender, scan(&mut lock(&tracker), list));
+        });
+    }
+
+    /// What the RAM files hold is listed again if that has changed, which the stop is spared then.
+    fn list_again(&self) -> oneshot::Receiver<()> {
+        let (done, listed) = oneshot::channel();
+        if let Some(holes) = self.holes.clone() {
+            self.memory_worker.run(move || {
+                lock(&holes).list_again();
+                // A session that has ended does not wait.
+                let _ = done.send(());
+            });
+        }
+        listed
     }
 
     /// `transaction` drains all disks before its actions, of which there are none here.
@@ -87,8 +105,11 @@ impl Session {
         let (Some(qmp), Some(guest)) = (self.qmp.clone(), self.guest.clone()) else {
             return;
         };
+        let listed = self.list_again();
         self.order(async move {
-            match unchanged(&qmp, &guest).await {
+            // Without an answer there is no list, and none is needed.
+            let (looked, _) = tokio::join!(unchanged(&qmp, &guest), listed);
+            match looked {
                 Ok(()) => Input::Unchanged,
                 Err(failure) => Input::HostFailed(failure),
             }
@@ -212,11 +233,10 @@ async fn resume_anew(qmp: &Path) -> Result<(), Failure> {
         .await
 }
 
-fn attach(tracker: &mut UffdTracker, ram: &dyn Ram) -> Result<Input, Failure> {
+fn attach(tracker: &mut UffdTracker, holes: &mut Holes) -> Result<Input, Failure> {
+    holes.watch();
     tracker.arm().map_err(track_failure)?;
-    let mut populated = Vec::new();
-    ram.populated(&mut populated)
-        .map_err(|error| ram_failure(&error))?;
+    let populated = holes.list().map_err(|error| ram_failure(&error))?;
     let stopped = tracker
         .attach_figures()
         .map(|figures| figures.stopped)
@@ -224,15 +244,16 @@ fn attach(tracker: &mut UffdTracker, ram: &dyn Ram) -> Result<Input, Failure> {
     Ok(Input::Attached { stopped, populated })
 }
 
-fn scan(tracker: &mut UffdTracker, ram: &dyn Ram, holes: bool) -> Result<Input, Failure> {
+fn scan(tracker: &mut UffdTracker, holes: Option<&Mutex<Holes>>) -> Result<Input, Failure> {
     let begun = Instant::now();
     let mut dirty = Vec::new();
     tracker.scan(&mut dirty).map_err(track_failure)?;
-    let mut populated = None;
-    if holes {
-        ram.populated(populated.insert(Vec::new()))
-            .map_err(|error| ram_failure(&error))?;
-    }
+    let populated = match holes {
+        Some(holes) => lock(holes)
+            .at_the_stop()
+            .map_err(|error| ram_failure(&error))?,
+        None => Populated::NotAsked,
+    };
     Ok(Input::Scanned {
         dirty,
         populated,

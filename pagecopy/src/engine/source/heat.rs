@@ -5,6 +5,7 @@
 //! then. Every page is in at most one of *to send* and *held*; a page in neither is at the destination as it was when it
 //! was last found dirty.
 
+use super::interface::Populated;
 use crate::engine::bitmap::{Bitmap, Outside};
 use crate::memory::{BlockId, BlockSpec, Run};
 
@@ -63,7 +64,11 @@ impl Pages {
 
     /// When the guest stands still: everything dirty or held goes, and so does every page that was sent once and is a hole
     /// now (a balloon or free-page reporting punched it; no scan sees that). It goes as zero.
-    pub(super) fn stopped(&mut self, dirty: &[Run], populated: &[Run]) -> Result<Scan, Outside> {
+    pub(super) fn stopped(
+        &mut self,
+        dirty: &[Run],
+        populated: &Populated,
+    ) -> Result<Scan, Outside> {
         insert(&mut self.scan, dirty)?;
         let found = Scan {
             pages: self.scan.pages(),
@@ -74,18 +79,31 @@ impl Pages {
                 *send |= *held | *scan;
                 (*held, *scan) = (0, 0);
             });
-        for (block, pages) in (0..).map(BlockId).zip(&self.sizes) {
-            for hole in holes(block, *pages, populated) {
-                self.send.insert_common(hole, &self.touched)?;
+        // What is dirty besides goes in any case.
+        if let Populated::Runs(populated) = populated {
+            for (block, pages) in (0..).map(BlockId).zip(&self.sizes) {
+                for hole in holes(block, *pages, populated) {
+                    self.send.insert_common(hole, &self.touched)?;
+                }
             }
         }
         Ok(found)
     }
 
-    /// After [`stopped`](Self::stopped): takes those pages out that are in the RAM files; holes stay to be sent, as zero.
-    pub(super) fn take_populated(&mut self, populated: &[Run]) -> Result<Bitmap, Outside> {
+    /// After [`stopped`](Self::stopped), with the same: takes those pages out that are in the RAM files; holes stay to be
+    /// sent, as zero.
+    pub(super) fn take_populated(
+        &mut self,
+        dirty: &[Run],
+        populated: &Populated,
+    ) -> Result<Bitmap, Outside> {
         let mut taken = self.scan.clone();
-        for run in populated {
+        let Populated::Runs(populated) = populated else {
+            // Whatever is to be sent was listed at the start or found dirty since.
+            std::mem::swap(&mut taken, &mut self.send);
+            return Ok(taken);
+        };
+        for run in populated.iter().chain(dirty) {
             taken.insert_common(*run, &self.send)?;
         }
         self.send
@@ -229,11 +247,50 @@ mod tests {
         pages.take(9, u64::MAX);
         pages.scanned(&[run(0, 2)]).unwrap();
         // Pages 0 and 1 are held; 30 is dirty; 10 to 12 were sent and are holes now; 40 is a hole that was never sent.
-        pages
-            .stopped(&[run(30, 1)], &[run(0, 10), run(13, 20)])
-            .unwrap();
+        let populated = Populated::Runs(vec![run(0, 10), run(13, 20)]);
+        pages.stopped(&[run(30, 1)], &populated).unwrap();
         assert_eq!(pages.take(9, u64::MAX), [run(0, 2), run(10, 3), run(30, 1)]);
         assert!(pages.nothing_to_send() && pages.held_pages() == 0);
+    }
+
+    /// Pages 0 to 19 were listed and sent, 50 and 51 were first written in a round and sent; 2 is held, 3 was not sent
+    /// since it was dirty, and 70, a hole at the start, is first written just before the stop.
+    fn about_to_stop() -> (Pages, [Run; 1]) {
+        let mut pages = pages();
+        pages.populated(&[run(0, 20)]).unwrap();
+        pages.scanned(&[run(50, 2)]).unwrap();
+        pages.take(9, u64::MAX);
+        pages.scanned(&[run(2, 1)]).unwrap();
+        pages.take(9, u64::MAX);
+        pages.scanned(&[run(2, 2)]).unwrap();
+        (pages, [run(70, 1)])
+    }
+
+    #[test]
+    fn a_page_first_written_just_before_the_stop_goes_whether_or_not_the_list_has_it() {
+        let old = Populated::Runs(vec![run(0, 20), run(50, 2)]);
+        for populated in [Populated::NothingTaken, old] {
+            let (mut pages, dirty) = about_to_stop();
+            pages.stopped(&dirty, &populated).unwrap();
+            assert_eq!(pages.take(9, u64::MAX), [run(2, 2), run(70, 1)]);
+            let (mut pages, dirty) = about_to_stop();
+            pages.stopped(&dirty, &populated).unwrap();
+            let mut lacking = pages.take_populated(&dirty, &populated).unwrap();
+            let mut runs = Vec::new();
+            lacking.take(9, u64::MAX, &mut runs);
+            assert_eq!(runs, [run(2, 2), run(70, 1)]);
+            assert!(pages.nothing_to_send());
+        }
+    }
+
+    #[test]
+    fn with_post_copy_a_hole_is_sent_and_not_fetched() {
+        let (mut pages, dirty) = about_to_stop();
+        let punched = Populated::Runs(vec![run(0, 10), run(50, 1)]);
+        pages.stopped(&dirty, &punched).unwrap();
+        let lacking = pages.take_populated(&dirty, &punched).unwrap();
+        assert_eq!(lacking.pages(), 3);
+        assert_eq!(pages.take(9, u64::MAX), [run(10, 10), run(51, 1)]);
     }
 
     #[test]

@@ -110,6 +110,18 @@ pub struct Pushed {
     pub encoded: Encoded,
 }
 
+/// What the RAM files hold, for a scan with the guest stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Populated {
+    /// It was not asked for.
+    NotAsked,
+    /// Nothing was taken out of them since [`Input::Attached`]: they hold what was listed then, and what was found dirty
+    /// since, this scan included.
+    NothingTaken,
+    /// These runs, and what this scan has found dirty. Nothing was taken out since they were listed.
+    Runs(Vec<Run>),
+}
+
 /// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Input {
@@ -140,8 +152,8 @@ pub enum Input {
     Scanned {
         /// Runs written since the scan before.
         dirty: Vec<Run>,
-        /// With `holes` asked for: what the RAM files hold now.
-        populated: Option<Vec<Run>>,
+        /// With `holes` asked for: what the RAM files hold.
+        populated: Populated,
         /// How long it took.
         took: Duration,
     },
@@ -214,7 +226,8 @@ pub enum Output {
     SendOn(ChannelId, Message),
     /// Inject, register, protect all, and list what is populated. Answer: `Attached` or `HostFailed`.
     Attach,
-    /// Scan for dirty pages; with `holes`, list what is populated, too. Answer: `Scanned` or `HostFailed`.
+    /// Scan for dirty pages; with `holes`, say what is populated, too: listed anew only if something was taken out of the RAM
+    /// files since it was listed. Answer: `Scanned` or `HostFailed`.
     Scan {
         /// Whether `populated` is wanted.
         holes: bool,

@@ -27,7 +27,9 @@ mod switchover;
 #[cfg(test)]
 mod tests;
 
-pub use interface::{After, Batch, Input, Mode, Options, Output, Pushed, Resolution, Setup};
+pub use interface::{
+    After, Batch, Input, Mode, Options, Output, Populated, Pushed, Resolution, Setup,
+};
 
 use self::core::{Core, Intent};
 use super::Time;

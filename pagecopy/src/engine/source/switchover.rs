@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::commit::Commit;
 use super::core::{Core, Intent, millis};
-use super::interface::{Input, Output};
+use super::interface::{Input, Output, Populated};
 use super::reasons::outside;
 use super::{Phase, Step};
 use crate::engine::bitmap::Bitmap;
@@ -112,12 +112,10 @@ impl Switchover {
                 core.out.push(Output::Scan { holes: true });
             }
             Input::Scanned {
-                dirty,
-                populated: Some(populated),
-                ..
-            } if self.pages == Pages::Scanning => {
+                dirty, populated, ..
+            } if self.pages == Pages::Scanning && populated != Populated::NotAsked => {
                 core.pages.stopped(&dirty, &populated).map_err(outside)?;
-                self.send_the_rest(core, &populated)?;
+                self.send_the_rest(core, &dirty, &populated)?;
             }
             Input::Pushed {
                 channel,
@@ -184,13 +182,19 @@ impl Switchover {
     }
 
     /// The last scan is in: everything goes, or is said to lack, and QEMU saves its devices meanwhile.
-    fn send_the_rest(&mut self, core: &mut Core, populated: &[Run]) -> Result<(), End> {
+    fn send_the_rest(
+        &mut self,
+        core: &mut Core,
+        dirty: &[Run],
+        populated: &Populated,
+    ) -> Result<(), End> {
         self.pages = Pages::Sending { since: core.now };
         let stopped = Message::Stopped {
             final_round: self.final_round,
         };
         if self.postcopy {
-            let lacking = core.pages.take_populated(populated).map_err(outside)?;
+            let lacking = core.pages.take_populated(dirty, populated);
+            let lacking = lacking.map_err(outside)?;
             core.out.push(Output::OpenReads);
             core.send(stopped);
             say_what_lacks(core, &lacking);

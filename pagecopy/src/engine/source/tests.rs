@@ -6,7 +6,7 @@ mod postcopy;
 
 use std::time::Duration;
 
-use super::{Input, Mode, Options, Output, Resolution, Setup, Source};
+use super::{Input, Mode, Options, Output, Populated, Resolution, Setup, Source};
 use crate::engine::encoding::policy::Compress;
 use crate::engine::event::{Report, State};
 use crate::engine::journal::{Outcome, Postcopy, Record};
@@ -74,7 +74,7 @@ fn path() -> Vec<(&'static str, Vec<Input>)> {
             vec![
                 Input::Message(Message::BarrierReached { round: 0 }),
                 Input::Tick,
-                scanned(None),
+                scanned(Populated::NotAsked),
             ],
         ),
         (
@@ -82,7 +82,7 @@ fn path() -> Vec<(&'static str, Vec<Input>)> {
             vec![
                 Input::Unchanged,
                 Input::GuestStopped,
-                scanned(Some(Vec::new())),
+                scanned(Populated::NothingTaken),
                 Input::DeviceState(bytes::Bytes::from_static(b"state")),
                 Input::DeviceStateSaved,
                 Input::Message(Message::BarrierReached { round: 1 }),

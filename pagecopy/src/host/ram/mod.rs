@@ -5,6 +5,7 @@
 
 mod digest;
 mod populated;
+mod taken;
 
 use std::any::Any;
 use std::fs::{File, OpenOptions};
@@ -20,6 +21,7 @@ use rustix::fs::FallocateFlags;
 use super::seek::next_data;
 use super::sys::map::SharedMap;
 use super::{Digest, OutOfBounds, Placer, Ram};
+pub use self::taken::Taken;
 use crate::limits::{MAX_PAGE_SIZE, MIN_PAGE_SIZE};
 use crate::memory::{BlockId, BlockSpec, Run};
 

@@ -111,7 +111,8 @@ pub(super) struct SourceSide {
     restarted: bool,
     /// The files of the guest's memory went with the host.
     files_gone: bool,
-    first_holes: Option<Vec<Run>>,
+    /// How often something had been taken out of the RAM when it was last listed, and the list, unless it was that of the start.
+    listed: (u64, Option<Vec<Run>>),
     /// Pages of which the version sent last is kept.
     versions: u64,
     /// Per data channel, if channels copy what they are given.
@@ -160,7 +161,7 @@ impl SourceSide {
             forgot: false,
             restarted: false,
             files_gone: false,
-            first_holes: None,
+            listed: (0, None),
             versions: plan.wanted.versions,
             buffers,
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use pagecopy::engine::encoding::policy::Choice;
 use pagecopy::engine::event::{Finished, State};
 use pagecopy::engine::journal::Record;
-use pagecopy::engine::source::{Batch, Input, Output, Pushed};
+use pagecopy::engine::source::{Batch, Input, Output, Populated, Pushed};
 use pagecopy::engine::split::{Split, split};
 use pagecopy::engine::{ChannelId, Time};
 use pagecopy::host::encode::{Part, chunks};
@@ -48,6 +48,7 @@ impl SourceSide {
             }
             Output::DrainIo => self.drain_io(env),
             Output::LookAgain => {
+                self.list_again();
                 let delay = env.operation(Side::Source);
                 let answer = if env.operation_fails(Side::Source) {
                     Input::HostFailed(host_failure())
@@ -103,6 +104,7 @@ impl SourceSide {
             }
             self.old = Some(old);
         }
+        self.listed = (self.ram.taken(), None);
         // The kernel's arming cannot fail here.
         let _ = self.tracker.arm();
         let delay = env.operation(Side::Source);
@@ -111,9 +113,6 @@ impl SourceSide {
 
     pub(super) fn list_after_arm(&mut self, env: &mut Env) {
         let populated = self.populated();
-        if env.errs(Mistake::OldHoles) {
-            self.first_holes = Some(populated.clone());
-        }
         let stopped = env.delay(900);
         self.input(env, Input::Attached { stopped, populated });
     }
@@ -122,7 +121,24 @@ impl SourceSide {
         let mut populated = Vec::new();
         // Simulated RAM can always be asked.
         let _ = self.ram.populated(&mut populated);
-        self.first_holes.clone().unwrap_or(populated)
+        populated
+    }
+
+    /// With the guest still running: a list for the stop, if that of the start does not hold any more.
+    fn list_again(&mut self) {
+        let taken = self.ram.taken();
+        if taken != self.listed.0 {
+            self.listed = (taken, Some(self.populated()));
+        }
+    }
+
+    /// With the guest stopped: the list that there is, if it still holds.
+    fn populated_at_the_stop(&mut self, env: &Env) -> Populated {
+        if self.ram.taken() != self.listed.0 && !env.errs(Mistake::OldHoles) {
+            return Populated::Runs(self.populated());
+        }
+        let runs = self.listed.1.take();
+        runs.map_or(Populated::NothingTaken, Populated::Runs)
     }
 
     pub(super) fn scan(&mut self, env: &mut Env, holes: bool) {
@@ -145,7 +161,11 @@ impl SourceSide {
     }
 
     pub(super) fn scan_ends(&mut self, env: &mut Env, dirty: Vec<Run>, holes: bool, began: Time) {
-        let populated = holes.then(|| self.populated());
+        let populated = if holes {
+            self.populated_at_the_stop(env)
+        } else {
+            Populated::NotAsked
+        };
         let took = env.now().since(began);
         self.input(
             env,

@@ -61,7 +61,7 @@ fn switched_over_with(setup: Setup) -> (Source, Vec<Output>) {
         Input::GuestStopped,
         Input::Scanned {
             dirty: Vec::new(),
-            populated: Some(runs()),
+            populated: Populated::Runs(runs()),
             took: Duration::ZERO,
         },
         Input::DeviceState(bytes::Bytes::from_static(b"state")),
