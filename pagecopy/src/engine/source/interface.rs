@@ -246,7 +246,7 @@ pub enum Output {
     LookAgain,
     /// QMP `migrate` with `pause-before-switchover`. Answer: `GuestStopped` or `QemuFailed`.
     StopGuest,
-    /// QMP `migrate-continue`. Answers: `DeviceState`…, `DeviceStateSaved`, or `QemuFailed`.
+    /// QMP `migrate-continue`, beside the last scan. Answers: `DeviceState`…, `DeviceStateSaved`, or `QemuFailed`.
     SaveDeviceState,
     /// Post-copy: from now on answer the peer's reads of all RAM, which does not change any more. No answer; ended by
     /// `Detach`.

@@ -1,8 +1,9 @@
 //! The switchover: the guest stops, what remains goes, QEMU's device state goes beside it, the destination loads.
 //!
 //! Before the guest is stopped, it is looked at once more: what has come since the start and writes where no scan sees it
-//! ends the migration. Then three strands run at once and meet before `Commit`: the last pages (stop, scan, push, barrier), the device state, and
-//! the journal's `CommitIntent`, which is written while the destination loads. With `--verify`, digests are the fourth.
+//! ends the migration. Once it is stopped, three strands run at once and meet before `Commit`: the last pages (scan, push, barrier), the device
+//! state, which QEMU saves while the last scan is made, and the journal's `CommitIntent`, which is written while the destination loads. With
+//! `--verify`, digests are the fourth.
 
 use std::time::Duration;
 
@@ -61,10 +62,15 @@ enum Pages {
 }
 
 /// Where QEMU's device state is.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 struct DeviceState {
     bytes: u64,
     crc: u32,
+    /// What came before the last scan was over: the destination hears `Stopped` first.
+    early: Vec<bytes::Bytes>,
+    /// All of it has come.
+    saved: bool,
+    /// All of it has been sent.
     sent: bool,
 }
 
@@ -110,6 +116,8 @@ impl Switchover {
             Input::GuestStopped if self.pages == Pages::Stopping => {
                 self.pages = Pages::Scanning;
                 core.out.push(Output::Scan { holes: true });
+                // It takes about as long as the scan, and no device writes the guest's memory any more.
+                core.out.push(Output::SaveDeviceState);
             }
             Input::Scanned {
                 dirty, populated, ..
@@ -127,7 +135,7 @@ impl Switchover {
                 }
                 self.send_on(core);
             }
-            Input::DeviceState(bytes) => self.device_state(core, &bytes)?,
+            Input::DeviceState(bytes) => self.device_state(core, bytes)?,
             Input::DeviceStateSaved => self.device_state_saved(core),
             Input::Digests(digests) => self.send_digests(core, digests)?,
             Input::PageDigests {
@@ -208,7 +216,12 @@ impl Switchover {
         }
         core.sender.begin_round(self.final_round);
         self.send_on(core);
-        core.out.push(Output::SaveDeviceState);
+        for bytes in std::mem::take(&mut self.device_state.early) {
+            send_device_state(core, bytes);
+        }
+        if self.device_state.saved {
+            self.device_state_saved(core);
+        }
         Ok(())
     }
 
@@ -224,7 +237,7 @@ impl Switchover {
         }
     }
 
-    fn device_state(&mut self, core: &mut Core, bytes: &bytes::Bytes) -> Result<(), End> {
+    fn device_state(&mut self, core: &mut Core, bytes: bytes::Bytes) -> Result<(), End> {
         self.device_state.bytes += bytes.len() as u64;
         if self.device_state.bytes > MAX_DEVICE_STATE {
             return Err(End::new(
@@ -239,19 +252,19 @@ impl Switchover {
                 ),
             ));
         }
-        self.device_state.crc = crc32c::crc32c_append(self.device_state.crc, bytes);
-        let mut rest = bytes.clone();
-        while !rest.is_empty() {
-            core.send(Message::DeviceState(
-                rest.split_to(rest.len().min(MAX_DEVICE_STATE_CHUNK)),
-            ));
+        self.device_state.crc = crc32c::crc32c_append(self.device_state.crc, &bytes);
+        if self.pages == Pages::Scanning {
+            self.device_state.early.push(bytes);
+        } else {
+            send_device_state(core, bytes);
         }
         Ok(())
     }
 
     /// The stream is whole. The intent is written while the destination loads.
     fn device_state_saved(&mut self, core: &mut Core) {
-        if self.device_state.sent {
+        self.device_state.saved = true;
+        if self.device_state.sent || self.pages == Pages::Scanning {
             return;
         }
         let DeviceState { bytes, crc, .. } = self.device_state;
@@ -388,6 +401,13 @@ impl Switchover {
             }
             Pages::InPlace { .. } => "everything was ready",
         }
+    }
+}
+
+fn send_device_state(core: &mut Core, mut bytes: bytes::Bytes) {
+    while !bytes.is_empty() {
+        let piece = bytes.split_to(bytes.len().min(MAX_DEVICE_STATE_CHUNK));
+        core.send(Message::DeviceState(piece));
     }
 }
 

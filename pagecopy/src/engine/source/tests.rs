@@ -428,6 +428,37 @@ fn what_came_since_the_start_and_is_not_seen_ends_it_before_the_guest_is_stopped
     assert!(matches!(outputs.last(), Some(Output::Finished(f)) if f.state == State::Failed));
 }
 
+#[test]
+fn what_qemu_saves_during_the_last_scan_goes_when_the_scan_is_over() {
+    let (mut source, _) = after(3);
+    source.handle(NOW, Input::Unchanged);
+    source.handle(NOW, Input::GuestStopped);
+    assert!(outputs(&mut source).contains(&Output::SaveDeviceState));
+    let state = bytes::Bytes::from_static(b"state");
+    for input in [Input::DeviceState(state.clone()), Input::DeviceStateSaved] {
+        source.handle(NOW, input);
+        assert_eq!(outputs(&mut source), [], "`Stopped` goes first");
+    }
+    let scanned = Input::Scanned {
+        dirty: Vec::new(),
+        populated: Populated::NothingTaken,
+        took: Duration::ZERO,
+    };
+    source.handle(NOW, scanned);
+    let asked = outputs(&mut source);
+    let messages = asked.iter().filter_map(|output| match output {
+        Output::Send(message) => Some(message.clone()),
+        _ => None,
+    });
+    let whole = Message::DeviceStateEnd {
+        bytes: 5,
+        crc: crc32c::crc32c(b"state"),
+    };
+    let stopped = Message::Stopped { final_round: 1 };
+    assert!(messages.eq([stopped, Message::DeviceState(state), whole]));
+    assert!(asked.contains(&Output::Journal(Record::CommitIntent)));
+}
+
 /// QEMU flushes the guest's disks when it stops it, and answers nobody meanwhile.
 #[test]
 fn a_slow_disk_is_waited_for_at_the_stop_and_blamed_in_the_end() {
