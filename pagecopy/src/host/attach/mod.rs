@@ -42,10 +42,13 @@ mod net;
 #[cfg(target_arch = "x86_64")]
 mod run;
 
-use std::ops::Range;
 use std::time::Duration;
 
 pub use self::device::{find_device, may_see_kernel_faults};
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) use self::nowhere::Injector;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use self::run::Injector;
 pub use super::sys::uffd::Uffd;
 use super::{AttachFigures, TrackError};
 
@@ -92,39 +95,47 @@ pub fn attach(pid: i32) -> Result<(Uffd, AttachFigures), TrackError> {
 /// # Errors
 /// What is in the way, and what to do about it.
 pub fn attach_with(pid: i32, options: AttachOptions) -> Result<Attached, TrackError> {
-    #[cfg(target_arch = "x86_64")]
-    return run::attach(pid, options);
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = (pid, options);
-        Err(only_x86_64())
-    }
-}
-
-/// Has process `pid` give advice (`MADV_…`) about its own memory, which the kernel takes from nobody else. Its main thread
-/// stands still meanwhile.
-pub(crate) fn advise(pid: i32, range: &Range<u64>, advice: i32) -> Result<(), TrackError> {
-    #[cfg(target_arch = "x86_64")]
-    return run::advise(pid, range, advice);
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = (pid, range, advice);
-        Err(only_x86_64())
-    }
-}
-
-/// Has process `pid` close a descriptor of its own.
-pub(crate) fn close_inside(pid: i32, descriptor: i32) -> Result<(), TrackError> {
-    #[cfg(target_arch = "x86_64")]
-    return run::close(pid, descriptor);
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = (pid, descriptor);
-        Err(only_x86_64())
-    }
+    Injector::of(pid)?.attach(options, &[], 0)
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn only_x86_64() -> TrackError {
-    TrackError::Kernel("attaching to QEMU is written for x86-64 only".into())
+mod nowhere {
+    //! In place of [`run`](super): attaching is written for x86-64 only.
+
+    use std::ops::Range;
+
+    use super::{AttachOptions, Attached, TrackError};
+
+    /// There is none.
+    #[derive(Debug)]
+    pub(crate) enum Injector {}
+
+    impl Injector {
+        /// Refuses.
+        pub(crate) fn of(_pid: i32) -> Result<Injector, TrackError> {
+            Err(TrackError::Kernel(
+                "attaching to QEMU is written for x86-64 only".into(),
+            ))
+        }
+
+        /// Never called.
+        pub(crate) fn attach(
+            &self,
+            _options: AttachOptions,
+            _ranges: &[Range<u64>],
+            _advice: i32,
+        ) -> Result<Attached, TrackError> {
+            match *self {}
+        }
+
+        /// Never called.
+        pub(crate) fn advise(&self, _range: &Range<u64>, _advice: i32) -> Result<(), TrackError> {
+            match *self {}
+        }
+
+        /// Never called.
+        pub(crate) fn close(&self, _inside: i32) -> Result<(), TrackError> {
+            match *self {}
+        }
+    }
 }

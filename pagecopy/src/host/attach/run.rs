@@ -18,79 +18,112 @@ use crate::host::{AttachFigures, TrackError};
 /// How much longer than the thread's stop may take the child is waited for: it starts, and makes some system calls.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Makes a userfaultfd in process `pid` and takes it over.
-pub(super) fn attach(pid: i32, options: AttachOptions) -> Result<Attached, TrackError> {
-    let process = Process::open(pid)?;
-    let ((descriptor, inside), figures) = stopped(&process, options, &mut |thread| {
-        make_descriptor(thread, &process, options)
-    })?;
-    Ok(Attached {
-        uffd: Uffd::from(descriptor),
-        figures,
-        inside: options.leave_open.then_some(inside),
-    })
+/// A process whose main thread is stopped now and then. What each stop needs is looked up once, for that takes longer than the
+/// stops.
+#[derive(Debug)]
+pub(crate) struct Injector {
+    process: Process,
+    code: Code,
 }
 
-/// Has process `pid` give `advice` (`MADV_…`) about `range` of its memory.
-pub(super) fn advise(pid: i32, range: &Range<u64>, advice: i32) -> Result<(), TrackError> {
-    let arguments = [
-        range.start,
-        range.end - range.start,
-        u64::from(advice.unsigned_abs()),
-    ];
-    call(pid, libc::SYS_madvise, arguments)
-}
-
-/// Has process `pid` close a descriptor.
-pub(super) fn close(pid: i32, inside: i32) -> Result<(), TrackError> {
-    call(
-        pid,
-        libc::SYS_close,
-        [u64::from(inside.unsigned_abs()), 0, 0],
-    )
-}
-
-/// Has process `pid` execute a system call that answers 0.
-fn call(pid: i32, call: i64, arguments: [u64; 3]) -> Result<(), TrackError> {
-    let process = Process::open(pid)?;
-    let (answer, _) = stopped(&process, AttachOptions::default(), &mut |thread| {
-        thread.call(call, arguments)
-    })?;
-    if answer != 0 {
-        return Err(Fault::Answer(answer).explain(pid, AttachOptions::default()));
+impl Injector {
+    /// For process `pid`, which is not touched yet.
+    ///
+    /// # Errors
+    /// `Gone`, or it cannot be looked at.
+    pub(crate) fn of(pid: i32) -> Result<Injector, TrackError> {
+        Ok(Injector {
+            process: Process::open(pid)?,
+            code: code::find(pid)?,
+        })
     }
-    Ok(())
+
+    /// Has it give `advice` (`MADV_…`) about each of `ranges`, whatever the kernel says to that, then makes a userfaultfd in it
+    /// and takes it over.
+    ///
+    /// # Errors
+    /// What is in the way, and what to do about it.
+    pub(crate) fn attach(
+        &self,
+        options: AttachOptions,
+        ranges: &[Range<u64>],
+        advice: i32,
+    ) -> Result<Attached, TrackError> {
+        let ((descriptor, inside), figures) = self.stopped(options, &mut |thread| {
+            for range in ranges {
+                thread.call(libc::SYS_madvise, madvise(range, advice))?;
+            }
+            make_descriptor(thread, &self.process, options)
+        })?;
+        Ok(Attached {
+            uffd: Uffd::from(descriptor),
+            figures,
+            inside: options.leave_open.then_some(inside),
+        })
+    }
+
+    /// Has it give `advice` (`MADV_…`) about `range` of its memory, which the kernel takes from nobody else. Its main thread
+    /// stands still meanwhile.
+    ///
+    /// # Errors
+    /// What is in the way, or the kernel's refusal.
+    pub(crate) fn advise(&self, range: &Range<u64>, advice: i32) -> Result<(), TrackError> {
+        self.call(libc::SYS_madvise, madvise(range, advice))
+    }
+
+    /// Has it close a descriptor of its own.
+    ///
+    /// # Errors
+    /// What is in the way, or the kernel's refusal.
+    pub(crate) fn close(&self, inside: i32) -> Result<(), TrackError> {
+        let number = u64::from(inside.unsigned_abs());
+        self.call(libc::SYS_close, [number, 0, 0])
+    }
+
+    /// Has it execute a system call that answers 0.
+    fn call(&self, call: i64, arguments: [u64; 3]) -> Result<(), TrackError> {
+        let none = AttachOptions::default();
+        let (answer, _) = self.stopped(none, &mut |thread| thread.call(call, arguments))?;
+        if answer != 0 {
+            return Err(Fault::Answer(answer).explain(self.process.pid(), none));
+        }
+        Ok(())
+    }
+
+    /// Stops the main thread for `work`; its answer, and how long the thread stood still.
+    fn stopped<T>(
+        &self,
+        options: AttachOptions,
+        work: &mut Work<'_, T>,
+    ) -> Result<(T, AttachFigures), TrackError> {
+        let pid = self.process.pid();
+        if let Some(busy) = fault::traced_already(pid) {
+            return Err(busy);
+        }
+        let mut net = Net::new();
+        let child = Survivor::start(&mut || inject(&self.process, self.code, &mut net, work));
+        let child = child.map_err(|source| TrackError::System {
+            what: "starting a process to attach with",
+            source,
+        })?;
+        match child.wait(STOP_LIMIT + GRACE) {
+            Outcome::Done(Ok(done)) => Ok(done),
+            Outcome::Done(Err(fault)) => Err(fault.explain(pid, options)),
+            Outcome::Late => Err(fault::blocked(pid)),
+            Outcome::Killed => Err(TrackError::Busy(
+                "the process that was attaching to QEMU was killed; see that QEMU still runs, then try again".into(),
+            )),
+        }
+    }
+}
+
+fn madvise(range: &Range<u64>, advice: i32) -> [u64; 3] {
+    let advice = u64::from(advice.unsigned_abs());
+    [range.start, range.end - range.start, advice]
 }
 
 /// What the child does with the thread, by the rules of a [`survivor`](crate::host::sys::survivor).
 type Work<'a, T> = dyn FnMut(&mut StoppedThread<'_>) -> Result<T, Fault> + 'a;
-
-/// Stops the main thread of `process` for `work`; its answer, and how long the thread stood still.
-fn stopped<T>(
-    process: &Process,
-    options: AttachOptions,
-    work: &mut Work<'_, T>,
-) -> Result<(T, AttachFigures), TrackError> {
-    let pid = process.pid();
-    let code = code::find(pid)?;
-    if let Some(busy) = fault::traced_already(pid) {
-        return Err(busy);
-    }
-    let mut net = Net::new();
-    let child = Survivor::start(&mut || inject(process, code, &mut net, work));
-    let child = child.map_err(|source| TrackError::System {
-        what: "starting a process to attach with",
-        source,
-    })?;
-    match child.wait(STOP_LIMIT + GRACE) {
-        Outcome::Done(Ok(done)) => Ok(done),
-        Outcome::Done(Err(fault)) => Err(fault.explain(pid, options)),
-        Outcome::Late => Err(fault::blocked(pid)),
-        Outcome::Killed => Err(TrackError::Busy(
-            "the process that was attaching to QEMU was killed; see that QEMU still runs, then try again".into(),
-        )),
-    }
-}
 
 /// What the child does, by the rules of a [`survivor`](crate::host::sys::survivor).
 fn inject<T>(

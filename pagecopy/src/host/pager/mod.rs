@@ -36,7 +36,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::PidfdGetfdFlags;
 
 pub use self::share::{Stretch, share_out};
-use super::attach::{AttachOptions, Uffd, advise, attach_with, close_inside};
+use super::attach::{AttachOptions, Injector, Uffd};
 use super::process::{self, Process};
 use super::sys::uffd::{self, FaultEvent};
 use super::{DemandFault, Pager, PagerError};
@@ -63,7 +63,7 @@ pub fn forsake(pid: i32) -> Result<usize, PagerError> {
     let ours = open.iter().filter(|one| one.target == Path::new(NAME));
     let mut closed = 0;
     for one in ours {
-        close_inside(pid, one.number)?;
+        Injector::of(pid)?.close(one.number)?;
         closed += 1;
     }
     Ok(closed)
@@ -98,25 +98,23 @@ impl UffdPager {
     ) -> Result<UffdPager, PagerError> {
         share::check(&mut stretches)?;
         let process = Process::open(pid)?;
+        let injector = Injector::of(pid)?;
         // Not of huge pages' file system, which has only one size of page. A kernel without transparent huge pages refuses.
-        for stretch in stretches.iter().filter(|stretch| !stretch.is_huge()) {
-            let _ = advise(pid, &stretch.range(), libc::MADV_NOHUGEPAGE);
-        }
-        let attached = attach_with(
-            pid,
-            AttachOptions {
-                kernel_faults: true,
-                leave_open: true,
-                device,
-            },
-        )?;
+        let small = stretches.iter().filter(|stretch| !stretch.is_huge());
+        let small: Vec<_> = small.map(Stretch::range).collect();
+        let options = AttachOptions {
+            kernel_faults: true,
+            leave_open: true,
+            device,
+        };
+        let attached = injector.attach(options, &small, libc::MADV_NOHUGEPAGE)?;
         let pager = UffdPager {
             process,
             stretches,
             uffd: attached.uffd,
             inside: attached.inside.unwrap_or(-1),
         };
-        match pager.register() {
+        match pager.register(&injector) {
             Ok(()) => Ok(pager),
             Err(error) => {
                 // Nobody waits yet. What cannot be taken back ends with the last descriptor.
@@ -180,14 +178,15 @@ impl UffdPager {
                 let _ = self.uffd.unregister(&piece);
             }
         }
-        match close_inside(self.process.pid(), self.inside) {
+        let pid = self.process.pid();
+        match Injector::of(pid).and_then(|injector| injector.close(self.inside)) {
             Err(super::TrackError::Gone(_)) | Ok(()) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
     /// Registers every stretch, then drops what QEMU has mapped of it.
-    fn register(&self) -> Result<(), PagerError> {
+    fn register(&self, injector: &Injector) -> Result<(), PagerError> {
         self.enable()?;
         for stretch in &self.stretches {
             self.uffd
@@ -199,7 +198,7 @@ impl UffdPager {
             .iter()
             .flat_map(|stretch| stretch.pieces(PIECE))
         {
-            advise(self.process.pid(), &piece, DONTNEED_LOCKED)?;
+            injector.advise(&piece, DONTNEED_LOCKED)?;
         }
         Ok(())
     }

@@ -18,10 +18,10 @@ use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 
+pub use self::taken::Taken;
 use super::seek::next_data;
 use super::sys::map::SharedMap;
 use super::{Digest, OutOfBounds, Placer, Ram};
-pub use self::taken::Taken;
 use crate::limits::{MAX_PAGE_SIZE, MIN_PAGE_SIZE};
 use crate::memory::{BlockId, BlockSpec, Run};
 
