@@ -118,7 +118,9 @@ impl fmt::Display for Version {
     }
 }
 
-type Waiting = Mutex<HashMap<u64, oneshot::Sender<Result<Value, (String, String)>>>>;
+/// What QEMU returns, or the class and words of its error.
+type Answer = Result<Value, (String, String)>;
+type Waiting = Mutex<HashMap<u64, oneshot::Sender<Answer>>>;
 
 /// A connection to one QEMU. Shared by reference; commands may be given by several tasks at once.
 #[derive(Debug)]
@@ -278,6 +280,19 @@ impl Qmp {
         arguments: Value,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, QmpError> {
+        self.give(command, arguments, fd).await?.answered().await
+    }
+
+    /// Gives a command, and does not wait for its answer. QEMU carries commands out in the order in which they were given.
+    ///
+    /// # Errors
+    /// `Gone`.
+    pub async fn give(
+        &self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Given<'_>, QmpError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = oneshot::channel();
         lock(&self.waiting).insert(id, sender);
@@ -293,21 +308,11 @@ impl Qmp {
         if *self.gone.borrow() || self.write(line.as_bytes(), fd).await.is_err() {
             return Err(QmpError::Gone);
         }
-        let answer = timeout(COMMAND_TIMEOUT, answer).await;
-        drop(forget);
-        match answer {
-            Ok(Ok(Ok(value))) => Ok(value),
-            Ok(Ok(Err((class, description)))) => Err(QmpError::Refused {
-                command: command.to_owned(),
-                class,
-                description,
-            }),
-            Ok(Err(_)) => Err(QmpError::Gone),
-            Err(_) => Err(QmpError::TimedOut {
-                command: command.to_owned(),
-                seconds: COMMAND_TIMEOUT.as_secs(),
-            }),
-        }
+        Ok(Given {
+            command: command.to_owned(),
+            answer,
+            _forget: forget,
+        })
     }
 
     async fn write(&self, line: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
@@ -337,7 +342,41 @@ async fn open(path: &Path) -> Result<(Lines, OwnedWriteHalf, Option<i32>), Failu
     Ok((Lines::new(read), write, peer_pid))
 }
 
+/// A command that was given.
+#[derive(Debug)]
+pub struct Given<'a> {
+    command: String,
+    answer: oneshot::Receiver<Answer>,
+    _forget: Forget<'a>,
+}
+
+impl Given<'_> {
+    /// Waits for its answer.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub async fn answered(self) -> Result<Value, QmpError> {
+        let Given {
+            command, answer, ..
+        } = self;
+        match timeout(COMMAND_TIMEOUT, answer).await {
+            Ok(Ok(Ok(value))) => Ok(value),
+            Ok(Ok(Err((class, description)))) => Err(QmpError::Refused {
+                command,
+                class,
+                description,
+            }),
+            Ok(Err(_)) => Err(QmpError::Gone),
+            Err(_) => Err(QmpError::TimedOut {
+                command,
+                seconds: COMMAND_TIMEOUT.as_secs(),
+            }),
+        }
+    }
+}
+
 /// Takes a call out of the table when it is answered, times out, or is dropped half-way.
+#[derive(Debug)]
 struct Forget<'a> {
     waiting: &'a Waiting,
     id: u64,

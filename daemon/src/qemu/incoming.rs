@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -33,12 +34,17 @@ const CAN_STAY: Version = Version {
 #[derive(Debug)]
 pub struct Incoming {
     qmp: Arc<Qmp>,
+    /// It has loaded a guest, which stands still.
+    loaded: AtomicBool,
 }
 
 impl Incoming {
     /// For the QEMU behind `qmp`, which waits for a migration and whose settings are in place.
     pub fn new(qmp: Arc<Qmp>) -> Incoming {
-        Incoming { qmp }
+        Incoming {
+            qmp,
+            loaded: AtomicBool::new(false),
+        }
     }
 
     /// Gives QEMU the device state. Returns when it has loaded all of it and stands paused.
@@ -47,22 +53,22 @@ impl Incoming {
     /// QEMU refused, failed or left, in its words.
     pub async fn load(&self, state: &[Bytes]) -> Result<(), Failure> {
         let mut events = self.qmp.subscribe();
-        // Before a migration comes in, this only sets what -S has set: nobody's `cont` may have undone it meanwhile.
-        self.qmp.execute("stop", json!({})).await?;
         let (ours, theirs) = socket_pair()?;
-        self.qmp
-            .execute_with_fd("getfd", json!({ "fdname": FD_NAME }), theirs.as_fd())
-            .await?;
+        // Before a migration comes in, this only sets what -S has set: nobody's `cont` may have undone it meanwhile. What
+        // follows is carried out after it, and nobody waits in between: the guest stands still.
+        let stop = self.qmp.give("stop", json!({}), None).await?;
+        let name = json!({ "fdname": FD_NAME });
+        let getfd = self.qmp.give("getfd", name, Some(theirs.as_fd())).await?;
         drop(theirs);
         let mut arguments = json!({ "uri": format!("fd:{FD_NAME}") });
         if self.qmp.version() >= CAN_STAY {
             arguments["exit-on-error"] = json!(false);
         }
-        self.qmp
-            .execute("migrate-incoming", arguments)
-            .await
-            .map_err(Failure::from)
-            .map_err(rejected)?;
+        let incoming = self.qmp.give("migrate-incoming", arguments, None).await?;
+        stop.answered().await?;
+        getfd.answered().await?;
+        let begun = incoming.answered().await;
+        begun.map_err(Failure::from).map_err(rejected)?;
         let written = write_all(ours, state);
         let ended = wait_for(&self.qmp, &mut events, LOAD_LIMIT, is_final);
         let (written, ended) = tokio::join!(written, ended);
@@ -80,6 +86,7 @@ impl Incoming {
                 "start the destination QEMU with -S; end both QEMUs' disks' use before anything else runs",
             ));
         }
+        self.loaded.store(true, Ordering::Relaxed);
         Ok(())
     }
 
@@ -88,10 +95,25 @@ impl Incoming {
     /// # Errors
     /// QEMU refused or left, in its words.
     pub async fn run(&self) -> Result<(), Failure> {
-        let state = query_status(&self.qmp).await?;
-        if state.running {
+        // What it has just said of a guest that it has just loaded it is not asked again. It is the same QEMU: one that
+        // is started anew has another connection.
+        if !self.loaded.swap(false, Ordering::Relaxed) && self.runs_already().await? {
             return Ok(());
         }
+        run_guest(
+            &self.qmp,
+            "QEMU does not run the guest",
+            "see QEMU's log; the guest is whole here, and \"cont\" on QEMU's monitor starts it",
+        )
+        .await
+    }
+
+    /// Whether the guest runs.
+    ///
+    /// # Errors
+    /// There is no guest.
+    async fn runs_already(&self) -> Result<bool, Failure> {
+        let state = query_status(&self.qmp).await?;
         // `cont` would make a QEMU that waits for a guest run the next one as soon as it is loaded.
         if matches!(state.status.as_str(), "inmigrate" | "prelaunch") {
             return Err(qemu(
@@ -102,12 +124,7 @@ impl Incoming {
                 "it was started anew; the guest is still whole at the source",
             ));
         }
-        run_guest(
-            &self.qmp,
-            "QEMU does not run the guest",
-            "see QEMU's log; the guest is whole here, and \"cont\" on QEMU's monitor starts it",
-        )
-        .await
+        Ok(state.running)
     }
 }
 

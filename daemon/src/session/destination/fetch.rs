@@ -148,8 +148,9 @@ impl Session {
         let (service, blocks) = (Arc::clone(&self.service), memory.blocks);
         let (events, finished) = (self.fetch.sender.clone(), self.fetch.finished.clone());
         log::spawn(async move {
-            let vcpus = vcpus(&qmp).await;
-            let device = match service.userfaultfd.lend(&qmp, pid).await {
+            let lend = service.userfaultfd.lend(&qmp, pid);
+            let (vcpus, device) = tokio::join!(vcpus(&qmp), lend);
+            let device = match device {
                 Ok(device) => device,
                 Err(failure) => {
                     // A session that has ended needs no word.
