@@ -4,6 +4,7 @@
 //! A [`Channel`] takes [`Op`]s and reports [`Event`]s; it has no thread of its own. The back ends are io_uring over TCP
 //! and unix sockets, TLS over the same, RDMA, and an in-process network with seeded faults and virtual time.
 
+mod backing;
 pub mod channel;
 pub mod connect;
 pub mod error;

@@ -20,6 +20,8 @@ pub const MAX_IOVECS: usize = 1024;
 pub const MAX_SEND_BYTES: usize = 4 << 20;
 /// Bytes of the buffer for headers, extent tables and small messages.
 pub const INBOX_LEN: usize = 16 << 10;
+/// Bytes received at a time when they are to be written to a file: so few that they are still in the processor's cache then.
+pub const STAGE_LEN: usize = 256 << 10;
 /// Bytes encrypted at a time, before the records' overhead.
 pub const TLS_BATCH: usize = 256 << 10;
 

@@ -1,16 +1,19 @@
 //! Regions: memory that both peers have mapped, named by a small number that is the same on both sides.
 //!
 //! A region is guest memory: other threads and processes write it while we read it. It is therefore never handed out
-//! as `&[u8]`; bytes go in and out by copies through raw pointers, or by the kernel (io_uring, verbs) straight from the
-//! address. A torn page is harmless: its dirty bit is already set again.
+//! as `&[u8]`; bytes go in and out by copies through raw pointers, or by the kernel (io_uring, verbs, a write to the file that is
+//! mapped) straight from the address. A torn page is harmless: its dirty bit is already set again.
 
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::fmt;
+use std::fs::File;
 use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+use crate::backing::Backing;
 
 /// The number of a region, the same on both sides of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -41,6 +44,8 @@ pub struct Region {
     len: usize,
     /// Whatever keeps the mapping alive.
     _owner: Arc<dyn Any + Send + Sync>,
+    /// Where what arrives is written to instead, if there is such a file.
+    backing: Option<Arc<Backing>>,
 }
 
 // SAFETY: a `Region` is an address and a length. All access through it is by raw copies that assume concurrent writers.
@@ -67,7 +72,23 @@ impl Region {
             base,
             len,
             _owner: owner,
+            backing: None,
         }
+    }
+
+    /// The same, with what arrives over a socket written to `file` where that is cheaper than by the mapping. The first bytes of
+    /// the file are those of the region, and it takes writes, as one on tmpfs does and one on hugetlbfs does not.
+    #[must_use]
+    pub fn backed_by(self, file: Arc<File>) -> Region {
+        Region {
+            backing: Some(Arc::new(Backing::new(file))),
+            ..self
+        }
+    }
+
+    /// The file to write to, where there is one.
+    pub(crate) fn backing(&self) -> Option<&Backing> {
+        self.backing.as_deref()
     }
 
     /// A region over fresh anonymous memory, all zeroes, which is given back with the last clone. For tests and

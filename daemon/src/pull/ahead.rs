@@ -1,4 +1,4 @@
-//! Memory for what lacks, allocated ahead of the bytes: clearing a page takes about as long as fetching it, and may as well
+//! Memory for what lacks, allocated ahead of the bytes: clearing a huge page takes about as long as fetching it, and may as well
 //! be done by another processor meanwhile.
 
 use std::sync::atomic::Ordering;
@@ -16,12 +16,16 @@ const NOT_URGENT: i32 = 10;
 
 impl Shared {
     /// Allocates what lacks, in the order in which the background fetches it, until the end. What was a hole at the source
-    /// stays one. It is a help and no more: a page for which there is no memory fails when it comes.
+    /// stays one. It is a help and no more: a page for which there is no memory fails when it comes. Where pages are written
+    /// to the file it would be none: they come into being by that, and need not be cleared before.
     pub(super) fn allocate_ahead(&self, specs: &[BlockSpec]) {
         // On Linux of this thread alone. The guest's processors and who fetches for them go first.
         let _ = rustix::process::nice(NOT_URGENT);
         let mut lacking = Vec::new();
-        let blocks = (0..).map(BlockId).zip(specs);
+        let blocks = (0..)
+            .map(BlockId)
+            .zip(specs)
+            .filter(|(block, _)| self.ram.written_to(*block).is_none());
         for piece in blocks.flat_map(|(block, spec)| spec.pieces(block, PIECE)) {
             lacking.clear();
             // It is inside its block.

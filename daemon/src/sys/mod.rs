@@ -19,7 +19,11 @@ pub fn region(ram: &MappedRam, block: BlockId) -> Option<Region> {
     // SAFETY: `MappedRam::mapping` promises that `base .. base + len` stays mapped for as long as `owner` lives. A
     // source's mapping is read-only: its regions are registered without the peer's writes, and no `Read` is ever
     // submitted for them, so the transport only reads there.
-    Some(unsafe { Region::new(base, len, owner) })
+    let region = unsafe { Region::new(base, len, owner) };
+    Some(match ram.written_to(block) {
+        Some(file) => region.backed_by(file),
+        None => region,
+    })
 }
 
 /// The descriptors that systemd has passed to this process, which are the caller's from now on. There are none the second time.

@@ -1,7 +1,8 @@
 //! No layer at all: the kernel takes bytes from guest memory and puts them there.
 //!
 //! Headers, tables and short messages go through a small buffer, the inbox, so that one receive may bring several. While
-//! a payload is expected the receive is given its final places first and the inbox behind them.
+//! a payload is expected the receive is given its final places first and the inbox behind them; or a larger inbox alone, where
+//! the payload is to be written to a file.
 
 use crate::error::Error;
 use crate::limits::{INBOX_LEN, MAX_SEND_BYTES};
@@ -52,8 +53,12 @@ impl Layer for Plain {
         halves.receiver.direct(&mut scatter)?;
         self.direct = scatter.len();
         if !scatter.has_buffer() {
-            let inbox = self.inbox.take().unwrap_or_else(|| vec![0; INBOX_LEN]);
-            scatter.push_buffer(inbox, 0..halves.receiver.look_ahead());
+            let len = halves.receiver.look_ahead();
+            let mut inbox = self.inbox.take().unwrap_or_default();
+            if inbox.len() < len {
+                inbox.resize(len.max(INBOX_LEN), 0);
+            }
+            scatter.push_buffer(inbox, 0..len);
         }
         Ok(scatter)
     }

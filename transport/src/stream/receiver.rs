@@ -1,8 +1,9 @@
 //! The receiving half of a stream: says where the next bytes belong, and what they amount to once they are there.
 //!
 //! Bytes come in two ways. While the payload of a write or a reply, or a long message, is expected,
-//! [`direct`](Receiver::direct) names their final places, and whoever does the I/O has them put there; otherwise, and
-//! always with TLS, they are [`feed`](Receiver::feed)-ed from a buffer. Nothing here trusts a byte of the peer's.
+//! [`direct`](Receiver::direct) names their final places, and whoever does the I/O has them put there; otherwise, where a
+//! region's file is to be written to, and always with TLS, they are [`feed`](Receiver::feed)-ed from a buffer. Nothing here
+//! trusts a byte of the peer's.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,7 +12,7 @@ use bytes::Bytes;
 
 use crate::channel::{Event, Token};
 use crate::error::{Error, peer_text};
-use crate::limits::INBOX_LEN;
+use crate::limits::{INBOX_LEN, STAGE_LEN};
 use crate::region::{Extent, Region, RegionId, Regions};
 use crate::stream::frame::{self, HEADER_LEN, Header, Kind};
 use crate::stream::sender::skip;
@@ -123,7 +124,7 @@ impl Receiver {
     pub(crate) fn direct(&mut self, scatter: &mut Scatter) -> Result<(), Error> {
         self.check_access()?;
         match &self.state {
-            State::Memory { region, left, .. } => {
+            State::Memory { region, left, .. } if !is_staged(region) => {
                 let most = usize::try_from(*left).unwrap_or(usize::MAX);
                 scatter.push_region(region, &self.extents[self.extent..], self.skip, most);
             }
@@ -140,18 +141,22 @@ impl Receiver {
         Ok(())
     }
 
-    /// How many bytes behind those places are worth a look ahead. Of a long reply only the header: then its payload goes to its
-    /// final place, too, and is copied from nowhere.
+    /// How many bytes behind those places are worth a look ahead: many, where they are to be written to a file. Of a long reply
+    /// that goes to its final place only the header, so that its payload is copied from nowhere.
     pub(crate) fn look_ahead(&self) -> usize {
+        if let State::Memory { region, .. } = &self.state
+            && is_staged(region)
+        {
+            return STAGE_LEN;
+        }
         let reply_is_next = match &self.state {
             State::Head => self.partial.is_empty(),
             State::Memory { .. } => true,
             State::Table(_) | State::Message(_) => false,
         };
-        match self.awaited.front() {
-            Some(next) if reply_is_next && payload_len(&next.extents) >= INBOX_LEN as u64 => {
-                HEADER_LEN
-            }
+        match self.awaited.front().filter(|_| reply_is_next) {
+            Some(next) if is_staged(&next.region) => STAGE_LEN,
+            Some(next) if payload_len(&next.extents) >= INBOX_LEN as u64 => HEADER_LEN,
             _ => INBOX_LEN,
         }
     }
@@ -200,18 +205,24 @@ impl Receiver {
         n
     }
 
-    /// Copies payload to its place.
+    /// Copies payload to its place: by the region's file, or by the mapping.
     fn place(&mut self, bytes: &[u8]) -> Result<usize, Error> {
         self.check_access()?;
         let State::Memory { region, left, .. } = &self.state else {
             return Ok(0);
         };
-        let mut scatter = std::mem::take(&mut self.scratch);
-        // No more than there is: the kernel pins all pages named before it copies.
+        let extents = &self.extents[self.extent..];
         let most = usize::try_from(*left)
             .unwrap_or(usize::MAX)
             .min(bytes.len());
-        scatter.push_region(region, &self.extents[self.extent..], self.skip, most);
+        if let Some(backing) = region.backing()
+            && let Some(written) = backing.write(extents, self.skip, &bytes[..most])
+        {
+            return written.map_err(|e| write_error(&e));
+        }
+        let mut scatter = std::mem::take(&mut self.scratch);
+        // No more than there is: the kernel pins all pages named before it copies.
+        scatter.push_region(region, extents, self.skip, most);
         let n = scatter.copy_from(bytes).map_err(|e| receive_error(&e))?;
         scatter.clear();
         self.scratch = scatter;
@@ -362,6 +373,11 @@ impl Receiver {
     }
 }
 
+/// Whether what arrives for `region` goes through a buffer now, and from there into its file.
+fn is_staged(region: &Region) -> bool {
+    region.backing().is_some_and(|backing| !backing.is_busy())
+}
+
 fn payload_len(extents: &[Extent]) -> u64 {
     extents.iter().map(|extent| extent.len).sum()
 }
@@ -373,6 +389,13 @@ fn message_len(header: &Header) -> usize {
 
 fn misbehaved(what: &'static str) -> Error {
     Error::PeerMisbehaved(what.to_owned())
+}
+
+/// What it means that a region's file does not take the peer's bytes: nothing of that is the peer's fault.
+fn write_error(error: &io::Error) -> Error {
+    Error::NoMemory(format!(
+        "{error} while writing to the file of the guest's RAM; is its file system full?"
+    ))
 }
 
 /// What an error of the kernel's means when it was to place the peer's bytes.

@@ -3,9 +3,13 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::channel::{Event, Token};
 use crate::error::Error;
@@ -263,13 +267,14 @@ fn sent() -> impl Strategy<Value = Sent> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// However the bytes are cut on their way, and whether they are fed or placed directly, what arrives is what a plain
-    /// copy would have made.
+    /// However the bytes are cut on their way, and whether they are fed, placed directly or written to a file, what arrives is what
+    /// a plain copy would have made.
     #[test]
     fn what_is_sent_arrives(
         frames in prop::collection::vec(sent(), 1..8),
         cuts in prop::collection::vec(1..20_000usize, 1..20),
         directly: bool,
+        by_file: bool,
     ) {
         let (_, from) = regions(FULL);
         let bytes: Vec<u8> = (0..LEN).map(|at| (at % 251) as u8).collect();
@@ -299,6 +304,11 @@ proptest! {
         prop_assert_eq!(events, tokens);
 
         let (regions, to) = regions(FULL);
+        let file = Arc::new(File::from(memfd_create("to", MemfdFlags::CLOEXEC).unwrap()));
+        file.set_len(LEN).unwrap();
+        if by_file {
+            regions.register(REGION, to.clone().backed_by(Arc::clone(&file)), FULL);
+        }
         let mut receiver = Receiver::new(regions);
         let mut events = VecDeque::new();
         let mut rest = &wire[..];
@@ -323,7 +333,11 @@ proptest! {
         prop_assert!(receiver.at_boundary());
         prop_assert_eq!(events, messages);
         let mut got = vec![0; LEN as usize];
-        to.copy_out(0, &mut got);
+        if by_file {
+            file.read_exact_at(&mut got, 0).unwrap();
+        } else {
+            to.copy_out(0, &mut got);
+        }
         prop_assert!(got == model);
     }
 

@@ -3,11 +3,13 @@
 #![allow(clippy::unwrap_used)]
 
 use std::ffi::c_void;
+use std::fs::File;
 use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::{
@@ -18,6 +20,10 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(10);
 const LEN: usize = 1 << 20;
 const REGION: RegionId = RegionId(0);
+const FULL: Access = Access {
+    peer_writes: true,
+    peer_reads: true,
+};
 
 struct Mapping(*mut c_void);
 
@@ -28,15 +34,22 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped in `half_a_region`, and all regions over it are gone.
+        // SAFETY: mapped in `mapped`, and all regions over it are gone.
         unsafe { munmap(self.0, LEN) }.unwrap();
     }
 }
 
 /// A region of which the second half has no memory behind it.
 fn half_a_region() -> Regions {
-    let file = memfd_create("half", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&file, LEN as u64 / 2).unwrap();
+    let regions = Regions::new();
+    regions.register(REGION, mapped(LEN / 2).0, FULL);
+    regions
+}
+
+/// A region, and the file that is mapped, which has so many bytes.
+fn mapped(len: usize) -> (Region, Arc<File>) {
+    let file = File::from(memfd_create("mapped", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(len as u64).unwrap();
     // SAFETY: a new mapping at an address of the kernel's choice.
     let base = unsafe {
         mmap(
@@ -49,35 +62,23 @@ fn half_a_region() -> Regions {
         )
     }
     .unwrap();
-    // SAFETY: mapped until `Mapping` is dropped; nobody but the kernel touches the second half.
+    // SAFETY: mapped until `Mapping` is dropped; nobody but the kernel touches what is behind the end of the file.
     let region = unsafe { Region::new(base.cast(), LEN, Arc::new(Mapping(base))) };
-    let regions = Regions::new();
-    regions.register(
-        REGION,
-        region,
-        Access {
-            peer_writes: true,
-            peer_reads: true,
-        },
-    );
-    regions
+    (region, Arc::new(file))
 }
 
 fn whole_region() -> Regions {
     let regions = Regions::new();
-    regions.register(
-        REGION,
-        Region::anonymous(LEN).unwrap(),
-        Access {
-            peer_writes: true,
-            peer_reads: true,
-        },
-    );
+    regions.register(REGION, Region::anonymous(LEN).unwrap(), FULL);
     regions
 }
 
-/// One write of everything from `from` into `to`; the error at each end.
-fn write_all(security: &(Security, Security), from: &Regions, to: &Regions) -> (Error, Error) {
+/// One write of everything from `from` into `to`; the error at each end, of which the sending one has none if it has sent all.
+fn write_all(
+    security: &(Security, Security),
+    from: &Regions,
+    to: &Regions,
+) -> (Option<Error>, Error) {
     let listener = Listener::bind(&Address::Tcp("127.0.0.1:0".parse().unwrap())).unwrap();
     let address = listener.local_address();
     let greeting = Greeting {
@@ -91,7 +92,10 @@ fn write_all(security: &(Security, Security), from: &Regions, to: &Regions) -> (
             let (_, _, channel) = pending
                 .establish(&security.1, PATIENCE, |_, _| Ok(to.clone()))
                 .unwrap();
-            last_error(channel)
+            match last(channel) {
+                Err(error) => error,
+                Ok(event) => panic!("{event:?}"),
+            }
         });
         let (mut channel, _) = connect(&address, &security.0, &greeting, from, PATIENCE).unwrap();
         let extents = vec![Extent {
@@ -107,18 +111,13 @@ fn write_all(security: &(Security, Security), from: &Regions, to: &Regions) -> (
                 },
             )
             .unwrap();
-        (last_error(channel), acceptor.join().unwrap())
+        (last(channel).err(), acceptor.join().unwrap())
     })
 }
 
-fn last_error(mut channel: Box<dyn Channel>) -> Error {
-    loop {
-        match channel.poll(Some(PATIENCE)) {
-            Ok(Some(Event::Sent(_))) => {}
-            Ok(other) => panic!("{other:?}"),
-            Err(error) => return error,
-        }
-    }
+/// What happens on a channel, which is closed then.
+fn last(mut channel: Box<dyn Channel>) -> Result<Option<Event>, Error> {
+    channel.poll(Some(PATIENCE))
 }
 
 fn securities() -> [(Security, Security); 2] {
@@ -141,7 +140,7 @@ fn a_source_without_memory_fails_and_lives() {
     for security in securities() {
         let (sent, received) = write_all(&security, &half_a_region(), &whole_region());
         assert!(
-            matches!(&sent, Error::Io { what, .. } if what.contains("guest's memory")),
+            matches!(&sent, Some(Error::Io { what, .. }) if what.contains("guest's memory")),
             "{sent:?}"
         );
         assert!(
@@ -152,6 +151,39 @@ fn a_source_without_memory_fails_and_lives() {
                     ..
                 }
             ),
+            "{received:?}"
+        );
+    }
+}
+
+#[test]
+fn what_is_written_to_the_file_is_in_the_mapping() {
+    for security in securities() {
+        let from = whole_region();
+        let bytes: Vec<u8> = (0..LEN).map(|at| (at % 251).to_le_bytes()[0]).collect();
+        from.get(REGION).unwrap().0.copy_in(0, &bytes);
+        let (region, file) = mapped(LEN);
+        let to = Regions::new();
+        to.register(REGION, region.clone().backed_by(file), FULL);
+        let (_, received) = write_all(&security, &from, &to);
+        assert!(matches!(received, Error::Closed), "{received:?}");
+        let mut got = vec![0; LEN];
+        region.copy_out(0, &mut got);
+        assert!(got == bytes);
+    }
+}
+
+/// As one that is full: a write of no more than what there is room for.
+#[test]
+fn a_file_that_takes_nothing_is_blamed_on_this_host() {
+    for security in securities() {
+        let (region, file) = mapped(LEN);
+        let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        let to = Regions::new();
+        to.register(REGION, region.backed_by(Arc::new(read_only)), FULL);
+        let (_, received) = write_all(&security, &whole_region(), &to);
+        assert!(
+            matches!(&received, Error::NoMemory(what) if what.contains("the guest's RAM")),
             "{received:?}"
         );
     }

@@ -105,10 +105,12 @@ impl Session {
         Ok(())
     }
 
-    pub(super) fn allocate(&self, runs: Vec<Run>) {
+    /// Where pages are written to the file, they come into being by that, and need not be cleared before.
+    pub(super) fn allocate(&self, mut runs: Vec<Run>) {
         let Some(memory) = self.memory.clone() else {
             return;
         };
+        runs.retain(|run| memory.mapped.written_to(run.block).is_none());
         // Allocating ahead is a help, and not needed: what does not fit is allocated when its pages arrive.
         let waiting = self.allocating.load(Ordering::Relaxed);
         if waiting + runs.len() > MAX_ALLOCATING {

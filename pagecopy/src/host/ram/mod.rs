@@ -101,6 +101,13 @@ impl MappedRam {
         ))
     }
 
+    /// The file behind a block, where it was opened to be written and takes writes: hugetlbfs does not.
+    pub fn written_to(&self, block: BlockId) -> Option<Arc<File>> {
+        let block = self.block(block)?;
+        let takes_writes = block.map.is_writable() && !block.is_huge();
+        takes_writes.then(|| Arc::clone(&block.file))
+    }
+
     fn block(&self, block: BlockId) -> Option<&MappedBlock> {
         self.blocks.get(usize::from(block.0))
     }

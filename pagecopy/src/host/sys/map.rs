@@ -39,6 +39,11 @@ impl SharedMap {
         self.map.as_mut_ptr()
     }
 
+    /// Whether it may be written to.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
     /// Bytes.
     pub(crate) fn len(&self) -> usize {
         self.map.len()
