@@ -1,4 +1,5 @@
-//! What needs more of a kernel than most machines of a test have: guests under KVM, a slow and lossy link, kernel TLS.
+//! What needs more of a kernel than most machines of a test have: guests under KVM, a slow and lossy link, kernel TLS,
+//! RDMA.
 //!
 //! `scripts/test-vm` runs these in the virtual machine of `scripts/vm`, where none may be skipped. Elsewhere each asks
 //! for what it needs, and is skipped without it.
@@ -6,14 +7,17 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use pagecopy::host::track::{TrackedBlock, UffdTracker};
 use pagecopy::host::{Tracker, process};
 use pagecopy::memory::{BlockId, Run};
+use serde_json::Value;
 use tests::real::{
-    Accel, Machine, Migration, Qemu, Role, Scratch, Side, Version, World, assert_moved,
-    assert_nothing_left_in, assert_stayed, hardware_kvm, kernel_tls, skipped,
+    Accel, Machine, Migration, Net, Outcome, PATIENCE, Qemu, Role, Scratch, Side, Trust, Version,
+    World, assert_moved, assert_nothing_left_in, assert_stayed, certified, eventually,
+    hardware_kvm, kernel_tls, skipped,
 };
 
 const PAGE: u64 = 4096;
@@ -171,4 +175,217 @@ fn kvm_guest_is_tracked_exactly() {
 #[test]
 fn emulated_guest_is_tracked_exactly() {
     tracked_exactly(Accel::Tcg);
+}
+
+/// The network of the RDMA device that `PAGECOPY_RDMA` names first.
+fn rail() -> Option<String> {
+    let rails = std::env::var("PAGECOPY_RDMA").unwrap_or_default();
+    let found = rails.split(',').next().and_then(|it| it.rsplit_once('.'));
+    if found.is_none() {
+        skipped("PAGECOPY_RDMA names no address of an RDMA device");
+    }
+    found.map(|(network, _)| format!("{network}.0/24"))
+}
+
+/// Two hosts on the RDMA device of that network, of which these allow it.
+fn on_rail(network: &str, plain: bool, allowing: &[Side]) -> World {
+    let scratch = Scratch::new();
+    let trust = if plain {
+        [Trust::Plaintext, Trust::Plaintext]
+    } else {
+        certified(&scratch)
+    };
+    let mut world = World::on(Net::here(), scratch, &trust);
+    for side in allowing {
+        let config = world.daemon(*side).config().to_owned();
+        let table = format!("[rdma]\nallow-plaintext = true\nnetworks = [{network:?}]\n");
+        let text = std::fs::read_to_string(&config).unwrap() + &table;
+        std::fs::write(&config, text).unwrap();
+        world.restart(*side);
+    }
+    world
+}
+
+/// Registrations of memory that the kernel has, of whatever process.
+fn registrations() -> usize {
+    let shown = Command::new("rdma")
+        .args(["-j", "resource", "show", "mr"])
+        .output();
+    let shown: Value = serde_json::from_slice(&shown.unwrap().stdout).unwrap();
+    shown.as_array().unwrap().len()
+}
+
+/// Waits until nothing is registered any more: a lane may take a moment to end.
+fn assert_none_registered() {
+    let gone = eventually(PATIENCE, || match registrations() {
+        0 => Ok(()),
+        left => Err(format!("{left} registrations")),
+    });
+    assert_eq!(gone, Ok(()), "memory stays registered");
+}
+
+/// It went over that, and says why if it does.
+fn assert_went_over(outcome: &Outcome, transport: &str, why: &str) {
+    for event in &outcome.events {
+        if event["event"] != "progress" {
+            println!("{event}");
+        }
+    }
+    let end = outcome.completed();
+    assert_eq!(end["transport"], transport, "{end}");
+    let said = outcome.events.iter().any(|event| {
+        event["event"] == "notice" && event["text"].as_str().is_some_and(|it| it.contains(why))
+    });
+    assert!(said, "nothing says {why:?}: {:?}", outcome.events);
+}
+
+fn moves_over(
+    world: &World,
+    from: Side,
+    source: &mut Qemu,
+    destination: &mut Qemu,
+    options: &[&str],
+) {
+    receive(world, from.other(), destination);
+    let migration = world.cli(from).migrate("vm", source, from.other(), options);
+    assert_went_over(&migration.finish(), "rdma", "pages go over RDMA");
+    assert_moved(source, destination);
+}
+
+#[test]
+fn rdma_guest_moves_there_and_back() {
+    let Some(rail) = rail() else { return };
+    let world = on_rail(&rail, false, &[Side::A, Side::B]);
+    let machine = small(Version::V10_0, "rate=2 set=2");
+    let (mut source, mut there) = (
+        world.guest("source", &machine),
+        world.waiting("there", &machine),
+    );
+    let must = ["--transport", "rdma", "--verify", "--downtime-limit", "1s"];
+    moves_over(&world, Side::A, &mut source, &mut there, &must);
+    assert_none_registered();
+    // By default it goes the same way.
+    let mut back = world.waiting("back", &machine);
+    moves_over(&world, Side::B, &mut there, &mut back, &must[2..]);
+    assert_none_registered();
+}
+
+#[test]
+fn rdma_guest_goes_first_and_fetches_its_memory() {
+    let Some(rail) = rail() else { return };
+    let world = on_rail(&rail, true, &[Side::A, Side::B]);
+    let machine = small(Version::V7_2, "rate=2 set=2");
+    let (mut source, mut there) = (
+        world.guest("source", &machine),
+        world.waiting("there", &machine),
+    );
+    let hybrid = [
+        "--mode",
+        "hybrid",
+        "--postcopy-after",
+        "1",
+        "--downtime-limit",
+        "1ms",
+        "--channels",
+        "2",
+    ];
+    moves_over(&world, Side::A, &mut source, &mut there, &hybrid);
+    let mut back = world.waiting("back", &machine);
+    let first = ["--mode", "postcopy", "--channels", "3"];
+    moves_over(&world, Side::B, &mut there, &mut back, &first);
+    assert_none_registered();
+}
+
+/// Where one of the two does not allow it, whoever insists is told, and whoever does not goes over TCP.
+#[test]
+fn rdma_is_not_used_where_a_host_does_not_allow_it() {
+    let Some(rail) = rail() else { return };
+    let world = on_rail(&rail, false, &[Side::A]);
+    let machine = small(Version::V10_0, "rate=2 set=2");
+    let (mut source, mut there) = (
+        world.guest("source", &machine),
+        world.waiting("there", &machine),
+    );
+    receive(&world, Side::B, &there);
+    let begin = |options: &[&str]| world.cli(Side::A).migrate("vm", &source, Side::B, options);
+    let begun = Instant::now();
+    let refused = begin(&["--transport", "rdma"]).finish();
+    refused.failed_with(&["no RDMA", "unencrypted", "allow-plaintext = true"]);
+    let pinned = begin(&["--transport", "rdma", "--rdma-pin", "1MiB"]).finish();
+    pinned.failed_with(&["--rdma-pin", "1.0 MiB"]);
+    let outcome = begin(&["--downtime-limit", "1s"]).finish();
+    assert_went_over(&outcome, "tls", "allow-plaintext = true");
+    assert!(begun.elapsed() < PATIENCE);
+    assert_moved(&mut source, &mut there);
+
+    // The way back is the business of a host that does not allow it.
+    let mut back = world.waiting("back", &machine);
+    receive(&world, Side::A, &back);
+    let insist = ["--transport", "rdma"];
+    let refused = world.cli(Side::B).migrate("vm", &there, Side::A, &insist);
+    let refused = refused.finish();
+    refused.failed_with(&["no RDMA on this host", "allow-plaintext = true"]);
+    verified(&world, Side::B, &mut there, &mut back);
+}
+
+/// Either daemon is killed in the middle of a round: the guest stays, and nothing stays registered.
+#[test]
+fn rdma_daemon_killed_in_a_round_leaves_the_guest_and_no_registration() {
+    let Some(rail) = rail() else { return };
+    let mut world = on_rail(&rail, false, &[Side::A, Side::B]);
+    let machine = small(Version::V10_0, "rate=1 set=1");
+    let mut source = world.guest("source", &machine);
+    for killed in [Side::B, Side::A] {
+        let mut there = world.waiting(killed.name(), &machine);
+        let (migration, begun) = under_way(&world, &source, &there);
+        assert!(registrations() > 0);
+        world.daemon_mut(killed).kill();
+        drop(migration);
+        world.restart(killed);
+        assert_none_registered();
+        assert_stayed(&mut source, Some(&mut there), begun);
+    }
+}
+
+/// The device's link is cut in the middle of a post-copy: the rest comes over TCP.
+#[test]
+fn rdma_link_cut_in_a_postcopy_and_the_rest_comes_over_tcp() {
+    let Some(rail) = rail() else { return };
+    let world = on_rail(&rail, false, &[Side::A, Side::B]);
+    let machine = small(Version::V10_0, "rate=1 set=1");
+    let (mut source, mut there) = (
+        world.guest("source", &machine),
+        world.waiting("there", &machine),
+    );
+    receive(&world, Side::B, &there);
+    let options = [
+        "--mode",
+        "postcopy",
+        "--channels",
+        "2",
+        "--postcopy-bandwidth-limit",
+        "2MB/s",
+    ];
+    let migration = world.cli(Side::A).migrate("vm", &source, Side::B, &options);
+    migration.wait_event("the guest has gone", PATIENCE, |event| {
+        event["event"] == "postcopy"
+    });
+    link("down");
+    migration.wait_event("the rest goes over TCP", PATIENCE, |event| {
+        event["event"] == "notice"
+            && event["text"]
+                .as_str()
+                .is_some_and(|it| it.contains("over TCP"))
+    });
+    let outcome = migration.finish();
+    link("up");
+    assert_went_over(&outcome, "tls", "pages go over TCP");
+    assert_moved(&mut source, &mut there);
+    assert_none_registered();
+}
+
+/// Cuts or mends the link of the first RDMA device.
+fn link(state: &str) {
+    let set = ["link", "set", "rail1", state];
+    assert!(Command::new("ip").args(set).status().unwrap().success());
 }

@@ -118,6 +118,16 @@ impl Standing {
     ];
 }
 
+/// What both ends of a connection know and nobody else. Never shown.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Secret(pub [u8; 32]);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
 /// A message. Control messages go on channel 0; `Zero`, `Barrier`, `Copied` and `Deltas` on data channels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
@@ -309,6 +319,22 @@ pub enum Message {
         pieces: Vec<Piece>,
         /// A delta for each page.
         bytes: Bytes,
+    },
+    /// Source → destination, first message of a connection with data channels: they may go over RDMA.
+    RdmaOffer {
+        /// Data channels.
+        channels: u16,
+        /// Bytes of the guest's RAM.
+        bytes: u64,
+    },
+    /// The answer to `RdmaOffer`.
+    RdmaAnswer {
+        /// Where to call, `IP:PORT`; empty: no RDMA.
+        address: String,
+        /// By which the destination knows the caller.
+        secret: Secret,
+        /// Why not, for people.
+        reason: String,
     },
     /// Source → destination, first: start a QEMU for this guest, which comes on the same connection.
     Spawn {
