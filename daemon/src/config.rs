@@ -15,6 +15,7 @@ use crate::api::types::Compress;
 use crate::failure::{Failure, Fault};
 use crate::limits::MAX_DELTA_CACHE;
 use crate::queue;
+use crate::rdma::Rdma;
 use crate::units::parse_size;
 use access::Access;
 use hooks::Hook;
@@ -57,6 +58,9 @@ pub struct Config {
     pub tls: Option<Tls>,
     /// Who may use the API. Without it, whoever can open its socket.
     pub access: Option<Access>,
+    /// RDMA between the peers.
+    #[serde(default)]
+    pub rdma: Rdma,
 }
 
 /// Whether it is `HOST:PORT`, as far as can be seen.
@@ -144,6 +148,7 @@ impl Config {
         if self.user.as_ref().is_some_and(String::is_empty) {
             return Err("user is empty: name a user, or remove the key".to_owned());
         }
+        self.rdma.check()?;
         if !self.listen.starts_with("unix:") && !has_port(&self.listen) {
             return Err(format!(
                 "listen = {:?} is not HOST:PORT, such as \"0.0.0.0:7070\" or \"[::]:7070\"",
@@ -347,6 +352,21 @@ mod tests {
         assert_eq!(limit, Some(10_000_000_000));
         for wrong in ["'0'", "'fast'", "5"] {
             assert!(with(wrong).unwrap_err().contains("line 5"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn rdma_is_off_until_the_networks_are_named() {
+        let with = |table: &str| parse(&format!("{PLAIN}{TLS}[rdma]\n{table}\n"));
+        assert!(!with("").unwrap().rdma.allow_plaintext);
+        let error = with("allow-plaintext = true").unwrap_err();
+        assert!(error.contains("rdma.networks is empty"), "{error}");
+        let rdma = with("allow-plaintext = true\nnetworks = ['192.0.2.0/24']\npin = '8GiB'");
+        let rdma = rdma.unwrap().rdma;
+        assert!(rdma.allow_plaintext && rdma.networks.len() == 1);
+        assert_eq!(rdma.pin, crate::rdma::Pin::Bytes(8 << 30));
+        for wrong in ["networks = ['192.0.2.0']", "pin = 'some'", "device = 'x'"] {
+            assert!(with(wrong).unwrap_err().contains("line 11"), "{wrong}");
         }
     }
 

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::failure::{Failure, Fault, host, operator};
 use crate::names;
+use crate::rdma::{self, Asked, Plan};
 use crate::reload::Trust;
 use crate::session::link_failure;
 
@@ -23,6 +24,8 @@ pub struct Target {
     pub to: String,
     /// TLS or not.
     pub security: Trust,
+    /// How to go over RDMA, if at all.
+    pub(crate) rdma: Option<Plan>,
     /// Who is meant: a peer with one of these names. None: whoever is let in.
     pub names: Vec<String>,
 }
@@ -141,6 +144,16 @@ pub fn check_host_port(to: &str) -> Result<(), Failure> {
     Err(operator(format!("{to:?} is not HOST:PORT"), remedy))
 }
 
+/// A connection that was made.
+pub struct Dialled {
+    /// Its channels, the control channel first.
+    pub channels: Vec<Box<dyn Channel>>,
+    /// Who is at the other end.
+    pub peer: Peer,
+    /// What its data channels go over, and why, where that is worth a word.
+    pub notice: Option<String>,
+}
+
 /// Makes a connection, the control channel first. `channels` says how many channels it has with the address that is
 /// connected to, since another of the name's addresses may be reached by another link.
 ///
@@ -150,17 +163,18 @@ pub async fn dial(
     target: &Target,
     channels: impl Fn(&Address) -> u16 + Send + 'static,
     regions: &Regions,
-) -> Result<(Vec<Box<dyn Channel>>, Peer), Unreached> {
+) -> Result<Dialled, Unreached> {
     let addresses = resolve(&target.to).await.map_err(Unreached::nobody)?;
     let (security, regions, to) = (target.security.now(), regions.clone(), target.to.clone());
-    let names = target.names.clone();
+    let (names, plan) = (target.names.clone(), target.rdma.clone());
     let task = tokio::task::spawn_blocking(move || {
         // Of several addresses, what one says at which somebody answers tells most.
         let mut failure: Option<Unreached> = None;
         for address in addresses {
             match dial_one(&address, &security, channels(&address), &regions) {
-                Ok((channels, peer)) if names::includes(&names, &peer) => {
-                    return Ok((channels, peer));
+                Ok((made, peer)) if names::includes(&names, &peer) => {
+                    let again = || dial_one(&address, &security, channels(&address), &regions);
+                    return over_rdma(&to, made, peer, plan.as_ref(), &regions, again);
                 }
                 Ok((_, peer)) => return Err(Unreached::met(another(&to, &names, &peer))),
                 // Another of the name's addresses may be the one that is listened on; a refusal is an answer.
@@ -183,6 +197,51 @@ pub async fn dial(
         .map_err(|error| Unreached::nobody(host(error.to_string(), "report this")))?
 }
 
+/// Has the data channels go over RDMA, if that is planned and the other host takes part. Where a connection was spoiled by
+/// trying, there is another by `again`.
+fn over_rdma(
+    to: &str,
+    channels: Vec<Box<dyn Channel>>,
+    peer: Peer,
+    plan: Option<&Plan>,
+    regions: &Regions,
+    again: impl Fn() -> Result<(Vec<Box<dyn Channel>>, Peer), Error>,
+) -> Result<Dialled, Unreached> {
+    let Some(plan) = plan.filter(|_| channels.len() > 1) else {
+        return Ok(Dialled {
+            channels,
+            peer,
+            notice: None,
+        });
+    };
+    let (channels, why) = match rdma::ask(channels, regions, plan) {
+        Asked::Over(channels, address) => {
+            return Ok(Dialled {
+                channels,
+                peer,
+                notice: Some(format!("pages go over RDMA, to {address}, unencrypted")),
+            });
+        }
+        Asked::Declined(channels, why) => (Some(channels), why),
+        Asked::Spoiled(why) => (None, why),
+    };
+    if plan.must {
+        return Err(Unreached::met(operator(
+            format!("no RDMA to the destination: {why}"),
+            "see to that, or use --transport auto or tcp",
+        )));
+    }
+    let (channels, peer) = match channels {
+        Some(channels) => (channels, peer),
+        None => again().map_err(|error| Unreached::by(to, &error))?,
+    };
+    Ok(Dialled {
+        channels,
+        peer,
+        notice: Some(format!("pages go over TCP: {why}")),
+    })
+}
+
 /// Who listens is let in, and is not the one that the migration was begun with.
 fn another(to: &str, names: &[String], peer: &Peer) -> Failure {
     operator(
@@ -201,8 +260,9 @@ fn another(to: &str, names: &[String], peer: &Peer) -> Failure {
 /// # Errors
 /// As [`dial`].
 pub async fn dial_control(target: &Target) -> Result<Box<dyn Channel>, Unreached> {
-    let (channels, _) = dial(target, |_| 1, &Regions::new()).await?;
-    channels
+    let dialled = dial(target, |_| 1, &Regions::new()).await?;
+    dialled
+        .channels
         .into_iter()
         .next()
         .ok_or_else(|| Unreached::met(host("no channel was made", "report this")))
@@ -284,6 +344,7 @@ mod tests {
         let target = |to: &str| Target {
             to: to.to_owned(),
             security: Trust::new(Security::Plaintext),
+            rdma: None,
             names: Vec::new(),
         };
         // Port 1 of this host is nobody's.

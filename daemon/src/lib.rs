@@ -25,6 +25,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod queue;
 pub mod quota;
+pub mod rdma;
 pub mod reload;
 pub mod seldom;
 pub mod service;

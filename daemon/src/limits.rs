@@ -22,6 +22,9 @@ pub const MAX_GATHERED_CHANNELS: usize = 1024;
 /// Of these, of one peer: three connections of the largest kind.
 pub const MAX_GATHERED_CHANNELS_PER_PEER: usize = 200;
 
+/// Connections whose data channels are being made over RDMA at a time; each keeps a thread waiting.
+pub const MAX_GATHERING_RDMA: usize = 16;
+
 /// Complete connections: those in a migration, those that have not said what they want, those that ask what became of a
 /// migration, and those that are being closed.
 pub const MAX_CONNECTIONS: usize = 256;

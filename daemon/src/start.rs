@@ -95,7 +95,12 @@ fn security(config: &Config) -> Result<Security, Failure> {
         );
         return Ok(Security::Plaintext);
     };
-    reload::tls(tls)
+    let security = reload::tls(tls)?;
+    // The first random bytes of a process are made of the CPU's jitter, which takes seconds where a CPU is emulated or busy:
+    // not in a peer's handshake, which has no more than that.
+    aws_lc_rs::rand::fill(&mut [0])
+        .map_err(|_| host("the system has no random bytes", "see the kernel's log"))?;
+    Ok(security)
 }
 
 /// Makes a folder for `user` if it is not there. One that is there stays as it is: whether it will do is found out as that

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::rdma::Pin;
+
 /// How the guest's memory moves.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum, ToSchema,
@@ -41,6 +43,21 @@ pub enum Compress {
     Auto,
 }
 
+/// What pages go over.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum, ToSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// RDMA where both hosts have a device, reach each other and allow it; else TCP
+    #[default]
+    Auto,
+    /// RDMA, or the migration does not begin
+    Rdma,
+    /// TCP
+    Tcp,
+}
+
 /// `POST /v1/migrations`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -66,6 +83,13 @@ pub struct MigrationRequest {
     pub postcopy_after_rounds: Option<u32>,
     /// With `hybrid`: milliseconds of pre-copy.
     pub postcopy_after_ms: Option<u64>,
+    /// What pages go over.
+    #[serde(default)]
+    pub transport: Transport,
+    /// Memory that may be pinned for RDMA here: `auto`, `all`, or a size such as `8GiB`; as the daemon's configuration says when
+    /// absent.
+    #[schema(value_type = Option<String>)]
+    pub rdma_pin: Option<Pin>,
     /// Data channels; chosen from the cores when absent.
     pub channels: Option<u16>,
     /// Longest downtime, in milliseconds; 300 when absent.

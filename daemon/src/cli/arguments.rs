@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
-use crate::api::types::{Compress, MigrationRequest, Mode};
+use crate::api::types::{Compress, MigrationRequest, Mode, Transport};
+use crate::rdma::Pin;
 use crate::units::{millis, parse_duration, parse_rate, parse_size};
 
 const EXIT_STATUS: &str = "Exit status of migrate:\n  \
@@ -187,6 +188,12 @@ pub struct MigrateArguments {
     /// With --mode hybrid: when the guest goes first [default: auto, when a round does not pay any more]
     #[arg(long, value_name = "auto|ROUNDS|TIME", value_parser = parse_postcopy_after)]
     pub postcopy_after: Option<PostcopyAfter>,
+    /// What pages go over: auto is RDMA where both hosts have it, reach each other and allow it, and TCP otherwise
+    #[arg(long, value_enum, default_value = "auto")]
+    pub transport: Transport,
+    /// Memory that may be pinned here for RDMA [default: auto, what the system allows, or the daemon's configuration]
+    #[arg(long, value_name = "auto|SIZE|all", value_parser = str::parse::<Pin>)]
+    pub rdma_pin: Option<Pin>,
     /// Data channels [default: as many as the link needs, at most one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub channels: Option<u16>,
@@ -242,6 +249,8 @@ impl MigrateArguments {
             allow_postcopy: self.allow_postcopy,
             postcopy_after_rounds,
             postcopy_after_ms,
+            transport: self.transport,
+            rdma_pin: self.rdma_pin,
             channels: self.channels,
             downtime_limit_ms: self.downtime_limit.map(millis),
             bandwidth_limit: self.bandwidth_limit,
@@ -281,6 +290,10 @@ mod tests {
         let request = migrate(&[
             "--mode",
             "precopy",
+            "--transport",
+            "rdma",
+            "--rdma-pin",
+            "1GiB",
             "--channels",
             "3",
             "--downtime-limit",
@@ -304,6 +317,10 @@ mod tests {
         ])
         .unwrap();
         assert_eq!(request.channels, Some(3));
+        assert_eq!(
+            (request.transport, request.rdma_pin),
+            (Transport::Rdma, Some(Pin::Bytes(1 << 30)))
+        );
         assert_eq!(request.downtime_limit_ms, Some(50.0));
         assert_eq!(request.bandwidth_limit, Some(500_000_000));
         assert_eq!(request.postcopy_bandwidth_limit, Some(1_000_000));

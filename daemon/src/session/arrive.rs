@@ -10,8 +10,9 @@ use pagecopy::engine::destination::Output;
 use pagecopy::engine::destination::{Destination, Input, Setup};
 use pagecopy::engine::journal::{Record, Side, standing_for};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Timeouts};
-use pagecopy::wire::{AbortCode, Message, Standing, capability};
+use pagecopy::wire::{AbortCode, Message, Secret, Standing, capability};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use transport::{Channel, Peer, Regions};
 use uuid::Uuid;
@@ -29,6 +30,7 @@ use crate::qemu::discover;
 use crate::qemu::settings::{Role, Settings};
 use crate::qmp::Qmp;
 use crate::quota::Share;
+use crate::rdma::Waiting;
 use crate::service::Service;
 use crate::store::Receiver;
 use crate::sys;
@@ -140,8 +142,14 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
         data: connection.data,
         regions: connection.regions,
     };
-    let first = timeout(FIRST_MESSAGE, visit.events.recv()).await;
-    match first.map(|told| told.map(Told::take)) {
+    let mut first = visit.word().await;
+    if let Ok(Some(LaneEvent::Message(Message::RdmaOffer { channels, bytes }))) = first {
+        if let Err(reason) = visit.over_rdma(channels, bytes).await {
+            return visit.refuse(AbortCode::Host, reason);
+        }
+        first = visit.word().await;
+    }
+    match first {
         Ok(Some(LaneEvent::Message(Message::Query { id }))) => visit.answer(Asked::Query(id)).await,
         Ok(Some(LaneEvent::Message(Message::Withdrawn { id }))) => {
             visit.answer(Asked::Withdrawn(id)).await;
@@ -173,6 +181,50 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
 }
 
 impl Visit {
+    /// What the peer says next.
+    async fn word(&mut self) -> Result<Option<LaneEvent>, Elapsed> {
+        let told = timeout(FIRST_MESSAGE, self.events.recv()).await;
+        told.map(|told| told.map(Told::take))
+    }
+
+    /// Has the data channels go over RDMA, if this host takes part; says so or why not.
+    ///
+    /// # Errors
+    /// The connection is of no use any more.
+    async fn over_rdma(&mut self, channels: u16, bytes: u64) -> Result<(), String> {
+        if usize::from(channels) != self.data.len() || channels == 0 {
+            let had = self.data.len();
+            return Err(format!(
+                "{channels} channels over RDMA, where there are {had}"
+            ));
+        }
+        let config = self.service.in_force.now();
+        let listening =
+            tokio::task::spawn_blocking(move || Waiting::listen(&config.rdma, bytes, channels));
+        let waiting = match listening.await.map_err(|error| error.to_string())? {
+            Ok(waiting) => waiting,
+            Err(why) => {
+                tracing::info!(peer = self.peer.address, why, "no RDMA with this peer");
+                self.control.give(Message::RdmaAnswer {
+                    address: String::new(),
+                    secret: Secret([0; 32]),
+                    reason: format!("{}: {why}", self.service.config.name),
+                });
+                return Ok(());
+            }
+        };
+        self.control.give(Message::RdmaAnswer {
+            address: waiting.address(),
+            secret: Secret(waiting.secret()),
+            reason: String::new(),
+        });
+        let regions = self.regions.clone();
+        let beside = std::mem::take(&mut self.data);
+        let gathered = tokio::task::spawn_blocking(move || waiting.gather(&regions, beside));
+        self.data = gathered.await.map_err(|error| error.to_string())??;
+        Ok(())
+    }
+
     /// Tells the peer why not, and closes.
     pub(super) fn refuse(self, code: AbortCode, reason: String) {
         tracing::warn!(peer = self.peer.address, ?code, reason, "refused");

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use pagecopy::engine::encoding::policy;
 use pagecopy::engine::encoding::versions::Versions;
+use pagecopy::engine::event::Report;
 use pagecopy::engine::journal::{Record, Side};
 #[cfg(feature = "steps")]
 use pagecopy::engine::source::Output;
@@ -35,6 +36,7 @@ use crate::qemu::discover::{self, map_ram, track_failure};
 use crate::qemu::settings::{Role, Settings};
 use crate::qemu::{Block, Guest};
 use crate::qmp::Qmp;
+use crate::rdma::{Hearer, Question, Way};
 use crate::service::Service;
 use crate::store::JournalFile;
 use crate::sys;
@@ -148,7 +150,7 @@ pub(crate) async fn migrate(
     let clock = Clock::start();
     // Looking changes nothing and may be broken off at any moment; what follows may not.
     let looked = tokio::select! {
-        looked = look(&service, id, &request) => looked,
+        looked = look(&service, id, &migration, &request) => looked,
         () = cancelled(&mut requests) => Err(operator(CANCELLED, "nothing: the guest runs on here")),
     };
     let prepared = match looked {
@@ -221,6 +223,7 @@ struct Prepared {
 async fn look(
     service: &Service,
     id: MigrationId,
+    migration: &Arc<Migration>,
     request: &MigrationRequest,
 ) -> Result<Looked, Failure> {
     let qmp = Arc::new(Qmp::connect(&request.qmp).await?);
@@ -230,6 +233,7 @@ async fn look(
     let mut target = Target {
         to: request.to.clone(),
         security: service.security.clone(),
+        rdma: None,
         names: Vec::new(),
     };
     let wanted = request.channels;
@@ -239,7 +243,29 @@ async fn look(
     };
     let with_control =
         move |address: &Address| wanted.unwrap_or_else(|| default_channels(address).max(least)) + 1;
-    let (channels, peer) = dial(&target, with_control, &memory.regions).await?;
+    let mut notice = None;
+    let told = Arc::clone(migration);
+    let question = Question {
+        transport: request.transport,
+        pin: request.rdma_pin,
+        allowed: &service.in_force.now().rdma,
+        bytes: memory.specs.iter().map(|spec| spec.size).sum(),
+        is_read: least == POSTCOPY_CHANNELS,
+        hearer: Hearer::new(move |text| super::tell(&told, &Report::Notice { text })),
+    };
+    match question.decide(&qmp).await? {
+        Way::Rdma(plan) => target.rdma = Some(*plan),
+        Way::Tcp(why) => notice = why,
+    }
+    let dialled = dial(&target, with_control, &memory.regions).await?;
+    let (channels, peer) = (dialled.channels, dialled.peer);
+    if let Some(text) = dialled.notice.or(notice) {
+        super::tell(migration, &Report::Notice { text });
+    }
+    if let Some(plan) = &mut target.rdma {
+        // What has begun goes on over what there is.
+        plan.must = false;
+    }
     // Whoever is connected to later must be the same.
     target.names = names::of(&service.in_force.now(), &peer);
     let channels = match request.spawn {

@@ -114,6 +114,8 @@ fn source(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
     let target = Target {
         to: peer.clone(),
         security: service.security.clone(),
+        // Whether the operator wanted it is not in the journal.
+        rdma: None,
         names: names::recorded(records).to_owned(),
     };
     let cared_for = !needs_care(service, id, records);

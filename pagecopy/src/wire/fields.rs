@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use super::codec::{Reader, WireError, Writer};
-use super::{AbortCode, Standing};
+use super::{AbortCode, Secret, Standing};
 use crate::engine::MigrationId;
 use crate::limits;
 use crate::memory::{BlockId, BlockSpec, Piece, Run};
@@ -63,6 +63,19 @@ impl Codec for Id {
     }
     fn get(field: &'static str, input: &mut Reader<'_>) -> Result<MigrationId, WireError> {
         Ok(MigrationId(input.array(field)?))
+    }
+}
+
+/// Thirty-two bytes that nobody else is to know.
+pub(super) struct Key;
+
+impl Codec for Key {
+    type Value = Secret;
+    fn put(value: &Secret, out: &mut Writer) {
+        out.put(&value.0);
+    }
+    fn get(field: &'static str, input: &mut Reader<'_>) -> Result<Secret, WireError> {
+        Ok(Secret(input.array(field)?))
     }
 }
 

@@ -118,6 +118,16 @@ impl Standing {
     ];
 }
 
+/// What both ends of a connection know and nobody else. Never shown.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Secret(pub [u8; 32]);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
 /// A message. Control messages go on channel 0; `Zero`, `Barrier`, `Copied` and `Deltas` on data channels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
@@ -310,6 +320,22 @@ pub enum Message {
         /// A delta for each page.
         bytes: Bytes,
     },
+    /// Source → destination, first message of a connection with data channels: they may go over RDMA.
+    RdmaOffer {
+        /// Data channels.
+        channels: u16,
+        /// Bytes of the guest's RAM.
+        bytes: u64,
+    },
+    /// The answer to `RdmaOffer`.
+    RdmaAnswer {
+        /// Where to call, `IP:PORT`; empty: no RDMA.
+        address: String,
+        /// By which the destination knows the caller.
+        secret: Secret,
+        /// Why not, for people.
+        reason: String,
+    },
     /// Source → destination, first: start a QEMU for this guest, which comes on the same connection.
     Spawn {
         /// The migration.
@@ -333,6 +359,18 @@ pub enum Message {
         text: String,
         /// What to do, for people.
         remedy: String,
+    },
+    /// Either way, on a data channel over TCP: the one over RDMA beside it is no more at this side.
+    RdmaBroken {
+        /// Messages that came over it.
+        received: u64,
+    },
+    /// Source → destination, on a data channel over TCP: nothing more goes over it, for RDMA is there again.
+    RdmaBack,
+    /// The answer to `RdmaBack`.
+    RdmaTaken {
+        /// All goes over RDMA from here on; otherwise over TCP, as before.
+        taken: bool,
     },
     /// Either way, any time before `Commit`: given up.
     Abort {

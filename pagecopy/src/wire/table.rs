@@ -6,7 +6,7 @@ use bytes::Bytes;
 use super::Message;
 use super::codec::{Reader, WireError, Writer};
 use super::fields::{
-    Blocks, Chunk, Code, Codec, Digests, Encoded, Flag, Id, Name, Pieces, Reason, Runs, Stand,
+    Blocks, Chunk, Code, Codec, Digests, Encoded, Flag, Id, Key, Name, Pieces, Reason, Runs, Stand,
     Words,
 };
 use super::figures::{Cost, Faults};
@@ -103,6 +103,11 @@ messages! {
     29 Lost { id: Id, reason: Reason };
     30 Copied { block: u16, zstd: Flag, pieces: Pieces, bytes: Encoded };
     31 Deltas { block: u16, base_round: u32, pieces: Pieces, bytes: Encoded };
+    32 RdmaOffer { channels: u16, bytes: u64 };
+    33 RdmaAnswer { address: Reason, secret: Key, reason: Reason };
     36 Spawn { id: Id, vm: Name, host: Name, arguments: Arguments, parts: Parts };
     37 Spawned { id: Id, blame: Blamed, text: Reason, remedy: Reason };
+    38 RdmaBroken { received: u64 };
+    39 RdmaBack;
+    40 RdmaTaken { taken: Flag };
 }

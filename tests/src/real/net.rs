@@ -97,6 +97,23 @@ impl Net {
         net
     }
 
+    /// Both hosts in this process's own namespace, joined by its loopback device: RDMA devices may be in no other. For a
+    /// machine of one's own; it keeps the hosts' addresses.
+    pub fn here() -> Net {
+        sweep();
+        let net = Net {
+            name: unique(),
+            one: true,
+        };
+        let own = std::process::id().to_string();
+        ip(&["netns", "attach", &net.namespace(Side::A), &own]);
+        for side in [Side::A, Side::B] {
+            let address = format!("{}/32", side.address());
+            net.ip(side, &["address", "replace", &address, "dev", "lo"]);
+        }
+        net
+    }
+
     /// The name of a host's namespace.
     pub fn namespace(&self, side: Side) -> String {
         let side = if self.one { Side::A } else { side };

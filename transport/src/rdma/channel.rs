@@ -109,7 +109,8 @@ impl RdmaChannel {
         self.memory.register_all(self.device, region, threads)
     }
 
-    /// Breaks the queue pair, as a failing device would: both ends report an error. For tests of what follows.
+    /// Breaks the queue pair, as a failing device would: nothing of the peer's lands any more, and both ends report an error,
+    /// after what had come before.
     pub fn break_queue_pair(&mut self) {
         self.broken_off = true;
         self.pair.break_off();
@@ -317,6 +318,14 @@ impl RdmaChannel {
     }
 
     fn fail(&mut self, error: Error) {
+        if matches!(
+            error,
+            Error::Io { .. } | Error::Refused(_) | Error::NoMemory(_)
+        ) {
+            // The peer's device was told that it came: it is reported, paused or not. There is an error already.
+            self.receiver.pause(false);
+            let _ = self.take_arrived();
+        }
         // The peer is told what it cannot know by itself.
         let fault = match &error {
             Error::PeerMisbehaved(text) => Some(text.clone()),

@@ -130,6 +130,8 @@ pub(crate) struct Session {
     sender: UnboundedSender<Incoming>,
     incoming: UnboundedReceiver<Incoming>,
     broken: Broken,
+    /// Connections over RDMA that broke.
+    broken_rdma: u32,
     quit: bool,
     /// The guest could not be taken back: the next daemon tries again.
     resume_failed: bool,
@@ -170,6 +172,7 @@ impl Session {
             sender,
             incoming,
             broken: Broken::default(),
+            broken_rdma: 0,
             quit: false,
             resume_failed: false,
             operator: None,

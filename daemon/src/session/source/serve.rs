@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use pagecopy::engine::Timeouts;
+use pagecopy::engine::event::Report;
 use pagecopy::engine::source::Input;
 use pagecopy::host::ram::MappedRam;
 use pagecopy::memory::{BlockId, BlockSpec};
@@ -17,8 +18,11 @@ use crate::log;
 use crate::nic::{POSTCOPY_CHANNELS, default_channels};
 use crate::session::recover::served;
 use crate::session::telling::ask;
-use crate::session::{Broken, lock};
+use crate::session::{Broken, lock, tell};
 use crate::sys;
+
+/// Connections over RDMA that may break before the rest goes over TCP.
+const RDMA_ATTEMPTS: u32 = 3;
 
 /// The guest's memory, to be read by the destination.
 pub(super) struct Served {
@@ -64,19 +68,30 @@ impl Session {
             }
         }
         let lanes = std::mem::take(&mut self.data);
+        if lanes.first().is_some_and(|lane| lane.kind() == "rdma") {
+            self.broken_rdma += 1;
+            if self.broken_rdma >= RDMA_ATTEMPTS {
+                self.target.rdma = None;
+            }
+        }
         self.open_reads();
         let (target, sender, regions) = (
             self.target.clone(),
             self.sender.clone(),
             self.regions.clone(),
         );
-        let attempt = self.connection;
+        let (attempt, migration) = (self.connection, Arc::clone(&self.migration));
         log::spawn(async move {
             // Joining the lanes' threads may block for a moment.
             let _ = log::spawn_blocking(move || drop(lanes)).await;
             let wanted = |address: &Address| default_channels(address).max(POSTCOPY_CHANNELS) + 1;
             let dialled = dial(&target, wanted, &regions).await;
-            let dialled = dialled.map(|(channels, _)| channels);
+            let dialled = dialled.map(|dialled| {
+                if let Some(text) = dialled.notice {
+                    tell(&migration, &Report::Notice { text });
+                }
+                dialled.channels
+            });
             let _ = sender.send(Incoming::ConnectedAll(attempt, dialled));
         });
     }

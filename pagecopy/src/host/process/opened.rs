@@ -3,7 +3,7 @@
 //! `CAP_SYS_PTRACE` lets this process take descriptors of QEMU, trace it and read its `maps`, `fdinfo` and `status`. Three
 //! things more are guarded by plain file permissions, which ask for QEMU's user (measured on Linux 6.18, with QEMU of
 //! another user, of root, and in a user namespace): `/proc/PID/pagemap`, `/proc/PID/mem` and the list `/proc/PID/fd`. For
-//! these alone `CAP_DAC_READ_SEARCH` is raised, in the calling thread and while they are opened: a daemon that holds it as
+//! these alone `CAP_DAC_READ_SEARCH` is raised, in a thread of its own and while they are opened: a daemon that holds it as
 //! permitted only cannot be led to read a file that its user may not.
 //!
 //! Guest memory is never opened by its path: QEMU's own descriptor of the file is taken. That is the file that QEMU has,
@@ -105,8 +105,8 @@ pub fn open_ram_file(wanted: &RamFile) -> io::Result<File> {
     let path = Path::new(&wanted.path);
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let named = |what: &str| io::Error::other(format!("{}: {what}", path.display()));
-    let file = with_read_search(|| rustix::fs::open(path, flags, Mode::empty()))
-        .map_err(|error| named(&io::Error::from(error).to_string()))?;
+    let file = with_read_search(|| Ok(rustix::fs::open(path, flags, Mode::empty())?))
+        .map_err(|error| named(&error.to_string()))?;
     let file = File::from(file);
     let data = file.metadata()?;
     if (data.dev(), data.ino()) != (wanted.device, wanted.inode) || !data.is_file() {
@@ -121,10 +121,19 @@ fn is_writable(file: &File) -> bool {
         .is_ok_and(|flags| flags & rustix::fs::OFlags::ACCMODE == rustix::fs::OFlags::RDWR)
 }
 
-/// Does `work` with `CAP_DAC_READ_SEARCH` in effect for this thread, if the thread may have it.
-fn with_read_search<T>(work: impl FnOnce() -> T) -> T {
-    let _raised = Raised::new(CapabilitySet::DAC_READ_SEARCH);
-    work()
+/// Does `work` with `CAP_DAC_READ_SEARCH` in effect, if this process may have it. In a thread that ends with it: one whose
+/// capabilities were changed, be it back again, has credentials of its own for ever, and what other threads have opened of
+/// RDMA (verbs, rdma_cm) is closed to its writes.
+fn with_read_search<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let raised = move || {
+            let _raised = Raised::new(CapabilitySet::DAC_READ_SEARCH);
+            work()
+        };
+        let thread = std::thread::Builder::new().name("proc".to_owned());
+        let ended = thread.spawn_scoped(scope, raised)?.join();
+        ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// A capability in effect for this thread until the drop.

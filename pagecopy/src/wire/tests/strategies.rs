@@ -164,6 +164,26 @@ pub(super) fn with_payload() -> impl Strategy<Value = Message> {
             id: MigrationId(id),
             reason
         }),
+        (
+            "[0-9.:]{0,20}",
+            any::<[u8; 16]>(),
+            any::<[u8; 16]>(),
+            "[a-zß]{0,50}"
+        )
+            .prop_map(|(address, a, b, reason)| Message::RdmaAnswer {
+                address,
+                secret: Secret(std::array::from_fn(|at| if at < 16 {
+                    a[at]
+                } else {
+                    b[at - 16]
+                })),
+                reason,
+            }),
+        (any::<u16>(), any::<u64>())
+            .prop_map(|(channels, bytes)| Message::RdmaOffer { channels, bytes }),
+        any::<u64>().prop_map(|received| Message::RdmaBroken { received }),
+        Just(Message::RdmaBack),
+        any::<bool>().prop_map(|taken| Message::RdmaTaken { taken }),
         (any::<[u8; 16]>(), 0..Standing::ALL.len()).prop_map(|(id, s)| Message::Answer {
             id: MigrationId(id),
             standing: Standing::ALL[s]

@@ -236,6 +236,7 @@ functions! {
         fn rdma_get_src_port(*mut CmId) -> u16;
         fn rdma_resolve_addr(*mut CmId, *mut libc::sockaddr, *mut libc::sockaddr, c_int) -> c_int;
         fn rdma_resolve_route(*mut CmId, c_int) -> c_int;
+        fn rdma_set_option(*mut CmId, c_int, c_int, *mut c_void, usize) -> c_int;
         fn rdma_create_qp(*mut CmId, *mut Pd, *mut QpInitAttr) -> c_int;
         fn rdma_destroy_qp(*mut CmId) -> ();
         fn rdma_connect(*mut CmId, *mut ConnParam) -> c_int;

@@ -16,6 +16,13 @@ const PS_TCP: i32 = 0x0106;
 /// number would be refused by each device that can do less.
 const MOST_READS: u8 = 0xff;
 
+/// `RDMA_OPTION_ID` and `RDMA_OPTION_ID_ACK_TIMEOUT`: how long a device waits for an answer before it sends again.
+const ACK_TIMEOUT: (i32, i32) = (0, 3);
+/// 4.096 us times 2 to this: 134 ms. With [`RETRIES`] a peer that is not there is noticed within about a second. rdma_cm would
+/// take four times that, or more.
+const ACK_EXPONENT: u8 = 15;
+const RETRIES: u8 = 7;
+
 /// What rdma_cm reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::rdma) enum EventKind {
@@ -166,8 +173,20 @@ impl Id {
         self.id
     }
 
+    /// Has the device find out soon that the peer's does not answer. A kernel that cannot is as slow as it is.
+    fn hurry(&self) -> Result<(), Error> {
+        let (level, name) = ACK_TIMEOUT;
+        let mut exponent = ACK_EXPONENT;
+        // SAFETY: the option is read during the call only.
+        unsafe {
+            (library()?.rdma_set_option)(self.id, level, name, (&raw mut exponent).cast(), 1);
+        }
+        Ok(())
+    }
+
     /// Starts to connect, and says `private`. The queue pair is there, with its receives.
     pub(in crate::rdma) fn connect(&self, private: &[u8]) -> Result<(), Error> {
+        self.hurry()?;
         let mut param = parameters(private);
         // SAFETY: the parameters are read during the call only.
         checked("connecting over RDMA", unsafe {
@@ -177,6 +196,7 @@ impl Id {
 
     /// Accepts a request, and says `private`. The queue pair is there, with its receives.
     pub(in crate::rdma) fn accept(&self, private: &[u8]) -> Result<(), Error> {
+        self.hurry()?;
         let mut param = parameters(private);
         // SAFETY: the parameters are read during the call only.
         checked("accepting an RDMA connection", unsafe {
@@ -245,7 +265,7 @@ fn parameters(private: &[u8]) -> ConnParam {
         responder_resources: MOST_READS,
         initiator_depth: MOST_READS,
         flow_control: 1,
-        retry_count: 7,
+        retry_count: RETRIES,
         // Credits see to it that there is a receive for every send. A peer that gives them and has none ends the
         // connection, after a few times 655 ms; 7 would be for ever.
         rnr_retry_count: 3,

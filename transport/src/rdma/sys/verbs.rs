@@ -104,16 +104,29 @@ impl Registration {
         let address = region.address(extent).ok_or_else(outside)?;
         let len = usize::try_from(extent.len).map_err(|_| outside())?;
         let flag = |on, flag| if on { flag } else { 0 };
-        let flags = LOCAL_WRITE
-            | flag(access.peer_writes, REMOTE_WRITE)
+        let flags = flag(access.peer_writes, REMOTE_WRITE)
             | flag(access.peer_reads, REMOTE_READ)
             | flag(on_demand, ON_DEMAND);
-        // SAFETY: the range is mapped, and stays so until the registration is gone, which holds the region. Others write
-        // it meanwhile, and nobody has a reference into it.
-        let mr = unsafe { (library.ibv_reg_mr)(pd.0, address.cast(), len, flags) };
-        if mr.is_null() {
-            return Err(std::io::Error::last_os_error());
-        }
+        let register = |flags| {
+            // SAFETY: the range is mapped, and stays so until the registration is gone, which holds the region. Others
+            // write it meanwhile, and nobody has a reference into it.
+            let mr = unsafe { (library.ibv_reg_mr)(pd.0, address.cast(), len, flags) };
+            if mr.is_null() {
+                Err(std::io::Error::last_os_error())
+            } else {
+                Ok(mr)
+            }
+        };
+        let mr = register(flags | LOCAL_WRITE).or_else(|error| {
+            // A mapping that may only be read: all that is done with it is to read it, here or by the peer. Where the
+            // first attempt failed for another reason, this one does, too.
+            let unwritable = matches!(error.raw_os_error(), Some(libc::EACCES | libc::EFAULT));
+            if unwritable && !access.peer_writes {
+                register(flags)
+            } else {
+                Err(error)
+            }
+        })?;
         // SAFETY: just made.
         let (local, remote) = unsafe { ((*mr).lkey, (*mr).rkey) };
         Ok(Registration {
