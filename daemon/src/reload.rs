@@ -17,13 +17,14 @@ use crate::failure::{Failure, Shown, operator};
 use crate::service::Service;
 
 /// The keys that take effect at once.
-const AT_ONCE: [&str; 6] = [
+const AT_ONCE: [&str; 7] = [
     "access",
     "tls",
     "bandwidth-limit",
     "allow-postcopy",
     "compress",
     "delta-cache",
+    "memory-margin",
 ];
 
 /// What of `access` does not.
@@ -132,6 +133,7 @@ impl InForce {
             allow_postcopy,
             compress,
             delta_cache,
+            memory_margin,
             ..
         } = (*new.config).clone();
         read.config = Arc::new(Config {
@@ -141,6 +143,7 @@ impl InForce {
             allow_postcopy,
             compress,
             delta_cache,
+            memory_margin,
             ..(*read.config).clone()
         });
         let mut keys = (*new.keys).clone();
