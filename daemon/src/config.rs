@@ -14,6 +14,7 @@ use serde::{Deserialize, Deserializer};
 use crate::api::types::Compress;
 use crate::failure::{Failure, Fault};
 use crate::limits::MAX_DELTA_CACHE;
+use crate::preflight;
 use crate::queue;
 use crate::rdma::Rdma;
 use crate::units::parse_size;
@@ -49,6 +50,12 @@ pub struct Config {
     /// Bytes a second that all migrations from this host may send together; none is unlimited.
     #[serde(default, deserialize_with = "queue::config::rate")]
     pub bandwidth_limit: Option<u64>,
+    /// Bytes of memory that shall be left free beside an arriving guest.
+    #[serde(
+        default = "preflight::config::default_margin",
+        deserialize_with = "preflight::config::margin"
+    )]
+    pub memory_margin: u64,
     /// Who is told over HTTP of what happens.
     #[serde(default)]
     pub hooks: Vec<Hook>,

@@ -35,6 +35,12 @@ pub const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// How long a source that asks may be silent between two questions. An honest one asks at least every 30 seconds.
 pub const ASKING_PAUSE: Duration = Duration::from_secs(90);
 
+/// How long a peer may look at this host, and fill the link for it.
+pub const PREFLIGHT_LIMIT: Duration = Duration::from_secs(10);
+/// Peers that may do so at a time; each asks a QEMU, and has 16 MiB to write to.
+pub const MAX_PREFLIGHTS: usize = 8;
+/// Of these, one peer.
+pub const MAX_PREFLIGHTS_PER_PEER: usize = 2;
 /// QEMUs that may be started at a time for guests that have not arrived.
 pub const MAX_SPAWNING: u32 = 8;
 /// How long such a QEMU may take until its monitor answers: it may allocate all of its memory first.
@@ -64,7 +70,8 @@ pub const MAX_LINES_A_SECOND: u32 = 10;
 const _: () = assert!(
     MAX_GREETING_PER_ADDRESS < MAX_GREETING
         && MAX_GATHERING_PER_PEER < MAX_GATHERING
-        && MAX_CONNECTIONS_PER_PEER < MAX_CONNECTIONS,
+        && MAX_CONNECTIONS_PER_PEER < MAX_CONNECTIONS
+        && MAX_PREFLIGHTS_PER_PEER < MAX_PREFLIGHTS,
     "no peer can take all of it"
 );
 const _: () = assert!(

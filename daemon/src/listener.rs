@@ -204,7 +204,7 @@ impl Gate {
 }
 
 /// Whose a connection is: the names of the certificate, or without TLS the address.
-fn key(peer: &Peer) -> String {
+pub(crate) fn key(peer: &Peer) -> String {
     if peer.names.is_empty() {
         host(&peer.address).to_owned()
     } else {

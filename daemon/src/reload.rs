@@ -17,7 +17,7 @@ use crate::failure::{Failure, Shown, operator};
 use crate::service::Service;
 
 /// The keys that take effect at once.
-const AT_ONCE: [&str; 7] = [
+const AT_ONCE: [&str; 8] = [
     "access",
     "tls",
     "bandwidth-limit",
@@ -25,6 +25,7 @@ const AT_ONCE: [&str; 7] = [
     "compress",
     "delta-cache",
     "rdma",
+    "memory-margin",
 ];
 
 /// What of `access` does not.
@@ -134,6 +135,7 @@ impl InForce {
             compress,
             delta_cache,
             rdma,
+            memory_margin,
             ..
         } = (*new.config).clone();
         read.config = Arc::new(Config {
@@ -144,6 +146,7 @@ impl InForce {
             compress,
             delta_cache,
             rdma,
+            memory_margin,
             ..(*read.config).clone()
         });
         let mut keys = (*new.keys).clone();

@@ -22,6 +22,7 @@ use crate::api::types::MigrationRequest;
 use crate::config::Config;
 use crate::failure::{Failure, host, operator};
 use crate::hooks::Hooks;
+use crate::limits::{MAX_PREFLIGHTS, MAX_PREFLIGHTS_PER_PEER};
 use crate::listener;
 use crate::log;
 use crate::migrations::{Migration, Migrations, Request, Shown};
@@ -30,6 +31,7 @@ use crate::qemu::discover;
 use crate::qemu::faults::Device;
 use crate::qmp::Qmp;
 use crate::queue::budget::Budget;
+use crate::quota::Quota;
 use crate::reload::{self, InForce, Trust};
 use crate::session::spawned::{self, Spawning};
 use crate::session::{begin, recover};
@@ -60,6 +62,8 @@ pub struct Service {
     pub roles: RolesInForce,
     /// Whose dirty rate is being sampled.
     pub(crate) sampled: Sampled,
+    /// Peers that look at this host just now.
+    pub(crate) looked_at: Quota,
     /// Who starts QEMUs for guests that come, if there is a policy for it.
     pub starter: Option<Starter>,
     /// Places for those that are being started, and for the migrations that they are for.
@@ -91,6 +95,7 @@ impl Service {
             security: Trust::new(security),
             roles: RolesInForce::new(roles),
             sampled: Sampled::default(),
+            looked_at: Quota::new(MAX_PREFLIGHTS, MAX_PREFLIGHTS_PER_PEER),
             starter,
             spawning: Spawning::default(),
             userfaultfd,
@@ -219,6 +224,7 @@ impl Service {
         Ok(())
     }
 
+    /// A guest that arrives here just now cannot be begun with.
     pub(crate) fn refuse_if_receiving(&self, vm: &str) -> Result<(), Failure> {
         match self.migrations.running(vm, Side::Destination) {
             None => Ok(()),

@@ -1,6 +1,6 @@
 //! Decides what of a running guest's memory moves, and when.
 //!
-//! The crate has two halves. [`engine`] and [`wire`] are pure: they take inputs and the time, and return outputs; no I/O,
+//! The crate has two halves. [`engine`], [`preflight`] and [`wire`] are pure: they take inputs and the time, and return outputs; no I/O,
 //! clock, thread, randomness or hash order is in them (this crate's `clippy.toml` and a build without features prove it).
 //! `host` (feature `host`) is the machine's side: attaching to QEMU, tracking dirty pages, placing pages, testing for
 //! zeroes.
@@ -15,4 +15,5 @@ pub mod engine;
 pub mod host;
 pub mod limits;
 pub mod memory;
+pub mod preflight;
 pub mod wire;

@@ -42,6 +42,18 @@ pub const MAX_PART: usize = 4096;
 pub const MAX_PARTS_BYTES: usize = 256 << 10;
 /// A time that a peer tells, in microseconds: 35 years.
 pub const MAX_TIME_US: u64 = 1 << 50;
+/// Bytes of what a side tells of itself in preflight.
+pub const MAX_FACTS: usize = 128 << 10;
+/// Bytes of one word or sentence in it.
+pub const MAX_FACT: usize = 2048;
+/// Things of one kind in it: lines, disks, CPUID words.
+pub const MAX_FACTS_EACH: usize = 256;
+/// Bytes of the region that a peer may write to, to see what the link carries.
+pub const PROBE_BYTES: u64 = 16 << 20;
+/// Its number: that of no RAMBlock.
+pub const PROBE_REGION: u32 = 64;
+/// Rounds of such writes on one connection.
+pub const MAX_PROBE_ROUNDS: u32 = 64;
 /// The smallest page.
 pub const MIN_PAGE_SIZE: u64 = 4096;
 /// The largest page: hugetlbfs 1 GiB is above it and is sent in pieces by no batch, so it is refused.
@@ -50,4 +62,8 @@ pub const MAX_PAGE_SIZE: u64 = 2 << 20;
 const _: () = assert!(
     MAX_PAGE_SIZE <= MAX_BATCH_BYTES,
     "a batch takes at least one page"
+);
+const _: () = assert!(
+    PROBE_REGION as usize >= MAX_BLOCKS,
+    "no RAMBlock has the probe's number"
 );

@@ -73,6 +73,7 @@ fn routes() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(receivers::add, receivers::list))
         .routes(routes!(receivers::remove))
         .routes(routes!(preflight::dirty_rate))
+        .routes(routes!(preflight::preflight))
         .routes(routes!(events::of_all))
         .routes(routes!(metrics::metrics))
         .routes(routes!(health::healthz))

@@ -8,6 +8,7 @@ use axum::response::Json;
 
 use super::problem::{ApiError, Problems};
 use crate::preflight::dirty_rate::{self, DirtyRate, DirtyRateRequest};
+use crate::preflight::{self, Preflight, PreflightRequest};
 use crate::service::Service;
 
 #[utoipa::path(
@@ -20,4 +21,17 @@ pub(super) async fn dirty_rate(
 ) -> Result<Json<DirtyRate>, ApiError> {
     let Json(request) = request?;
     Ok(Json(dirty_rate::sample(&service, request).await?))
+}
+
+#[utoipa::path(
+    post, path = "/v1/preflight", tag = "preflight", operation_id = "preflight", request_body = PreflightRequest,
+    responses((status = 200, description = "What a migration would find, also where it would fail. Comes after about a second.", body = Preflight),
+        Problems)
+)]
+pub(super) async fn preflight(
+    State(service): State<Arc<Service>>,
+    request: Result<Json<PreflightRequest>, JsonRejection>,
+) -> Result<Json<Preflight>, ApiError> {
+    let Json(request) = request?;
+    Ok(Json(preflight::run(&service, request).await?))
 }

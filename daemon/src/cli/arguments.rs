@@ -16,6 +16,12 @@ const EXIT_STATUS: &str = "Exit status of migrate:\n  \
     3  cancelled; the guest runs on at the source\n  \
     4  in doubt: the destination may run the guest; see `pagecopy resolve`";
 
+const PREFLIGHT_STATUS: &str = "Exit status of preflight:\n  \
+    0  everything passes\n  \
+    1  something fails, or could not be asked\n  \
+    2  the arguments are wrong\n  \
+    5  nothing fails, and something is warned of";
+
 const RESOLVE: &str = "In doubt: at the source the destination is asked first, and its answer decides where there is one. Without an answer \
     --resume-here is taken only with --peer-fenced, and the destination is told when it comes back. --abandon needs no such \
     word: QEMU is kept, stopped, with the guest's memory.\n\n\
@@ -53,6 +59,22 @@ pub enum Command {
     /// Move a running guest to another host, and wait until it has moved
     #[command(after_help = EXIT_STATUS)]
     Migrate(MigrateArguments),
+    /// Look at everything that a migration depends on, on both hosts, without migrating
+    #[command(after_help = PREFLIGHT_STATUS)]
+    Preflight {
+        /// The guest's name, the same on both hosts
+        #[arg(long, value_name = "NAME")]
+        vm: String,
+        /// QMP socket of the QEMU that runs the guest
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
+        /// The other host's pagecopyd
+        #[arg(long, value_name = "HOST:PORT")]
+        to: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Sample how fast a guest writes its memory, without migrating it
     DirtyRate {
         /// The guest's name

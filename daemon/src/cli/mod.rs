@@ -30,6 +30,9 @@ pub async fn run(arguments: Arguments) -> u8 {
     let client = Client::new(api);
     let done = match arguments.command {
         Command::Migrate(arguments) => return migrate::migrate(&client, arguments).await,
+        Command::Preflight { vm, qmp, to, json } => {
+            return preflight::preflight(&client, vm, qmp, to, json).await;
+        }
         Command::Receive { vm, qmp } => receive(&client, vm, qmp).await,
         Command::DirtyRate {
             vm,

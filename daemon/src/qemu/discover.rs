@@ -85,7 +85,10 @@ pub(crate) async fn running(qmp: &Qmp) -> Result<Guest, Failure> {
 }
 
 /// Whether the guest runs.
-async fn runs(qmp: &Qmp) -> Result<(), Failure> {
+///
+/// # Errors
+/// It does not, and what it would take.
+pub(crate) async fn runs(qmp: &Qmp) -> Result<(), Failure> {
     let state = query_status(qmp).await?;
     if state.running {
         return Ok(());
@@ -107,7 +110,10 @@ async fn runs(qmp: &Qmp) -> Result<(), Failure> {
 }
 
 /// Whether nothing else migrates it, and QEMU itself would.
-async fn may_leave(qmp: &Qmp) -> Result<(), Failure> {
+///
+/// # Errors
+/// What does, or what QEMU says is in the way.
+pub(crate) async fn may_leave(qmp: &Qmp) -> Result<(), Failure> {
     let migration = query_migrate(qmp).await?;
     if let Some(status) = migration
         .status
@@ -157,6 +163,15 @@ pub async fn unchanged(qmp: &Qmp, guest: &Guest) -> Result<(), Failure> {
 /// # Errors
 /// Why it cannot take one, and what would help.
 pub async fn destination(qmp: &Qmp) -> Result<Guest, Failure> {
+    takes_a_guest(qmp).await?;
+    waiting(qmp).await
+}
+
+/// Whether a QEMU waits for a guest, and would still take one.
+///
+/// # Errors
+/// Why it would not, and what would help.
+pub(crate) async fn takes_a_guest(qmp: &Qmp) -> Result<(), Failure> {
     let state = query_status(qmp).await?;
     if state.status != "inmigrate" {
         return Err(operator(
@@ -174,7 +189,7 @@ pub async fn destination(qmp: &Qmp) -> Result<Guest, Failure> {
             "end the destination's QEMU and start another",
         ));
     }
-    waiting(qmp).await
+    Ok(())
 }
 
 /// Looks at a QEMU whose state is `inmigrate`, whether or not it takes a guest any more.
@@ -184,12 +199,18 @@ pub async fn destination(qmp: &Qmp) -> Result<Guest, Failure> {
 pub(crate) async fn waiting(qmp: &Qmp) -> Result<Guest, Failure> {
     settings::check(qmp).await?;
     let guest = look_at(qmp).await?;
-    let words = command_line(guest.pid).map_err(|error| {
+    started_to_wait(guest.pid)?;
+    Ok(guest)
+}
+
+/// Whether a QEMU was started so that it waits for a guest, and does not run it by itself.
+///
+/// # Errors
+/// How it was started, and how it should be.
+pub(crate) fn started_to_wait(pid: i32) -> Result<(), Failure> {
+    let words = command_line(pid).map_err(|error| {
         host(
-            format!(
-                "the command line of QEMU (process {}) cannot be read: {error}",
-                guest.pid
-            ),
+            format!("the command line of QEMU (process {pid}) cannot be read: {error}"),
             NEEDS,
         )
     })?;
@@ -206,11 +227,25 @@ pub(crate) async fn waiting(qmp: &Qmp) -> Result<Guest, Failure> {
             "start the destination's QEMU with -S -incoming defer",
         ));
     }
-    Ok(guest)
+    Ok(())
 }
 
 /// Compares nothing with a peer yet: finds the blocks, the process, and what else must not be there.
 async fn look_at(qmp: &Qmp) -> Result<Guest, Failure> {
+    let guest = found(qmp).await?;
+    blocking(move || {
+        refuse_other_writers(guest.pid, guest.version, &guest.blocks)?;
+        refuse_if_tracked(guest.pid)?;
+        Ok(guest)
+    })
+    .await
+}
+
+/// Finds the blocks and the process, whatever else is there.
+///
+/// # Errors
+/// RAM that cannot be moved, or a process that may not be looked at; with what would help.
+pub(crate) async fn found(qmp: &Qmp) -> Result<Guest, Failure> {
     let memdevs = memdevs(qmp).await?;
     let direct_io = uses_direct_io(&qmp.execute("query-named-block-nodes", json!({})).await?);
     let (version, peer) = (qmp.version(), qmp.peer_pid());
@@ -220,8 +255,6 @@ async fn look_at(qmp: &Qmp) -> Result<Guest, Failure> {
             .iter()
             .map(|memdev| locate(pid, memdev))
             .collect::<Result<Vec<_>, _>>()?;
-        refuse_other_writers(pid, version, &blocks)?;
-        refuse_if_tracked(pid)?;
         Ok(Guest {
             pid,
             version,
@@ -295,7 +328,14 @@ fn cannot_read(pid: i32) -> impl Fn(std::io::Error) -> Failure {
 }
 
 /// Refuses whatever writes the guest's memory without our seeing it.
-fn refuse_other_writers(pid: i32, version: Version, blocks: &[Block]) -> Result<(), Failure> {
+///
+/// # Errors
+/// What does, and what to do about it.
+pub(crate) fn refuse_other_writers(
+    pid: i32,
+    version: Version,
+    blocks: &[Block],
+) -> Result<(), Failure> {
     let cannot_read = cannot_read(pid);
     for mapping in shared_files(pid).map_err(&cannot_read)? {
         let file = (mapping.device, mapping.inode);
@@ -344,7 +384,10 @@ fn refuse_other_writers(pid: i32, version: Version, blocks: &[Block]) -> Result<
 }
 
 /// Refuses a QEMU that somebody tracks already.
-fn refuse_if_tracked(pid: i32) -> Result<(), Failure> {
+///
+/// # Errors
+/// Somebody does.
+pub(crate) fn refuse_if_tracked(pid: i32) -> Result<(), Failure> {
     if process::userfaultfds_in_use(pid).map_err(cannot_read(pid))? > 0 {
         return Err(host(
             "QEMU has a userfaultfd in use already: another tool or migration tracks it",

@@ -122,6 +122,11 @@ pub async fn check(qmp: &Qmp) -> Result<(), Failure> {
     check_capabilities(qmp, &present)
 }
 
+/// The capabilities that are needed, in words.
+pub(crate) fn needed() -> String {
+    NEEDED.join(", ")
+}
+
 fn check_capabilities(qmp: &Qmp, present: &[Capability]) -> Result<(), Failure> {
     let missing = NEEDED.iter().find(|needed| {
         present

@@ -24,6 +24,7 @@ use crate::failure::Shown;
 use crate::lane::control::Control;
 use crate::lane::{Lane, LaneEvent, Told};
 use crate::limits::FIRST_MESSAGE;
+use crate::listener;
 use crate::migrations::Migration;
 use crate::names;
 use crate::qemu::discover;
@@ -156,6 +157,9 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
         }
         Ok(Some(LaneEvent::Message(hello @ Message::Hello { .. }))) => {
             visit.receive(hello, None).await;
+        }
+        Ok(Some(LaneEvent::Message(Message::Preflight { vm, host, ram }))) => {
+            visit.be_looked_at(vm, host, ram).await;
         }
         Ok(Some(LaneEvent::Message(ask @ Message::Spawn { .. }))) => visit.spawn(ask).await,
         Ok(Some(LaneEvent::Message(Message::Serve { id }))) => visit.answer(Asked::Serve(id)).await,
@@ -351,6 +355,11 @@ impl Visit {
     pub(crate) fn answer_and_close(self, id: MigrationId, standing: Standing) {
         self.control.give(Message::Answer { id, standing });
         self.control.close();
+    }
+
+    /// Whose it is, for what is limited for each peer.
+    pub(super) fn peer_key(&self) -> String {
+        listener::key(&self.peer)
     }
 
     /// Whether it brings channels to fetch pages over.

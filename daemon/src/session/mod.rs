@@ -9,6 +9,7 @@ pub(crate) mod begin;
 mod destination;
 pub(crate) mod held;
 mod link;
+mod looked_at;
 pub(crate) mod recover;
 pub(crate) mod resume;
 mod source;

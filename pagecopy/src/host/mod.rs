@@ -4,6 +4,7 @@
 //! speak in runs of pages of numbered RAMBlocks; the numbers are the engine's.
 //!
 //! - [`process`]: what `/proc` tells of a QEMU before anything is touched.
+//! - [`features`]: what the kernel has of what is needed.
 //! - [`attach`]: gets a userfaultfd that acts on QEMU's memory.
 //! - [`track`]: implements [`Tracker`] with it.
 //! - [`ram`]: implements [`Ram`] and [`Placer`] over mappings of the same files.
@@ -14,6 +15,7 @@
 pub mod attach;
 pub mod decode;
 pub mod encode;
+pub mod features;
 pub mod pager;
 pub mod process;
 pub mod ram;

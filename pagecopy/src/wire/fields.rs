@@ -117,6 +117,27 @@ impl Codec for Reason {
     }
 }
 
+/// What a side tells of itself in preflight: 2 to `MAX_FACTS` bytes of JSON. What is in it is checked by who reads it
+/// (`preflight::Facts`).
+pub(super) struct Facts;
+
+impl Codec for Facts {
+    type Value = String;
+    fn put(value: &String, out: &mut Writer) {
+        put_text(value, limits::MAX_FACTS, out);
+    }
+    fn get(field: &'static str, input: &mut Reader<'_>) -> Result<String, WireError> {
+        let text = get_text(field, limits::MAX_FACTS, input)?;
+        if text.len() < 2 {
+            return Err(WireError::Invalid {
+                field,
+                why: "JSON with facts has two bytes at least",
+            });
+        }
+        Ok(text)
+    }
+}
+
 pub(super) fn put_text(text: &str, limit: usize, out: &mut Writer) {
     out.count(text.len(), limit);
     out.put(text.as_bytes());

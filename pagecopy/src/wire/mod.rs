@@ -336,6 +336,20 @@ pub enum Message {
         /// Why not, for people.
         reason: String,
     },
+    /// Source → destination, first: what would a migration of this guest find there?
+    Preflight {
+        /// The guest's name.
+        vm: String,
+        /// The source daemon's name.
+        host: String,
+        /// Bytes of its RAM; 0 where it is not known.
+        ram: u64,
+    },
+    /// The answer to `Preflight`.
+    Findings {
+        /// JSON, see `preflight::Facts`.
+        facts: String,
+    },
     /// Source → destination, first: start a QEMU for this guest, which comes on the same connection.
     Spawn {
         /// The migration.

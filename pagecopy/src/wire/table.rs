@@ -6,8 +6,8 @@ use bytes::Bytes;
 use super::Message;
 use super::codec::{Reader, WireError, Writer};
 use super::fields::{
-    Blocks, Chunk, Code, Codec, Digests, Encoded, Flag, Id, Key, Name, Pieces, Reason, Runs, Stand,
-    Words,
+    Blocks, Chunk, Code, Codec, Digests, Encoded, Facts, Flag, Id, Key, Name, Pieces, Reason, Runs,
+    Stand, Words,
 };
 use super::figures::{Cost, Faults};
 use super::spawn::{Arguments, Blamed, Parts};
@@ -105,6 +105,8 @@ messages! {
     31 Deltas { block: u16, base_round: u32, pieces: Pieces, bytes: Encoded };
     32 RdmaOffer { channels: u16, bytes: u64 };
     33 RdmaAnswer { address: Reason, secret: Key, reason: Reason };
+    34 Preflight { vm: Name, host: Name, ram: u64 };
+    35 Findings { facts: Facts };
     36 Spawn { id: Id, vm: Name, host: Name, arguments: Arguments, parts: Parts };
     37 Spawned { id: Id, blame: Blamed, text: Reason, remedy: Reason };
     38 RdmaBroken { received: u64 };

@@ -241,6 +241,18 @@ fn samples() -> Vec<(Message, String)> {
             ),
         ),
         (
+            Message::Preflight {
+                vm: "vm".into(),
+                host: "a".into(),
+                ram: 0x20_0000,
+            },
+            "2200 02000000 766d 01000000 61 0000200000000000".into(),
+        ),
+        (
+            Message::Findings { facts: "{}".into() },
+            "2300 02000000 7b7d".into(),
+        ),
+        (
             Message::Spawn {
                 id: ID,
                 vm: "vm".into(),
@@ -424,6 +436,12 @@ fn figures_outside_their_rules_are_refused() {
             "1700 0000 0000000000000000 01100000".into(),
             "words is 4097, above its limit of 4096",
         ),
+        ("2300 01000000 7b".into(), "two bytes at least"),
+        ("2300 02000000 7b0a".into(), "no control characters"),
+        (
+            "2300 01000200".into(),
+            "facts is 131073, above its limit of 131072",
+        ),
         ("1e00 0000 02".into(), "a flag is 0 or 1"),
         (copied("00000000"), "a list of pieces is not empty"),
         (copied("41000000"), "pieces is 65, above its limit of 64"),
@@ -491,7 +509,7 @@ proptest! {
 
     #[test]
     fn hostile_bytes_do_not_panic_and_what_they_mean_has_one_form(
-        number in 0u16..32,
+        number in 0u16..40,
         rest in vec(prop_oneof![3 => Just(0u8), 1 => any::<u8>()], 0..200),
     ) {
         let bytes = [number.to_le_bytes().as_slice(), &rest].concat();

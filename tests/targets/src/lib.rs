@@ -6,6 +6,7 @@
 mod decoders;
 mod destination;
 mod encoded;
+mod facts;
 mod orders;
 mod source;
 mod words;
@@ -13,15 +14,17 @@ mod words;
 pub use decoders::{journal, message};
 pub use destination::destination;
 pub use encoded::encoded;
+pub use facts::facts;
 pub use source::source;
 
 /// Takes any bytes.
 pub type Target = fn(&[u8]);
 
 /// Every target by its name, which is also that of its folder in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("destination", destination),
     ("encoded", encoded),
+    ("facts", facts),
     ("greeting", transport::fuzzing::greeting),
     ("journal", journal),
     ("message", message),

@@ -118,6 +118,7 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
         choice @ 0..=209 => choice % 21,
         choice @ 210..=251 => 21 + choice % 6,
         252 | 253 => 27,
+        254 => 29,
         _ => 28,
     };
     Ok(match kind {
@@ -200,6 +201,16 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
                 postcopy_us: u64::arbitrary(input)?,
                 paused_us: u64::arbitrary(input)?,
             }),
+        },
+        29 => match bool::arbitrary(input)? {
+            true => Message::Preflight {
+                vm: "vm".to_owned(),
+                host: "peer".to_owned(),
+                ram: u64::arbitrary(input)?,
+            },
+            false => Message::Findings {
+                facts: "{}".to_owned(),
+            },
         },
         28 => Message::Lost {
             id: id(input)?,

@@ -9,6 +9,7 @@
 
 mod another;
 mod destination;
+mod preflight;
 mod source;
 
 use std::io::{Read, Write};

@@ -3,6 +3,7 @@
 mod maps;
 mod opened;
 mod ram_file;
+mod storage;
 
 use std::fs;
 use std::io;
@@ -16,6 +17,7 @@ pub use self::maps::{Mapping, maps};
 pub use self::opened::open_ram_file;
 pub(crate) use self::opened::{Descriptor, descriptors, open_proc, take_file};
 pub use self::ram_file::{RamMapping, find_mapping};
+pub use self::storage::opened_storage;
 use super::TrackError;
 
 /// A process, for messages.

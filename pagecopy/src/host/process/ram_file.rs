@@ -108,7 +108,7 @@ fn identity_of_path(pid: i32, path: &Path) -> Result<(u64, u64), TrackError> {
 }
 
 /// `path` as process `pid` means it, for this process.
-fn path_inside(pid: i32, path: &Path) -> PathBuf {
+pub(super) fn path_inside(pid: i32, path: &Path) -> PathBuf {
     match path.strip_prefix("/") {
         Ok(below_root) => Path::new(&format!("/proc/{pid}/root")).join(below_root),
         Err(_) => Path::new(&format!("/proc/{pid}/cwd")).join(path),

@@ -139,6 +139,14 @@ impl Pagemap {
     }
 }
 
+/// Whether the kernel has the ioctl. Asked about a page of this process that is never mapped.
+pub(crate) fn has_scan() -> io::Result<bool> {
+    let own = i32::try_from(std::process::id()).map_err(io::Error::other)?;
+    let pagemap = Pagemap::open(own)?;
+    let scanned = pagemap.scan(0..4096, Category::Present, Then::Leave, &mut Vec::new());
+    Ok(scanned.err().and_then(|error| error.raw_os_error()) != Some(libc::ENOTTY))
+}
+
 /// Appends `extent`, as part of the last one where they touch.
 pub(crate) fn push_merged(extents: &mut Vec<Range<u64>>, extent: Range<u64>) {
     match extents.last_mut() {

@@ -133,6 +133,27 @@ impl Uffd {
         Ok(Uffd(fd))
     }
 
+    /// A userfaultfd that is only asked what the kernel has: it sees no faults in the kernel, and needs no privilege.
+    pub(crate) fn for_questions() -> io::Result<Uffd> {
+        let user_mode_only = u32::try_from(USER_MODE_ONLY).map_err(io::Error::other)?;
+        let flags = rustix::mm::UserfaultfdFlags::CLOEXEC.bits() | user_mode_only;
+        let flags = rustix::mm::UserfaultfdFlags::from_bits_retain(flags);
+        // SAFETY: as in `own`.
+        let fd = unsafe { rustix::mm::userfaultfd(flags)? };
+        Ok(Uffd(fd))
+    }
+
+    /// `UFFDIO_API` without a wish: every feature that the kernel has.
+    pub(crate) fn features(&self) -> io::Result<u64> {
+        let mut args = ApiArgs {
+            api: API,
+            features: 0,
+            ioctls: 0,
+        };
+        self.ioctl(UFFDIO_API, &mut args)?;
+        Ok(args.features)
+    }
+
     /// `UFFDIO_API`: asks for features, once and before anything else. `InvalidInput` when the kernel lacks one.
     pub(crate) fn enable(&self, features: u64) -> io::Result<()> {
         let mut args = ApiArgs {

@@ -114,6 +114,12 @@ fn the_document_and_the_code_have_the_same_limits() {
             "| encoded | u32 *n*, then [n] | *n* from 1 to {} |",
             limits::MAX_ENCODED
         ),
+        format!("*n* from 2 to {}; JSON", limits::MAX_FACTS),
+        format!("Region {} of", limits::PROBE_REGION),
+        format!("is {} MiB at the destination", limits::PROBE_BYTES >> 20),
+        format!("at most {} rounds", limits::MAX_PROBE_ROUNDS),
+        format!("each list at most {} entries", limits::MAX_FACTS_EACH),
+        format!("each text at most {} bytes", limits::MAX_FACT),
         format!("1 page to {} TiB", limits::MAX_BLOCK_SIZE >> 40),
         format!(
             "from {} KiB to {} MiB",

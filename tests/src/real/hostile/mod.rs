@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use pagecopy::engine::MigrationId;
+use pagecopy::limits::PROBE_REGION;
 use pagecopy::memory::BlockSpec;
 use pagecopy::wire::Message;
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
@@ -96,7 +97,7 @@ impl Mallory {
             peer_writes: false,
             peer_reads: false,
         };
-        for id in 0..3 {
+        for id in [0, 1, 2, PROBE_REGION] {
             regions.register(RegionId(id), own.clone(), access);
         }
         let address = format!("{}:{PORT}", to.address());
