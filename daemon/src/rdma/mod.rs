@@ -1,6 +1,6 @@
 //! Whether a migration's data channels go over RDMA: where both hosts have a device, reach each other and allow it; else
 //! over TCP. Decided when a connection is made, before a page has moved; what goes over RDMA falls back to TCP and returns
-//! by itself ([`spared`]).
+//! by itself (`spared.rs`).
 
 #[cfg(feature = "rdma")]
 mod again;
