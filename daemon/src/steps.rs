@@ -9,10 +9,13 @@
 //! daemon: (connects)                    harness: source Send(Commit) 1 \n … \n (empty line: that is all)
 //! daemon: source Send(Commit) 1 \n      harness: go \n
 //! ```
+//!
+//! A file that `PAGECOPY_BREAK_RDMA` names, once it is there, breaks a queue pair of whichever daemon removes it.
 
 use std::collections::HashMap;
 use std::fmt::{self, Debug, Write};
-use std::sync::{Mutex, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use pagecopy::engine::journal::Side;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -23,6 +26,15 @@ use tokio::sync::OnceCell;
 const VARIABLE: &str = "PAGECOPY_STEPS";
 /// No name of a step is longer; what is said of an input beyond that is never put into words.
 const LONGEST: usize = 64;
+
+/// Whether a queue pair is to break now.
+#[cfg(feature = "rdma")]
+pub(crate) fn breaks_rdma() -> bool {
+    static FILE: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let file = FILE.get_or_init(|| std::env::var_os("PAGECOPY_BREAK_RDMA").map(PathBuf::from));
+    file.as_ref()
+        .is_some_and(|file| std::fs::remove_file(file).is_ok())
+}
 
 /// What this daemon shares with the harness.
 #[derive(Debug)]

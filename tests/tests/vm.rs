@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pagecopy::host::track::{TrackedBlock, UffdTracker};
 use pagecopy::host::{Tracker, process};
@@ -177,12 +177,16 @@ fn emulated_guest_is_tracked_exactly() {
     tracked_exactly(Accel::Tcg);
 }
 
-/// The network of the RDMA device that `PAGECOPY_RDMA` names first.
+/// The network of the first RDMA device that `PAGECOPY_RDMA` names.
 fn rail() -> Option<String> {
-    let rails = std::env::var("PAGECOPY_RDMA").unwrap_or_default();
+    network_of("PAGECOPY_RDMA")
+}
+
+fn network_of(variable: &str) -> Option<String> {
+    let rails = std::env::var(variable).unwrap_or_default();
     let found = rails.split(',').next().and_then(|it| it.rsplit_once('.'));
     if found.is_none() {
-        skipped("PAGECOPY_RDMA names no address of an RDMA device");
+        skipped(&format!("{variable} names no address of an RDMA device"));
     }
     found.map(|(network, _)| format!("{network}.0/24"))
 }
@@ -347,45 +351,133 @@ fn rdma_daemon_killed_in_a_round_leaves_the_guest_and_no_registration() {
     }
 }
 
-/// The device's link is cut in the middle of a post-copy: the rest comes over TCP.
+/// A number below `below` that nobody has chosen, and which is printed.
+fn any_below(below: u64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let number = u64::from(now.subsec_micros()) % below;
+    println!("at {number} of {below}");
+    number
+}
+
+/// Waits for a notice that says that.
+fn notice(migration: &Migration, what: &str) {
+    migration.wait_event(what, PATIENCE, |event| {
+        event["event"] == "notice" && event["text"].as_str().is_some_and(|it| it.contains(what))
+    });
+}
+
+/// Breaks a queue pair of one side, whichever, and waits until all goes over RDMA again.
+fn break_rdma(migration: &Migration) {
+    let broken = Instant::now();
+    let file = std::env::var_os("PAGECOPY_BREAK_RDMA").unwrap();
+    std::fs::write(file, "").unwrap();
+    notice(migration, "RDMA broke, pages go over TCP");
+    println!("over TCP {:?} after that", broken.elapsed());
+    notice(migration, "RDMA is there again");
+    println!("over RDMA {:?} after that", broken.elapsed());
+}
+
+/// A queue pair breaks in the middle of a round, whenever that is. Its pages go over TCP until there is another, and none of
+/// those that have arrived goes again.
 #[test]
-fn rdma_link_cut_in_a_postcopy_and_the_rest_comes_over_tcp() {
+fn rdma_queue_pair_breaks_in_a_round() {
     let Some(rail) = rail() else { return };
     let world = on_rail(&rail, false, &[Side::A, Side::B]);
     let machine = small(Version::V10_0, "rate=1 set=1");
-    let (mut source, mut there) = (
-        world.guest("source", &machine),
-        world.waiting("there", &machine),
-    );
-    receive(&world, Side::B, &there);
+    let mut here = world.guest("source", &machine);
+    for from in [Side::A, Side::B] {
+        let mut there = world.waiting(from.other().name(), &machine);
+        receive(&world, from.other(), &there);
+        let options = [
+            "--verify",
+            "--downtime-limit",
+            "1s",
+            "--channels",
+            "2",
+            "--bandwidth-limit",
+            "1MB/s",
+        ];
+        let migration = world.cli(from).migrate("vm", &here, from.other(), &options);
+        let percent = 5 + any_below(30);
+        migration.wait_event("so far", PATIENCE, |event| {
+            event["event"] == "progress" && event["percent"].as_u64() >= Some(percent)
+        });
+        break_rdma(&migration);
+        let outcome = migration.finish();
+        assert_went_over(&outcome, "rdma", "pages go over TCP");
+        let end = outcome.completed();
+        // All of its memory once, and what it has dirtied.
+        assert!(end["bytes_on_wire"].as_u64() < Some(24 << 20), "{end}");
+        assert_moved(&mut here, &mut there);
+        assert_none_registered();
+        here = there;
+    }
+}
+
+/// A post-copy of which so much and no more is there.
+fn postcopy_under_way(world: &World, from: Side, guest: &Qemu) -> Migration {
     let options = [
         "--mode",
         "postcopy",
         "--channels",
         "2",
         "--postcopy-bandwidth-limit",
-        "2MB/s",
+        "1MB/s",
     ];
-    let migration = world.cli(Side::A).migrate("vm", &source, Side::B, &options);
-    migration.wait_event("the guest has gone", PATIENCE, |event| {
+    let migration = world.cli(from).migrate("vm", guest, from.other(), &options);
+    let lacking = (16 - any_below(4)) << 20;
+    migration.wait_event("so far", PATIENCE, |event| {
         event["event"] == "postcopy"
+            && event["lacking_bytes"]
+                .as_u64()
+                .is_some_and(|it| it <= lacking)
     });
-    link("down");
-    migration.wait_event("the rest goes over TCP", PATIENCE, |event| {
-        event["event"] == "notice"
-            && event["text"]
-                .as_str()
-                .is_some_and(|it| it.contains("over TCP"))
-    });
-    let outcome = migration.finish();
-    link("up");
-    assert_went_over(&outcome, "tls", "pages go over TCP");
-    assert_moved(&mut source, &mut there);
-    assert_none_registered();
+    migration
 }
 
-/// Cuts or mends the link of the first RDMA device.
-fn link(state: &str) {
-    let set = ["link", "set", "rail1", state];
-    assert!(Command::new("ip").args(set).status().unwrap().success());
+/// The same in a post-copy: the guest is not paused.
+#[test]
+fn rdma_queue_pair_breaks_in_a_postcopy() {
+    let Some(rail) = rail() else { return };
+    let world = on_rail(&rail, false, &[Side::A, Side::B]);
+    let machine = small(Version::V10_0, "rate=1 set=1");
+    let mut here = world.guest("source", &machine);
+    for from in [Side::A, Side::B] {
+        let mut there = world.waiting(from.other().name(), &machine);
+        receive(&world, from.other(), &there);
+        let migration = postcopy_under_way(&world, from, &here);
+        break_rdma(&migration);
+        let outcome = migration.finish();
+        assert_went_over(&outcome, "rdma", "pages go over TCP");
+        assert_eq!(outcome.completed()["paused_ms"], 0.0);
+        assert_moved(&mut here, &mut there);
+        assert_none_registered();
+        here = there;
+    }
+}
+
+/// The device's link is cut in the middle of a post-copy, and stays so: the rest comes over TCP, and the guest is not paused.
+#[test]
+fn rdma_link_cut_in_a_postcopy_and_the_rest_comes_over_tcp() {
+    let Some(rail) = network_of("PAGECOPY_RDMA_TO_CUT") else {
+        return;
+    };
+    let world = on_rail(&rail, false, &[Side::A, Side::B]);
+    let machine = small(Version::V10_0, "rate=1 set=1");
+    let mut source = world.guest("source", &machine);
+    let mut there = world.waiting("there", &machine);
+    receive(&world, Side::B, &there);
+    let migration = postcopy_under_way(&world, Side::A, &source);
+    let cut = Command::new("ip")
+        .args(["link", "set", "rail3", "down"])
+        .status();
+    assert!(cut.unwrap().success());
+    let cut = Instant::now();
+    notice(&migration, "RDMA broke, pages go over TCP");
+    println!("over TCP {:?} after the link was cut", cut.elapsed());
+    let outcome = migration.finish();
+    assert_went_over(&outcome, "rdma", "pages go over TCP");
+    assert_eq!(outcome.completed()["paused_ms"], 0.0);
+    assert_moved(&mut source, &mut there);
+    assert_none_registered();
 }

@@ -1,17 +1,20 @@
-//! Makes the data channels of a connection anew, over RDMA: asked for and answered on its control channel, which both sides
-//! trust, before anything else is said there.
+//! Makes the data channels of a connection once more, over RDMA: asked for and answered on its control channel, which both
+//! sides trust, before anything else is said there. Those over TCP stay beside them.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use pagecopy::wire::Message;
-use transport::rdma::{self, Call, Listener, Memory, Settings};
+use transport::rdma::{self, Call, Listener, Memory, RdmaChannel, Settings};
 use transport::{Channel, Error, Event, Op, Regions, SubmitError, Token};
 use uuid::Uuid;
 
-use super::{Plan, Rdma, chunk, pin_limit, usable};
+use super::spared::{Berth, Change, Spared, Tell};
+use super::{Hearer, Plan, Rdma, again, chunk, pin_limit, usable};
 use crate::dial::DIAL_LIMIT;
 use crate::limits::{GATHER_LIMIT, MAX_GATHERING_RDMA};
 
@@ -70,19 +73,74 @@ pub(crate) fn ask(mut channels: Vec<Box<dyn Channel>>, regions: &Regions, plan: 
         ));
     }
     let memory = Memory::new(regions, settings(plan.bytes, plan.pin_limit));
-    let mut made = Vec::from_iter(channels.into_iter().take(1));
+    let call = |channel| Call {
+        secret: secret.0,
+        channel,
+        channels: data,
+    };
+    let mut rails = Vec::new();
     for channel in 0..data {
-        let call = Call {
-            secret: secret.0,
-            channel,
-            channels: data,
-        };
-        match rdma::connect(to, &call, &memory, DIAL_LIMIT) {
-            Ok(channel) => made.push(Box::new(channel) as Box<dyn Channel>),
+        match rdma::connect(to, &call(channel), &memory, DIAL_LIMIT) {
+            Ok(rail) => rails.push(rail),
             Err(error) => return Asked::Spoiled(format!("{to} cannot be called: {error}")),
         }
     }
-    Asked::Over(made, to.to_string())
+    let beside = channels.split_off(1);
+    let made = beside_tcp(rails, beside, true, &memory, plan.hearer.clone());
+    let calls = made.berths.into_iter().zip((0..).map(call)).collect();
+    match again::dial(to, calls, made.bells) {
+        Ok(()) => {
+            channels.extend(made.channels);
+            Asked::Over(channels, to.to_string())
+        }
+        Err(error) => Asked::Spoiled(format!("no thread: {error}")),
+    }
+}
+
+/// Channels over RDMA beside those over TCP, and what is needed to make them again.
+struct Beside {
+    channels: Vec<Box<dyn Channel>>,
+    berths: Vec<Weak<Berth>>,
+    bells: Receiver<()>,
+}
+
+/// Puts each channel over RDMA beside the one over TCP.
+fn beside_tcp(
+    rails: Vec<RdmaChannel>,
+    tcp: Vec<Box<dyn Channel>>,
+    dials: bool,
+    memory: &Memory,
+    hearer: Hearer,
+) -> Beside {
+    let (bell, bells) = mpsc::channel();
+    let tell = once(hearer);
+    let mut berths = Vec::new();
+    let beside = |(rail, tcp): (RdmaChannel, _)| {
+        let berth = Berth::new(memory.clone(), bell.clone());
+        berths.push(Arc::downgrade(&berth));
+        let spared = Spared::new(Box::new(rail), tcp, dials, berth, Arc::clone(&tell));
+        Box::new(spared) as Box<dyn Channel>
+    };
+    let channels = rails.into_iter().zip(tcp).map(beside).collect();
+    Beside {
+        channels,
+        berths,
+        bells,
+    }
+}
+
+/// Tells of the first channel that falls, and when all are back.
+fn once(hearer: Hearer) -> Tell {
+    let fallen = AtomicUsize::new(0);
+    Arc::new(move |change| match change {
+        Change::Fell(why) if fallen.fetch_add(1, Ordering::AcqRel) == 0 => {
+            (hearer.0)(format!("RDMA broke, pages go over TCP: {why}"));
+        }
+        Change::Back if fallen.fetch_sub(1, Ordering::AcqRel) == 1 => {
+            (hearer.0)("RDMA is there again, pages go over it".to_owned());
+        }
+        Change::Fell(_) | Change::Back => {}
+    })
 }
 
 /// Says `question`, and waits for what is said next.
@@ -176,11 +234,15 @@ impl Waiting {
         self.secret
     }
 
-    /// Takes the calls, until all channels are there. Blocks.
+    /// Takes the calls, until each channel of `beside` has one over RDMA. Blocks.
     ///
     /// # Errors
     /// They did not come in time.
-    pub(crate) fn gather(self, regions: &Regions) -> Result<Vec<Box<dyn Channel>>, String> {
+    pub(crate) fn gather(
+        self,
+        regions: &Regions,
+        beside: Vec<Box<dyn Channel>>,
+    ) -> Result<Vec<Box<dyn Channel>>, String> {
         let memory = Memory::new(regions, self.settings);
         let end = Instant::now() + GATHER_LIMIT;
         let mut made = BTreeMap::new();
@@ -206,22 +268,29 @@ impl Waiting {
                 {
                     Ok(memory.clone())
                 } else {
-                    Err("nobody waits here for this call".to_owned())
+                    Err(NOT_AWAITED.to_owned())
                 }
             });
             match established {
-                Ok((call, channel)) => {
-                    made.insert(call.channel, Box::new(channel) as Box<dyn Channel>);
+                Ok((call, rail)) => {
+                    made.insert(call.channel, rail);
                 }
                 Err(error) => tracing::warn!(%error, "a call over RDMA was turned away"),
             }
         }
-        Ok(made.into_values().collect())
+        let rails = made.into_values().collect();
+        let hearer = Hearer::new(|text| tracing::info!("{text}"));
+        let made = beside_tcp(rails, beside, false, &memory, hearer);
+        again::answer(self.listener, self.secret, made.berths, made.bells)
+            .map_err(|error| format!("no thread: {error}"))?;
+        Ok(made.channels)
     }
 }
 
 /// How long a caller may take that was answered.
-const GREETS: Duration = Duration::from_secs(2);
+pub(super) const GREETS: Duration = Duration::from_secs(2);
+/// What a caller is told who is not waited for.
+pub(super) const NOT_AWAITED: &str = "nobody waits here for this call";
 
 /// A place among those that are gathering, free again on drop.
 struct Place;

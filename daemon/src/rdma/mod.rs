@@ -1,12 +1,20 @@
 //! Whether a migration's data channels go over RDMA: where both hosts have a device, reach each other and allow it; else
-//! over TCP. Decided when a connection is made, before a page has moved.
+//! over TCP. Decided when a connection is made, before a page has moved; what goes over RDMA falls back to TCP and returns
+//! by itself (`spared`).
 
+#[cfg(feature = "rdma")]
+mod again;
 mod config;
 #[cfg(feature = "rdma")]
 mod link;
 #[cfg(not(feature = "rdma"))]
 #[path = "without.rs"]
 mod link;
+#[cfg(feature = "rdma")]
+mod spared;
+
+use std::fmt;
+use std::sync::Arc;
 
 use rustix::process::{Resource, getrlimit};
 use serde_json::{Value, json};
@@ -28,6 +36,23 @@ const NOT_ALLOWED: &str = "its configuration does not allow it: pages go over RD
 const ALLOW: &str =
     "set allow-plaintext = true, and the networks, in [rdma] of both hosts' configuration";
 
+/// Who hears of what becomes of RDMA while pages go over it, in words.
+#[derive(Clone)]
+#[cfg_attr(not(feature = "rdma"), expect(dead_code))]
+pub(crate) struct Hearer(Arc<dyn Fn(String) + Send + Sync>);
+
+impl Hearer {
+    pub(crate) fn new(hear: impl Fn(String) + Send + Sync + 'static) -> Hearer {
+        Hearer(Arc::new(hear))
+    }
+}
+
+impl fmt::Debug for Hearer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hearer")
+    }
+}
+
 /// What is to be tried: RDMA, by this host's side of it.
 #[derive(Clone, Debug)]
 #[cfg_attr(not(feature = "rdma"), expect(dead_code))]
@@ -40,6 +65,7 @@ pub(crate) struct Plan {
     pub(crate) pin_limit: Option<u64>,
     /// Rather no migration than TCP.
     pub(crate) must: bool,
+    pub(crate) hearer: Hearer,
 }
 
 /// What the data channels of a migration are to go over.
@@ -60,6 +86,7 @@ pub(crate) struct Question<'a> {
     pub(crate) bytes: u64,
     /// Whether the destination may come to read all of it.
     pub(crate) is_read: bool,
+    pub(crate) hearer: Hearer,
 }
 
 impl Question<'_> {
@@ -97,6 +124,7 @@ impl Question<'_> {
             bytes: self.bytes,
             pin_limit: pin_limit(pin, self.bytes, self.is_read)?,
             must: self.transport == Transport::Rdma,
+            hearer: self.hearer.clone(),
         })
     }
 }

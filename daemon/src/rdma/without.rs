@@ -44,7 +44,11 @@ impl Waiting {
         match *self {}
     }
 
-    pub(crate) fn gather(self, _: &Regions) -> Result<Vec<Box<dyn Channel>>, String> {
+    pub(crate) fn gather(
+        self,
+        _: &Regions,
+        _: Vec<Box<dyn Channel>>,
+    ) -> Result<Vec<Box<dyn Channel>>, String> {
         match self {}
     }
 }

@@ -219,7 +219,8 @@ impl Visit {
             reason: String::new(),
         });
         let regions = self.regions.clone();
-        let gathered = tokio::task::spawn_blocking(move || waiting.gather(&regions));
+        let beside = std::mem::take(&mut self.data);
+        let gathered = tokio::task::spawn_blocking(move || waiting.gather(&regions, beside));
         self.data = gathered.await.map_err(|error| error.to_string())??;
         Ok(())
     }

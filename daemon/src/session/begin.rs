@@ -36,7 +36,7 @@ use crate::qemu::discover::{self, map_ram, track_failure};
 use crate::qemu::settings::{Role, Settings};
 use crate::qemu::{Block, Guest};
 use crate::qmp::Qmp;
-use crate::rdma::{Question, Way};
+use crate::rdma::{Hearer, Question, Way};
 use crate::service::Service;
 use crate::store::JournalFile;
 use crate::sys;
@@ -223,7 +223,7 @@ struct Prepared {
 async fn look(
     service: &Service,
     id: MigrationId,
-    migration: &Migration,
+    migration: &Arc<Migration>,
     request: &MigrationRequest,
 ) -> Result<Looked, Failure> {
     let qmp = Arc::new(Qmp::connect(&request.qmp).await?);
@@ -244,12 +244,14 @@ async fn look(
     let with_control =
         move |address: &Address| wanted.unwrap_or_else(|| default_channels(address).max(least)) + 1;
     let mut notice = None;
+    let told = Arc::clone(migration);
     let question = Question {
         transport: request.transport,
         pin: request.rdma_pin,
         allowed: &service.in_force.now().rdma,
         bytes: memory.specs.iter().map(|spec| spec.size).sum(),
         is_read: least == POSTCOPY_CHANNELS,
+        hearer: Hearer::new(move |text| super::tell(&told, &Report::Notice { text })),
     };
     match question.decide(&qmp).await? {
         Way::Rdma(plan) => target.rdma = Some(*plan),

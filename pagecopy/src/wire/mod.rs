@@ -360,6 +360,18 @@ pub enum Message {
         /// What to do, for people.
         remedy: String,
     },
+    /// Either way, on a data channel over TCP: the one over RDMA beside it is no more at this side.
+    RdmaBroken {
+        /// Messages that came over it.
+        received: u64,
+    },
+    /// Source → destination, on a data channel over TCP: nothing more goes over it, for RDMA is there again.
+    RdmaBack,
+    /// The answer to `RdmaBack`.
+    RdmaTaken {
+        /// All goes over RDMA from here on; otherwise over TCP, as before.
+        taken: bool,
+    },
     /// Either way, any time before `Commit`: given up.
     Abort {
         /// Why, for tools.

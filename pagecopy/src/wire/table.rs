@@ -107,4 +107,7 @@ messages! {
     33 RdmaAnswer { address: Reason, secret: Key, reason: Reason };
     36 Spawn { id: Id, vm: Name, host: Name, arguments: Arguments, parts: Parts };
     37 Spawned { id: Id, blame: Blamed, text: Reason, remedy: Reason };
+    38 RdmaBroken { received: u64 };
+    39 RdmaBack;
+    40 RdmaTaken { taken: Flag };
 }

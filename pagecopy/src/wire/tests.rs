@@ -10,9 +10,7 @@ use proptest::prelude::*;
 
 use self::strategies::{of_numbers, with_payload};
 use super::table::TABLE;
-use super::{
-    AbortCode, Blame, Message, Part, PartKind, Secret, Standing, WireError, capability,
-};
+use super::{AbortCode, Blame, Message, Part, PartKind, Secret, Standing, WireError, capability};
 use crate::engine::MigrationId;
 use crate::engine::event::{FaultFigures, PostcopyCost, Quantiles};
 use crate::limits;
@@ -268,6 +266,12 @@ fn samples() -> Vec<(Message, String)> {
             },
             format!("2500 {ID_HEX} 01 02000000 6e6f 02000000 646f"),
         ),
+        (
+            Message::RdmaBroken { received: 3 },
+            "2600 0300000000000000".into(),
+        ),
+        (Message::RdmaBack, "2700".into()),
+        (Message::RdmaTaken { taken: true }, "2800 01".into()),
     ]
 }
 
@@ -319,7 +323,7 @@ fn a_message_cut_short_or_with_bytes_behind_it_is_refused() {
 
 #[test]
 fn an_unknown_type_is_refused() {
-    for number in [0, 34, u16::MAX] {
+    for number in [0, 41, u16::MAX] {
         assert_eq!(
             Message::decode(&number.to_le_bytes()),
             Err(WireError::UnknownType(number))

@@ -181,6 +181,9 @@ pub(super) fn with_payload() -> impl Strategy<Value = Message> {
             }),
         (any::<u16>(), any::<u64>())
             .prop_map(|(channels, bytes)| Message::RdmaOffer { channels, bytes }),
+        any::<u64>().prop_map(|received| Message::RdmaBroken { received }),
+        Just(Message::RdmaBack),
+        any::<bool>().prop_map(|taken| Message::RdmaTaken { taken }),
         (any::<[u8; 16]>(), 0..Standing::ALL.len()).prop_map(|(id, s)| Message::Answer {
             id: MigrationId(id),
             standing: Standing::ALL[s]
