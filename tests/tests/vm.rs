@@ -13,12 +13,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use pagecopy::host::track::{TrackedBlock, UffdTracker};
 use pagecopy::host::{Tracker, process};
 use pagecopy::memory::{BlockId, Run};
+use pagecopy::wire::{AbortCode, Message};
 use serde_json::Value;
 use tests::real::{
-    Accel, Machine, Migration, Net, Outcome, PATIENCE, Qemu, Role, Scratch, Side, Trust, Version,
-    World, assert_moved, assert_nothing_left_in, assert_stayed, certified, eventually,
-    hardware_kvm, kernel_tls, skipped,
+    Accel, HostileSource, Machine, Mallory, Migration, Net, Outcome, PATIENCE, Qemu, Role, Scratch,
+    Side, Trust, Version, World, assert_moved, assert_nothing_left_in, assert_stayed, certified,
+    eventually, hardware_kvm, hello, kernel_tls, skipped,
 };
+use transport::Error;
 
 const PAGE: u64 = 4096;
 const PAGES_PER_MIB: u64 = (1 << 20) / PAGE;
@@ -479,5 +481,107 @@ fn rdma_link_cut_in_a_postcopy_and_the_rest_comes_over_tcp() {
     assert_went_over(&outcome, "rdma", "pages go over TCP");
     assert_eq!(outcome.completed()["paused_ms"], 0.0);
     assert_moved(&mut source, &mut there);
+    assert_none_registered();
+}
+
+type Attack = fn(&mut HostileSource) -> Result<(), Error>;
+
+/// What a source may not do over RDMA, and a word of what it is told.
+const OFFENCES: [(&str, Attack, &str); 8] = [
+    (
+        "a write beyond the end",
+        |s| {
+            s.write(1, 0, 50 << 20, 4096)?;
+            s.assert_broken(1);
+            Ok(())
+        },
+        "outside",
+    ),
+    (
+        "a write over the end",
+        |s| {
+            s.write(1, 0, (48 << 20) - 4096, 8192)?;
+            s.assert_broken(1);
+            Ok(())
+        },
+        "outside",
+    ),
+    (
+        "a region that does not exist",
+        |s| {
+            s.write(1, 2, 0, 4096)?;
+            s.assert_broken(1);
+            Ok(())
+        },
+        "does not exist",
+    ),
+    (
+        "a read of the guest's RAM",
+        |s| {
+            s.read(1, 0, 4096)?;
+            s.assert_broken(1);
+            Ok(())
+        },
+        "may not read",
+    ),
+    ("garbage", |s| s.raw(1, vec![0xa5; 300]), "type"),
+    (
+        "a flood",
+        |s| (0..10_000).try_for_each(|_| s.say(1, &Message::Barrier { round: 0 })),
+        "barrier",
+    ),
+    (
+        "a message over TCP",
+        |s| s.say_beside(&Message::Barrier { round: 0 }),
+        "over TCP",
+    ),
+    (
+        "a way back that was not lost",
+        |s| s.say_beside(&Message::RdmaBack),
+        "over TCP",
+    ),
+];
+
+/// Sources that do over RDMA what they may not are ended, and told so; who does not know the secret is turned away. The QEMU
+/// that waits is as it was, and takes an honest guest.
+#[test]
+fn rdma_hostile_sources_are_ended_and_an_honest_one_is_not() {
+    let Some(rail) = rail() else { return };
+    let world = on_rail(&rail, true, &[Side::A, Side::B]);
+    let machine = small(Version::V10_0, "rate=1 set=1");
+    let mut source = world.guest("source", &machine);
+    let mut there = world.waiting("there", &machine);
+    let accepted = || {
+        receive(&world, Side::B, &there);
+        let made = Mallory::plain().dial(&world.net, Side::B, 3, 0..3);
+        let mut hostile = made.expect("the daemon listens");
+        hostile.over_rdma(48);
+        hostile.accepted(&hello("vm", 48));
+        hostile
+    };
+    for (what, attack, word) in OFFENCES {
+        println!("{what}");
+        let mut hostile = accepted();
+        // That it may not go on is the answer.
+        let _ = attack(&mut hostile);
+        hostile.assert_blamed(what, &[word]);
+    }
+    // With the key to a chunk that it has used, when all is over.
+    let mut late = accepted();
+    late.write(1, 0, 0, 4096).unwrap();
+    late.say(
+        0,
+        &Message::Abort {
+            code: AbortCode::Cancelled,
+            reason: "enough".to_owned(),
+        },
+    )
+    .unwrap();
+    late.end(PATIENCE);
+    let _ = late.write(1, 0, 0, 4096);
+    late.assert_broken(1);
+    drop(late);
+    receive(&world, Side::B, &there);
+    verified(&world, Side::A, &mut source, &mut there);
     assert_none_registered();
 }

@@ -119,6 +119,8 @@ impl Mallory {
         Ok(HostileSource {
             wire: Wire::new(made),
             id: String::new(),
+            regions,
+            beside: Vec::new(),
         })
     }
 }

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pagecopy::wire::{AbortCode, Message};
-use transport::{Error, Extent, Op, RegionId};
+use transport::rdma::{self, Call, Memory, Settings};
+use transport::{Channel, Error, Event, Extent, Op, RegionId, Regions, Token};
 
 use super::super::PATIENCE;
 use super::{Wire, id_text};
@@ -23,6 +24,9 @@ pub struct HostileSource {
     pub(super) wire: Wire,
     /// The migration that it said `Hello` for first.
     pub id: String,
+    pub(super) regions: Regions,
+    /// Data channels over TCP, beside those over RDMA.
+    pub(super) beside: Vec<Box<dyn Channel>>,
 }
 
 impl std::fmt::Debug for HostileSource {
@@ -62,6 +66,57 @@ impl HostileSource {
             self.id = id_text(*id);
         }
         self.raw(channel, message.encode())
+    }
+
+    /// Asks for RDMA for a guest with `mib` of RAM, and has its data channels go over it.
+    pub fn over_rdma(&mut self, mib: u64) {
+        let channels = u16::try_from(self.wire.channels.len() - 1).expect("few channels");
+        let bytes = mib << 20;
+        let offer = Message::RdmaOffer { channels, bytes };
+        let answer = self.ask(&offer, |_| true);
+        let Message::RdmaAnswer {
+            address, secret, ..
+        } = answer
+        else {
+            panic!("no answer to an offer: {answer:?}");
+        };
+        let to = address.parse().expect("an address");
+        let memory = Memory::new(&self.regions, Settings::default());
+        let call = |secret, channel| Call {
+            secret,
+            channel,
+            channels,
+        };
+        let stranger = rdma::connect(to, &call([1; 32], 0), &memory, PATIENCE);
+        assert!(matches!(stranger, Err(Error::Refused(_))), "{stranger:?}");
+        for channel in 0..channels {
+            let rail = rdma::connect(to, &call(secret.0, channel), &memory, PATIENCE);
+            let rail = Box::new(rail.expect("the daemon takes the call"));
+            let number = usize::from(channel) + 1;
+            let tcp = std::mem::replace(&mut self.wire.channels[number], rail);
+            self.beside.push(tcp);
+        }
+    }
+
+    /// Sends a message on the first data channel over TCP, beside the one over RDMA.
+    ///
+    /// # Errors
+    /// The daemon has ended the channel.
+    pub fn say_beside(&mut self, message: &Message) -> Result<(), Error> {
+        let op = Op::Send(message.encode());
+        let tcp = &mut self.beside[0];
+        if tcp.submit(Token(0), op).is_ok() {
+            while tcp.poll(Some(PATIENCE))? != Some(Event::Sent(Token(0))) {}
+        }
+        Ok(())
+    }
+
+    /// Waits until a channel is of no use any more.
+    pub fn assert_broken(&mut self, channel: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.wire.turn(channel, Duration::from_millis(10)).is_ok() {
+            assert!(Instant::now() < deadline, "channel {channel} goes on");
+        }
     }
 
     /// Lets go of a channel.
