@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::failure::{Failure, host};
 use crate::qemu::Guest;
+use crate::qemu::drives::{Drive, Inserted, drives};
 use crate::qmp::{Qmp, QmpError};
 use crate::session::blocking;
 
@@ -34,28 +35,6 @@ struct FeatureWord {
     features: u32,
 }
 
-/// A disk or drive in `query-block`.
-#[derive(Debug, Deserialize)]
-struct Drive {
-    device: String,
-    qdev: Option<String>,
-    inserted: Option<Inserted>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Inserted {
-    file: String,
-    ro: bool,
-    drv: String,
-    image: Image,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Image {
-    virtual_size: u64,
-}
-
 #[derive(Debug, Deserialize)]
 struct Job {
     #[serde(rename = "type")]
@@ -75,7 +54,7 @@ pub(super) async fn facts(qmp: &Qmp, guest: Option<&Guest>) -> Result<QemuFacts,
         Some(first) => cpu(qmp, first).await.ok(),
         None => None,
     };
-    let drives: Vec<Drive> = qmp.query("query-block", json!({})).await?;
+    let drives = drives(qmp).await?;
     let jobs: Vec<Job> = qmp.query("query-block-jobs", json!({})).await?;
     let pid = guest.map(|guest| guest.pid).or(qmp.peer_pid());
     let blocks = guest.map_or(&[][..], |guest| guest.blocks.as_slice());

@@ -5,9 +5,11 @@
 //! - [`faults`]: whether its page faults can be served, and what it is lent for that.
 //! - [`outgoing`]: stop, save, resume at the source.
 //! - [`incoming`]: load, run at the destination.
+//! - `drives`: its disks.
 //! - `parts`: what it has plugged in now, compared with what it was started with.
 
 pub mod discover;
+pub(crate) mod drives;
 pub mod faults;
 pub mod incoming;
 pub mod maps;

@@ -7,6 +7,7 @@ use pagecopy::wire::{Part, PartKind};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::drives::drives;
 use crate::failure::{Failure, operator};
 use crate::qmp::{Qmp, QmpError};
 
@@ -15,18 +16,6 @@ struct Listed {
     name: String,
     #[serde(rename = "type")]
     kind: String,
-}
-
-#[derive(Debug, Deserialize)]
-struct Drive {
-    device: String,
-    qdev: Option<String>,
-    inserted: Option<Inserted>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Inserted {
-    file: String,
 }
 
 /// Asks a QEMU what it is made of.
@@ -58,7 +47,7 @@ pub(crate) async fn parts(qmp: &Qmp) -> Result<Vec<Part>, QmpError> {
         });
         found.extend(children);
     }
-    let drives: Vec<Drive> = qmp.query("query-block", json!({})).await?;
+    let drives = drives(qmp).await?;
     found.extend(drives.into_iter().map(|drive| Part {
         kind: PartKind::Image,
         name: match drive.device.is_empty() {

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pagecopy::engine::destination::{Destination, Setup};
+use pagecopy::engine::destination::{Destination, Setup, guest_lost};
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{Postcopy, Record, Side, postcopy, standing_for, switched};
-use pagecopy::engine::{Failure, Fault, MigrationId, Timeouts};
+use pagecopy::engine::{Failure, MigrationId, Timeouts};
 use pagecopy::wire::{AbortCode, Standing};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::timeout;
@@ -88,17 +88,6 @@ async fn tell_its_source(failure: &Failure, requests: &mut UnboundedReceiver<Req
     {
         visit.refuse(AbortCode::Qemu, failure.what.clone());
     }
-}
-
-fn guest_lost(why: &Failure) -> Failure {
-    Failure::new(
-        Fault::Qemu,
-        format!(
-            "this host's QEMU has ended, and the guest with it, which still lacked some of its memory: {}",
-            why.what
-        ),
-        "see QEMU's log for why it ended, then start the guest anew",
-    )
 }
 
 /// The same, of a guest that is known to run since a moment ago.

@@ -212,7 +212,8 @@ fn source_lost(lacks: u64, reason: &str) -> String {
     )
 }
 
-fn guest_lost(why: &Failure) -> Failure {
+/// What is said of a guest that ended with its QEMU, here, before all of its memory had come; and `why` that is known.
+pub fn guest_lost(why: &Failure) -> Failure {
     Failure::new(
         Fault::Qemu,
         format!(

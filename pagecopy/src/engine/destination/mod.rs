@@ -25,6 +25,7 @@ mod receive;
 mod tests;
 mod verify;
 
+pub use fetching::guest_lost;
 pub use interface::{Input, Output, Setup};
 
 use self::core::Core;
