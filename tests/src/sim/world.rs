@@ -359,6 +359,8 @@ impl World {
         // What came before its memory may be lost there, or be let go of by the operator's word.
         let went = self.destination.went_first() && self.env.checker.arrived();
         let excused = went && (lost_there || self.env.let_go_by_word);
+        // It has run there, and ended with its host or QEMU: nobody could bring it back, whatever the source was told.
+        let ended_there = lost_there && self.env.checker.arrived();
         let broken = match ended {
             _ if self.source.host.gone => None,
             _ if self.paused_for_good() => {
@@ -376,7 +378,11 @@ impl World {
                 Some("failed, and the guest runs at the destination".to_owned())
             }
             Some(State::Failed | State::Cancelled)
-                if !here && !lost_here && !self.source.resume_failed && !excused =>
+                if !here
+                    && !lost_here
+                    && !self.source.resume_failed
+                    && !excused
+                    && !ended_there =>
             {
                 Some("failed, and no guest runs".to_owned())
             }

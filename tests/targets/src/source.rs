@@ -287,12 +287,10 @@ impl World {
                 let inside = !input.ratio(1, 32)?;
                 Input::Scanned {
                     dirty: words::runs(input, inside)?,
-                    populated: if !holes {
-                        Populated::NotAsked
-                    } else if input.ratio(1, 2)? {
-                        Populated::NothingTaken
-                    } else {
-                        Populated::Runs(words::runs(input, true)?)
+                    populated: match holes {
+                        false => Populated::NotAsked,
+                        true if input.ratio(1, 2)? => Populated::NothingTaken,
+                        true => Populated::Runs(words::runs(input, true)?),
                     },
                     took: Duration::from_micros(500),
                 }
