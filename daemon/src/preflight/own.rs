@@ -4,7 +4,7 @@ use std::path::Path;
 
 use pagecopy::preflight::{Facts, Line, Verdict, Whose};
 
-use super::{guest, host};
+use super::{guest, host, memory};
 use crate::failure::Failure;
 use crate::qemu::discover::{self, refuse_if_tracked, refuse_other_writers};
 use crate::qemu::{Block, Guest, settings};
@@ -134,7 +134,6 @@ pub(super) async fn source(service: &Service, socket: &Path) -> Own {
 pub(crate) async fn destination(service: &Service, vm: &str, ram: u64) -> Own {
     let side = Whose::Destination;
     let mut own = Own::new(service, side);
-    let margin = service.in_force.now().memory_margin;
     match waits(service, vm).await {
         Err(failure) => own.check("receiver", side, "", Err(failure)),
         Ok(qmp) => {
@@ -154,9 +153,24 @@ pub(crate) async fn destination(service: &Service, vm: &str, ram: u64) -> Own {
             own.ask_qemu(&qmp, side).await;
         }
     }
-    let memory = host::memory(own.guest.as_ref(), ram, margin);
-    own.facts.lines.extend(memory);
+    let room = memory::lines(service, own.guest.as_ref(), ram);
+    own.facts.lines.extend(room);
     own
+}
+
+/// What a migration that begins is compared in, of the QEMU that waits here for `vm`; nothing of it where none does, which is said
+/// when the guest comes.
+pub(crate) async fn compared(service: &Service, vm: &str) -> Facts {
+    let mut facts = Facts {
+        host: service.config.name.clone(),
+        boot: host::boot(),
+        ..Facts::default()
+    };
+    if let Ok(qmp) = waits(service, vm).await {
+        let guest = discover::found(&qmp).await.ok();
+        facts.qemu = guest::facts(&qmp, guest.as_ref()).await.ok();
+    }
+    facts
 }
 
 /// The QEMU that waits for `vm`.

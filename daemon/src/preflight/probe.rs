@@ -80,19 +80,31 @@ pub(super) async fn ask(target: &Target, vm: &str, name: &str, ram: u64) -> Resu
         vm: vm.to_owned(),
         host: name.to_owned(),
         ram,
+        probe: true,
     };
     blocking(move || {
-        let mut channels = channels.into_iter();
-        let control = channels
-            .next()
-            .ok_or_else(|| host("no channel was made", "report this"))?;
-        let mut talk = Talk {
-            control,
-            data: channels.collect(),
-        };
+        let mut talk = Talk::over(channels)?;
         let facts = talk.question(&question)?;
         let link = talk.probe()?;
         Ok(Asked { facts, link })
+    })
+    .await
+}
+
+/// Asks over the channels of a migration that is about to begin, and returns them with the answer.
+///
+/// # Errors
+/// As [`ask`].
+pub(super) async fn compare(
+    channels: Vec<Box<dyn Channel>>,
+    question: Message,
+) -> Result<(Vec<Box<dyn Channel>>, Facts), Failure> {
+    blocking(move || {
+        let mut talk = Talk::over(channels)?;
+        let facts = talk.question(&question)?;
+        let mut channels = talk.data;
+        channels.insert(0, talk.control);
+        Ok((channels, facts))
     })
     .await
 }
@@ -110,6 +122,15 @@ struct Round {
 }
 
 impl Talk {
+    fn over(channels: Vec<Box<dyn Channel>>) -> Result<Talk, Failure> {
+        let mut channels = channels.into_iter();
+        let control = channels
+            .next()
+            .ok_or_else(|| host("no channel was made", "report this"))?;
+        let data = channels.collect();
+        Ok(Talk { control, data })
+    }
+
     fn question(&mut self, question: &Message) -> Result<Facts, Failure> {
         self.say(question)?;
         match self.hear(Instant::now() + LOOK_LIMIT)? {

@@ -27,6 +27,7 @@ use crate::limits::FIRST_MESSAGE;
 use crate::listener;
 use crate::migrations::Migration;
 use crate::names;
+use crate::preflight::memory::Reserved;
 use crate::qemu::discover;
 use crate::qemu::settings::{Role, Settings};
 use crate::qmp::Qmp;
@@ -158,8 +159,16 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
         Ok(Some(LaneEvent::Message(hello @ Message::Hello { .. }))) => {
             visit.receive(hello, None).await;
         }
-        Ok(Some(LaneEvent::Message(Message::Preflight { vm, host, ram }))) => {
-            visit.be_looked_at(vm, host, ram).await;
+        Ok(Some(LaneEvent::Message(Message::Preflight {
+            vm,
+            host,
+            ram,
+            probe: true,
+        }))) => visit.be_looked_at(vm, host, ram).await,
+        Ok(Some(LaneEvent::Message(Message::Preflight { vm, .. }))) => {
+            if let Some((visit, hello)) = visit.be_compared(&vm).await {
+                visit.receive(hello, None).await;
+            }
         }
         Ok(Some(LaneEvent::Message(ask @ Message::Spawn { .. }))) => visit.spawn(ask).await,
         Ok(Some(LaneEvent::Message(Message::Serve { id }))) => visit.answer(Asked::Serve(id)).await,
@@ -286,7 +295,7 @@ impl Visit {
             names: names::of(&service.in_force.now(), &self.peer),
         };
         match prepare(&self.service, id, &receiver, &migration, from).await {
-            Ok((qmp, settings, journal, guest)) => {
+            Ok((qmp, settings, journal, guest, reserved)) => {
                 let postcopy = match offered & capability::POSTCOPY {
                     0 => Ok(()),
                     _ => service.userfaultfd.try_out(&qmp, guest.pid).await,
@@ -325,6 +334,8 @@ impl Visit {
                         let mut engine = Destination::new(setup, clock.now());
                         engine.handle(clock.now(), Input::Message(hello));
                         session.run(engine, self.events, &mut requests).await;
+                        // What it has taken of the memory is not free any more.
+                        drop(reserved);
                         // All that the peer sent is let go of now, which may have been much.
                         let _ = tokio::task::spawn_blocking(sys::give_freed_memory_back).await;
                         held::hold(&service, id, &migration, &mut requests).await;
@@ -334,13 +345,8 @@ impl Visit {
                     }
                 }
             }
-            Err(failure) => {
+            Err(Unready { code, failure }) => {
                 super::end_early(id, &migration, &failure);
-                let code = if failure.fault == Fault::Qemu {
-                    AbortCode::Qemu
-                } else {
-                    AbortCode::Host
-                };
                 self.refuse(
                     code,
                     format!("{}; what to do: {}", failure.what, failure.remedy),
@@ -402,14 +408,18 @@ struct Origin<'a> {
 
 /// Makes QEMU ready, and begins the journal.
 async fn prepare(
-    service: &Service,
+    service: &Arc<Service>,
     id: MigrationId,
     receiver: &Receiver,
     migration: &Migration,
     from: Origin<'_>,
-) -> Result<Prepared, Failure> {
+) -> Result<Prepared, Unready> {
     let qmp = Arc::new(Qmp::connect(&receiver.qmp).await?);
     let guest = discover::destination(&qmp).await?;
+    let reserved = Reserved::take(service, &guest.blocks).map_err(|failure| Unready {
+        code: AbortCode::NoMemory,
+        failure,
+    })?;
     let begun = Record::Begun {
         id,
         side: Side::Destination,
@@ -435,13 +445,13 @@ async fn prepare(
         journals.forget_settings(id);
         // Without the record a restarted daemon writes it, and a source that asks hears the same.
         let _ = journal.append(&Record::Aborted);
-        return Err(failure);
+        return Err(failure.into());
     }
     tracing::info!(
         id = %migration.shown().id, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),
         "QEMU waits for the guest"
     );
-    Ok((qmp, settings, journal, guest))
+    Ok((qmp, settings, journal, guest, reserved))
 }
 
 type Prepared = (
@@ -449,7 +459,24 @@ type Prepared = (
     Settings,
     crate::store::JournalFile,
     crate::qemu::Guest,
+    Reserved,
 );
+
+/// Why a guest cannot come, and how its source is told.
+struct Unready {
+    code: AbortCode,
+    failure: Failure,
+}
+
+impl From<Failure> for Unready {
+    fn from(failure: Failure) -> Unready {
+        let code = match failure.fault {
+            Fault::Qemu => AbortCode::Qemu,
+            _ => AbortCode::Host,
+        };
+        Unready { code, failure }
+    }
+}
 
 /// Marks a migration as over when its session has ended, however it did.
 pub(crate) struct Over(pub(crate) Arc<Migration>);

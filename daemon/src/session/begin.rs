@@ -32,6 +32,7 @@ use crate::limits::MAX_DELTA_CACHE;
 use crate::migrations::{Migration, Request};
 use crate::names;
 use crate::nic::{POSTCOPY_CHANNELS, default_channels};
+use crate::preflight::start;
 use crate::qemu::discover::{self, map_ram, track_failure};
 use crate::qemu::settings::{Role, Settings};
 use crate::qemu::{Block, Guest};
@@ -270,7 +271,7 @@ async fn look(
     target.names = names::of(&service.in_force.now(), &peer);
     let channels = match request.spawn {
         true => spawn::ask(service, id, request, &qmp, &guest, channels).await?,
-        false => channels,
+        false => start::may_begin(service, request, &qmp, &guest, channels).await?,
     };
     let data_channels = u16::try_from(channels.len().saturating_sub(1)).unwrap_or(u16::MAX);
     tracing::info!(

@@ -1,5 +1,7 @@
-//! A peer asks what a migration would find here, and sees what the link carries. Nothing of a migration begins.
+//! A peer asks what a migration would find here: to know it and to see what the link carries, with nothing of a migration beginning; or
+//! to begin one on the same connection.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use pagecopy::engine::ChannelId;
@@ -12,13 +14,49 @@ use transport::{Access, Channel, Region, RegionId, Token};
 use super::arrive::{Visit, VisitParts};
 use crate::failure::{Failure, Shown, host};
 use crate::lane::{Events, Handler, Lane, LaneEvent, Ops, Told};
-use crate::limits::PREFLIGHT_LIMIT;
+use crate::limits::{FIRST_MESSAGE, PREFLIGHT_LIMIT};
 use crate::preflight::own;
 
 /// How long this host and its QEMU may be looked at.
 const LOOK_LIMIT: Duration = Duration::from_secs(8);
 
 impl Visit {
+    /// Tells what both sides are compared in; then the guest may come. Returns its `Hello`.
+    pub(super) async fn be_compared(mut self, vm: &str) -> Option<(Visit, Message)> {
+        let service = Arc::clone(&self.service);
+        let looked = timeout(LOOK_LIMIT, async {
+            // Closed, it would only mean that nobody waits for his turn.
+            let _turn = service.compared.acquire().await;
+            own::compared(&service, vm).await
+        });
+        let Ok(facts) = looked.await else {
+            let reason = format!("looking at QEMU takes more than {} s", LOOK_LIMIT.as_secs());
+            self.refuse(AbortCode::TimedOut, reason);
+            return None;
+        };
+        let facts = facts.to_text();
+        self.control.give(Message::Findings { facts });
+        let next = timeout(FIRST_MESSAGE, self.events.recv()).await;
+        let (code, reason) = match next.map(|told| told.map(Told::take)) {
+            Ok(Some(LaneEvent::Message(hello @ Message::Hello { .. }))) => {
+                return Some((self, hello));
+            }
+            Ok(Some(LaneEvent::Message(other))) => {
+                let what = format!("{} came, where Hello should", other.name());
+                (AbortCode::Protocol, what)
+            }
+            Ok(Some(LaneEvent::Misbehaved(what))) => (AbortCode::Protocol, what),
+            // It has seen enough.
+            Ok(_) => return None,
+            Err(_) => (
+                AbortCode::TimedOut,
+                "nothing was said for too long".to_owned(),
+            ),
+        };
+        self.refuse(code, reason);
+        None
+    }
+
     /// Tells what was found, then takes what the peer writes to see what the link carries.
     pub(super) async fn be_looked_at(self, vm: String, host: String, ram: u64) {
         let peer = self.peer_key();

@@ -344,6 +344,8 @@ pub enum Message {
         host: String,
         /// Bytes of its RAM; 0 where it is not known.
         ram: u64,
+        /// Whether the link will be probed. If not, the migration may follow.
+        probe: bool,
     },
     /// The answer to `Preflight`.
     Findings {

@@ -105,7 +105,7 @@ messages! {
     31 Deltas { block: u16, base_round: u32, pieces: Pieces, bytes: Encoded };
     32 RdmaOffer { channels: u16, bytes: u64 };
     33 RdmaAnswer { address: Reason, secret: Key, reason: Reason };
-    34 Preflight { vm: Name, host: Name, ram: u64 };
+    34 Preflight { vm: Name, host: Name, ram: u64, probe: Flag };
     35 Findings { facts: Facts };
     36 Spawn { id: Id, vm: Name, host: Name, arguments: Arguments, parts: Parts };
     37 Spawned { id: Id, blame: Blamed, text: Reason, remedy: Reason };

@@ -245,8 +245,9 @@ fn samples() -> Vec<(Message, String)> {
                 vm: "vm".into(),
                 host: "a".into(),
                 ram: 0x20_0000,
+                probe: true,
             },
-            "2200 02000000 766d 01000000 61 0000200000000000".into(),
+            "2200 02000000 766d 01000000 61 0000200000000000 01".into(),
         ),
         (
             Message::Findings { facts: "{}".into() },

@@ -207,6 +207,7 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
                 vm: "vm".to_owned(),
                 host: "peer".to_owned(),
                 ram: u64::arbitrary(input)?,
+                probe: bool::arbitrary(input)?,
             },
             false => Message::Findings {
                 facts: "{}".to_owned(),

@@ -7,6 +7,7 @@ fn question(vm: &str) -> Message {
         vm: vm.to_owned(),
         host: "mallory".to_owned(),
         ram: MIB << 20,
+        probe: true,
     }
 }
 
@@ -75,6 +76,19 @@ fn one_that_looks_and_does_more() {
         let _ = attack(&mut peer);
         peer.assert_blamed(what, &[word]);
         assert_api_answers(&world, Side::B);
+    }
+    // One that is about to begin says nothing but Hello.
+    let begins = Message::Preflight {
+        vm: "vm".to_owned(),
+        host: "mallory".to_owned(),
+        ram: 0,
+        probe: false,
+    };
+    for next in [begins.clone(), Message::Commit, Message::Ping { nonce: 1 }] {
+        let mut peer = mallory.dial(&world.net, Side::B, 2, 0..2).unwrap();
+        peer.ask(&begins, is_findings);
+        peer.say(0, &next).unwrap();
+        peer.assert_blamed(next.name(), &[next.name(), "Hello"]);
     }
     // More at a time than are served.
     let mut peers: Vec<_> = (0..4)

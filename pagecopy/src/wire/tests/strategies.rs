@@ -188,10 +188,13 @@ pub(super) fn with_payload() -> impl Strategy<Value = Message> {
             id: MigrationId(id),
             standing: Standing::ALL[s]
         }),
-        (name(), name(), any::<u64>()).prop_map(|(vm, host, ram)| Message::Preflight {
-            vm,
-            host,
-            ram
+        (name(), name(), any::<(u64, bool)>()).prop_map(|(vm, host, (ram, probe))| {
+            Message::Preflight {
+                vm,
+                host,
+                ram,
+                probe,
+            }
         }),
         "[{}a-zß]{2,200}".prop_map(|facts| Message::Findings { facts }),
         any::<[u8; 16]>().prop_map(|id| Message::Withdrawn {

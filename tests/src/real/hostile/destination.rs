@@ -77,6 +77,15 @@ impl HostileDestination {
         }
         made.sort_by_key(|(number, _)| *number);
         self.wire = Wire::new(made.into_iter().map(|(_, channel)| channel).collect());
+        // Every migration begins with a question, which is of no matter here.
+        match self.wire.receive(PATIENCE) {
+            Ok(Some(Message::Preflight { probe: false, .. })) => {
+                let facts = "{}".to_owned();
+                self.say_now(&Message::Findings { facts });
+            }
+            Ok(Some(other)) => self.wire.inbox.push_front(other),
+            Ok(None) | Err(_) => {}
+        }
     }
 
     /// Closes the connection.
