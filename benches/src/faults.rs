@@ -125,7 +125,7 @@ fn under_load(options: &Options) -> (Sample, Duration) {
     world.net.limit(options.link_mbit);
     let mut source = world.guest("source", &machine);
     let mut destination = world.waiting("destination", &machine);
-    let words = ["--mode", "postcopy", "--channels", "2"];
+    let words = ["--mode", "postcopy"];
     let migration = world.begin(Side::A, "vm", &source, &destination, &words);
     destination.serial.wait_beats(1);
     destination.serial.touches();
@@ -147,7 +147,7 @@ fn without_load(options: &Options, during: Duration) -> Sample {
     let source = world.guest("source", &machine);
     let destination = world.waiting("destination", &machine);
     let limit = ["--postcopy-bandwidth-limit", ALONE];
-    let words = [&["--mode", "postcopy", "--channels", "2"][..], &limit].concat();
+    let words = [&["--mode", "postcopy"][..], &limit].concat();
     let migration = world.begin(Side::A, "vm", &source, &destination, &words);
     destination.serial.wait_beats(1);
     destination.serial.touches();

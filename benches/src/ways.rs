@@ -178,9 +178,6 @@ impl Way {
             .iter()
             .map(|word| (*word).to_owned())
             .collect();
-        if !self.added.iter().any(|(key, _)| key == "channels") {
-            words.extend(["--channels".to_owned(), "2".to_owned()]);
-        }
         for (key, value) in &self.added {
             words.extend([format!("--{key}"), value.clone()]);
         }

@@ -16,18 +16,24 @@ const UNKNOWN: u16 = 4;
 /// Data channels of a post-copy at least: one is for pages that somebody waits for.
 pub(crate) const POSTCOPY_CHANNELS: u16 = 2;
 
-/// How many data channels to open to `address`: as many as its link needs, and no more than there are cores.
-pub(crate) fn default_channels(address: &Address) -> u16 {
+/// How many data channels to open to `address`: as many as its link needs, one besides where there may be a post-copy, since
+/// that which is for pages that somebody waits for carries little else, and no more than there are cores.
+pub(crate) fn default_channels(address: &Address, may_be_postcopy: bool) -> u16 {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    channels(cores, link_mbit_s(address))
+    channels(cores, link_mbit_s(address), may_be_postcopy)
 }
 
-fn channels(cores: usize, link_mbit_s: Option<u32>) -> u16 {
+fn channels(cores: usize, link_mbit_s: Option<u32>, may_be_postcopy: bool) -> u16 {
     let wanted = link_mbit_s.map_or(UNKNOWN, |speed| {
         u16::try_from(speed.div_ceil(CHANNEL_MBIT_S)).unwrap_or(u16::MAX)
     });
+    let (least, besides) = match may_be_postcopy {
+        true => (POSTCOPY_CHANNELS, 1),
+        false => (1, 0),
+    };
+    let wanted = wanted.max(LEAST).saturating_add(besides);
     let cores = u16::try_from(cores).unwrap_or(u16::MAX);
-    wanted.max(LEAST).min(cores).clamp(1, MAX_DATA_CHANNELS)
+    wanted.min(cores).clamp(least, MAX_DATA_CHANNELS)
 }
 
 /// The speed of the device that leads to `address`, in Mbit/s, as it says itself (`/sys/class/net/NAME/speed`). Virtual
@@ -62,13 +68,21 @@ mod tests {
 
     #[test]
     fn channels_follow_the_link_up_to_the_cores() {
-        assert_eq!(channels(64, Some(100_000)), 10);
-        assert_eq!(channels(64, Some(25_000)), 3);
-        assert_eq!(channels(64, Some(1_000)), 2);
-        assert_eq!(channels(8, Some(100_000)), 8);
-        assert_eq!(channels(64, None), 4);
-        assert_eq!(channels(1, Some(100_000)), 1);
-        assert_eq!(channels(1024, Some(4_000_000)), MAX_DATA_CHANNELS);
+        assert_eq!(channels(64, Some(100_000), false), 10);
+        assert_eq!(channels(64, Some(25_000), false), 3);
+        assert_eq!(channels(64, Some(1_000), false), 2);
+        assert_eq!(channels(8, Some(100_000), false), 8);
+        assert_eq!(channels(64, None, false), 4);
+        assert_eq!(channels(1, Some(100_000), false), 1);
+        assert_eq!(channels(1024, Some(4_000_000), false), MAX_DATA_CHANNELS);
+    }
+
+    #[test]
+    fn a_postcopy_has_a_channel_more_where_there_is_a_core_for_it() {
+        assert_eq!(channels(64, Some(25_000), true), 4);
+        assert_eq!(channels(2, Some(25_000), true), 2);
+        assert_eq!(channels(1, Some(25_000), true), POSTCOPY_CHANNELS);
+        assert_eq!(channels(1024, Some(4_000_000), true), MAX_DATA_CHANNELS);
     }
 
     #[test]

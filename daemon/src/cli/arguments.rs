@@ -216,7 +216,7 @@ pub struct MigrateArguments {
     /// Memory that may be pinned here for RDMA [default: auto, what the system allows, or the daemon's configuration]
     #[arg(long, value_name = "auto|SIZE|all", value_parser = str::parse::<Pin>)]
     pub rdma_pin: Option<Pin>,
-    /// Data channels [default: as many as the link needs, at most one a core]
+    /// Data channels [default: as many as the link needs, one more where there may be a post-copy, at most one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub channels: Option<u16>,
     /// Longest downtime, such as 50ms [default: 300ms]

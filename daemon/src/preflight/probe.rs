@@ -74,8 +74,12 @@ pub(super) async fn ask(target: &Target, vm: &str, name: &str, ram: u64) -> Resu
         peer_reads: false,
     };
     regions.register(RegionId(PROBE_REGION), own, nothing);
-    let Dialled { channels, .. } =
-        dial(target, |address| default_channels(address) + 1, &regions).await?;
+    let Dialled { channels, .. } = dial(
+        target,
+        |address| default_channels(address, false) + 1,
+        &regions,
+    )
+    .await?;
     let question = Message::Preflight {
         vm: vm.to_owned(),
         host: name.to_owned(),

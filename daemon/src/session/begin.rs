@@ -237,12 +237,13 @@ async fn look(
         names: Vec::new(),
     };
     let wanted = request.channels;
-    let least = match mode(request, service.in_force.now().allow_postcopy) {
-        source::Mode::Precopy | source::Mode::Auto { postcopy: false } => 1,
-        _ => POSTCOPY_CHANNELS,
+    let may_be_postcopy = !matches!(
+        mode(request, service.in_force.now().allow_postcopy),
+        source::Mode::Precopy | source::Mode::Auto { postcopy: false }
+    );
+    let with_control = move |address: &Address| {
+        wanted.unwrap_or_else(|| default_channels(address, may_be_postcopy)) + 1
     };
-    let with_control =
-        move |address: &Address| wanted.unwrap_or_else(|| default_channels(address).max(least)) + 1;
     let mut notice = None;
     let told = Arc::clone(migration);
     let question = Question {
@@ -250,7 +251,7 @@ async fn look(
         pin: request.rdma_pin,
         allowed: &service.in_force.now().rdma,
         bytes: memory.specs.iter().map(|spec| spec.size).sum(),
-        is_read: least == POSTCOPY_CHANNELS,
+        is_read: may_be_postcopy,
         hearer: Hearer::new(move |text| super::tell(&told, &Report::Notice { text })),
     };
     match question.decide(&qmp).await? {

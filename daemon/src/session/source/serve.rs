@@ -15,7 +15,7 @@ use super::{Incoming, Session};
 use crate::dial::{Unreached, dial};
 use crate::failure::Failure;
 use crate::log;
-use crate::nic::{POSTCOPY_CHANNELS, default_channels};
+use crate::nic::default_channels;
 use crate::session::recover::served;
 use crate::session::telling::ask;
 use crate::session::{Broken, lock, tell};
@@ -84,7 +84,7 @@ impl Session {
         log::spawn(async move {
             // Joining the lanes' threads may block for a moment.
             let _ = log::spawn_blocking(move || drop(lanes)).await;
-            let wanted = |address: &Address| default_channels(address).max(POSTCOPY_CHANNELS) + 1;
+            let wanted = |address: &Address| default_channels(address, true) + 1;
             let dialled = dial(&target, wanted, &regions).await;
             let dialled = dialled.map(|dialled| {
                 if let Some(text) = dialled.notice {
