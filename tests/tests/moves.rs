@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use tests::real::{
-    Backing, Hugepages, Machine, Qemu, Ram, Role, Side, Version, World, assert_moved,
+    Backing, Hugepages, Machine, Peak, Qemu, Ram, Role, Side, Version, World, assert_moved,
     outside_downtime, skipped,
 };
 
@@ -115,6 +115,23 @@ fn pages_of_zeroes_are_not_sent() {
         finished["bytes_on_wire"].as_u64().unwrap() < 32 << 20,
         "{finished}"
     );
+}
+
+/// Of its own: 64 MiB and 1/4096 of the guest's RAM, whichever way it moves.
+#[test]
+fn heavy_guest_for_which_a_daemon_holds_little_memory() {
+    let machine = Machine::new(Version::V10_0, 1024, "rate=100 set=256");
+    for mode in ["precopy", "postcopy"] {
+        let world = World::tls();
+        let daemons = [Side::A, Side::B].map(|side| world.daemon(side).pid());
+        let peak = Peak::watch(&daemons);
+        world.move_and_check(&machine, &["--mode", mode]);
+        let held = peak.end();
+        println!("{mode}: {} at the source; {}", held[0], held[1]);
+        for held in held {
+            assert!(held.memory_kib <= (64 << 10) + (1 << 20) / 4096, "{held}");
+        }
+    }
 }
 
 #[test]

@@ -8,8 +8,8 @@ use benches::series::{MARGIN_MS, Progress};
 use benches::ways::{Mover, Way};
 use benches::work::Work;
 use tests::real::{
-    Machine, Net, Qemu, Role, Scratch, Side, Trust, Version, World, assert_moved, certified,
-    cpu_seconds, outside_downtime,
+    Levels, Machine, Net, Peak, Qemu, Role, Scratch, Side, Trust, Version, World, assert_moved,
+    certified, cpu_seconds, outside_downtime,
 };
 
 use super::{qemu, warm};
@@ -73,19 +73,17 @@ pub(crate) fn run(way: &Way, link: Link, work: Work, plan: &Plan) -> Result<Run,
         Mover::Ours => world.cli(Side::B).receive("vm", destination.socket())?,
         _ => qemu::prepare(way, &mut source, &mut destination, plan.downtime_limit_ms)?,
     }
-    let pids = [
-        source.pid(),
-        destination.pid(),
-        world.daemon(Side::A).pid(),
-        world.daemon(Side::B).pid(),
-    ];
+    let daemons = [Side::A, Side::B].map(|side| world.daemon(side).pid());
+    let pids = [[source.pid(), destination.pid()], daemons].concat();
     let cpu = || pids.iter().map(|pid| cpu_seconds(*pid)).sum::<f64>();
     drop(warm::memory(plan.mib));
     source.serial.touches(); // counted from here on
+    let held = (way.mover() == Mover::Ours).then(|| Peak::watch(&daemons));
     let (cpu_before, bytes_before, begun) = (cpu(), world.net.bytes_carried(), Instant::now());
     carry_out(way, plan, &world, &mut source, &mut destination)?;
     let total = begun.elapsed();
     let (cpu_used, bytes) = (cpu() - cpu_before, world.net.bytes_carried() - bytes_before);
+    let held = held.map(|held| Levels::highest(&held.end()).memory_kib);
     destination.serial.wait_beats(1);
     let downtime = outside_downtime(&source.serial, &destination.serial);
     let touches = destination.serial.touches();
@@ -112,9 +110,14 @@ pub(crate) fn run(way: &Way, link: Link, work: Work, plan: &Plan) -> Result<Run,
         ("loops_during", progress.rate(0.0, done_ms)),
         ("loops_after", progress.rate(done_ms, done_ms + MARGIN_MS)),
     ];
+    #[allow(clippy::cast_precision_loss)] // far below 2^53
+    let held = held.map(|kib| ("daemon_mb", kib as f64 * 1024.0 / 1e6));
+    let figures = figures.into_iter().chain(held);
     Ok(Run {
         failed: None,
-        figures: figures.map(|(name, value)| (name.to_owned(), value)).into(),
+        figures: figures
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect(),
         guest: Some(progress.series(done_ms)),
     })
 }

@@ -5,11 +5,12 @@ use benches::report::compare::rivals;
 use benches::ways::Way;
 
 /// Columns of the table at the end: the figure, its head and its digits behind the point.
-const COLUMNS: [(&str, &str, usize); 7] = [
+const COLUMNS: [(&str, &str, usize); 8] = [
     ("total_ms", "total ms", 0),
     ("downtime_ms", "downtime ms", 1),
     ("cpu_s_per_gib", "CPU s/GiB", 2),
     ("wire_mb", "MB", 0),
+    ("daemon_mb", "daemon MB", 1),
     ("touch_p999_us", "touch p99.9 us", 0),
     ("loops_before", "loops/s before", 0),
     ("loops_during", "during", 0),
