@@ -332,10 +332,7 @@ mod tests {
     fn what_is_added_is_set() {
         let ours = way("tls+channels=4+compress=auto").options().join(" ");
         assert_eq!(ours, "--mode precopy --channels 4 --compress auto");
-        assert_eq!(
-            way("tcp").options().join(" "),
-            "--mode precopy --channels 2"
-        );
+        assert_eq!(way("tcp").options().join(" "), "--mode precopy");
         let theirs = way("qemu-multifd2+multifd-channels=8").parameters(300);
         assert_eq!(theirs["multifd-channels"], 8);
         assert_eq!(theirs["max-bandwidth"], 1_u64 << 40);
