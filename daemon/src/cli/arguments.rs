@@ -234,6 +234,10 @@ pub struct MigrateArguments {
     /// Memory for the versions of pages that deltas are made from, such as 64MiB [default: 24MiB, or the daemon's configuration]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub delta_cache: Option<u64>,
+    /// From -100 to 100: the most urgent of those that wait begins first, and has a larger share of the host's bandwidth
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true,
+        value_parser = clap::value_parser!(i32).range(-100..=100))]
+    pub priority: i32,
     /// Give up after so many rounds without convergence [default: 30]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_rounds: Option<u32>,
@@ -279,6 +283,7 @@ impl MigrateArguments {
             postcopy_bandwidth_limit: self.postcopy_bandwidth_limit,
             compress: self.compress,
             delta_cache: self.delta_cache,
+            priority: self.priority,
             max_rounds: self.max_rounds,
             timeout_ms: self
                 .timeout
@@ -328,6 +333,8 @@ mod tests {
             "delta",
             "--delta-cache",
             "64MiB",
+            "--priority",
+            "-7",
             "--max-rounds",
             "9",
             "--timeout",
@@ -350,7 +357,7 @@ mod tests {
             (request.compress, request.delta_cache),
             (Some(Compress::Delta), Some(64 << 20))
         );
-        assert_eq!(request.max_rounds, Some(9));
+        assert_eq!((request.priority, request.max_rounds), (-7, Some(9)));
         assert_eq!(request.timeout_ms, Some(60_000));
         assert!(request.verify && request.quit_source && request.spawn);
     }
@@ -402,6 +409,7 @@ mod tests {
                 .contains("precopy")
         );
         assert!(migrate(&["--channels", "0"]).is_err());
+        assert!(migrate(&["--priority", "101"]).is_err());
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod metrics;
 mod openapi;
 mod page;
 mod problems;
+mod queue;
 mod watch;
 
 use std::io::{BufRead, BufReader};
