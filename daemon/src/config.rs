@@ -61,6 +61,8 @@ pub struct Config {
     pub hooks: Vec<Hook>,
     /// The policy under which QEMUs are started here for guests that come; none are without one.
     pub spawn_policy: Option<PathBuf>,
+    /// The folder of the guests' QMP sockets, each called after its guest; for whoever wants all guests of this host.
+    pub qmp_dir: Option<PathBuf>,
     /// Migrations that may leave this host at a time; the others wait.
     #[serde(
         default = "queue::config::default_concurrent",
@@ -195,7 +197,7 @@ impl Config {
 
     fn make_absolute(&mut self, base: &Path) {
         let paths = [&mut self.api, &mut self.state_dir].into_iter();
-        let paths = paths.chain(&mut self.spawn_policy);
+        let paths = paths.chain(&mut self.spawn_policy).chain(&mut self.qmp_dir);
         let tls = self
             .tls
             .iter_mut()

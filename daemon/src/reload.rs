@@ -17,10 +17,11 @@ use crate::failure::{Failure, Shown, operator};
 use crate::service::Service;
 
 /// The keys that take effect at once.
-const AT_ONCE: [&str; 10] = [
+const AT_ONCE: [&str; 11] = [
     "access",
     "tls",
     "bandwidth-limit",
+    "qmp-dir",
     "max-concurrent",
     "max-pending",
     "allow-postcopy",
@@ -133,6 +134,7 @@ impl InForce {
         let Config {
             tls,
             bandwidth_limit,
+            qmp_dir,
             max_concurrent,
             max_pending,
             allow_postcopy,
@@ -146,6 +148,7 @@ impl InForce {
             access,
             tls,
             bandwidth_limit,
+            qmp_dir,
             max_concurrent,
             max_pending,
             allow_postcopy,

@@ -4,6 +4,7 @@
 
 use tests::real::{
     Machine, PATIENCE, Qemu, Side, Version, World, assert_moved, assert_stayed, eventually,
+    listens_at,
 };
 
 /// Slow enough that a migration is still in its first round when the test has done what it does meanwhile.
@@ -58,4 +59,65 @@ fn a_guest_that_waits_moves_after_the_daemon_was_killed_and_those_under_way_stay
     for [source, destination] in [one, two] {
         assert_stayed(source, Some(destination), begun);
     }
+}
+
+#[test]
+fn a_host_is_emptied_past_a_failure_and_again() {
+    let world = World::tls();
+    let (small, large) = (
+        machine(),
+        Machine::new(Version::V10_0, 160, "rate=5 set=100"),
+    );
+    let mut one = pair(&world, "small", &small);
+    let mut two = pair(&world, "large", &large);
+    // Nothing waits for it.
+    let mut stays = world.guest("stays-source", &small);
+    let begun = std::time::Instant::now();
+    let sockets = [("large", &two[0]), ("small", &one[0]), ("stays", &stays)];
+    let list: String = sockets
+        .iter()
+        .map(|(vm, qemu)| format!("{vm}={}\n", qemu.socket().display()))
+        .collect();
+    let file = world.folder(Side::A).join("guests");
+    std::fs::write(&file, list).unwrap();
+    let cli = world.cli(Side::A);
+    let to = listens_at(Side::B);
+    let file = file.to_str().unwrap();
+    let words = ["evacuate", "--to", &to, "--guests", file, "--json"];
+    let done = cli.run(&words);
+    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert_eq!(done.status.code(), Some(1), "{text}");
+    let event = |name: &str| {
+        let events = text.lines().map(|line| serde_json::from_str(line).unwrap());
+        let found = events
+            .into_iter()
+            .find(|event: &serde_json::Value| event["event"] == name);
+        found.unwrap_or_else(|| panic!("no {name}: {text}"))
+    };
+    let (planned, end) = (event("planned"), event("evacuated"));
+    let place = |vm: &str| {
+        let guests = planned["guests"].as_array().unwrap();
+        guests.iter().position(|one| one["vm"] == vm).unwrap()
+    };
+    assert!(place("small") < place("large"), "{planned}");
+    assert_eq!([&end["moved"], &end["failed"]], [2, 1], "{end}");
+    for guest in end["guests"].as_array().unwrap() {
+        assert!(guest["predicted_ms"].as_f64().unwrap() > 0.0, "{guest}");
+        let moved = guest["vm"] != "stays";
+        assert_eq!(guest["status"] == "completed", moved, "{guest}");
+        assert_eq!(guest["downtime_ms"].is_number(), moved, "{guest}");
+    }
+    for [source, destination] in [&mut one, &mut two] {
+        assert_moved(source, destination);
+    }
+    assert_stayed(&mut stays, None, begun);
+
+    // Those that have left are left out, and the one that stayed goes when there is somebody who takes it.
+    let mut waits = world.waiting("stays-destination", &small);
+    world.cli(Side::B).receive("stays", waits.socket()).unwrap();
+    let again = cli.run(&words);
+    let notes = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert_eq!(again.status.code(), Some(0), "{notes}");
+    assert!(notes.contains("large does not run here"), "{notes}");
+    assert_moved(&mut stays, &mut waits);
 }

@@ -175,34 +175,30 @@ fn cut_short(id: Option<&str>, status: State, error: &CliError) -> Value {
 }
 
 pub(super) fn misunderstood(error: &dyn std::fmt::Display) -> CliError {
-    CliError {
-        what: format!("pagecopyd's answer is not understood: {error}"),
-        remedy: "use pagecopy and pagecopyd of the same version".to_owned(),
-    }
+    CliError::new(
+        format!("pagecopyd's answer is not understood: {error}"),
+        "use pagecopy and pagecopyd of the same version",
+    )
 }
 
 fn cut_off(id: &str, why: &str, pending: bool) -> CliError {
     let what = format!("pagecopyd can no longer be asked about migration {id}: {why}");
     if pending {
-        return CliError {
-            what,
-            remedy: format!(
-                "it waits for its turn, and begins once pagecopyd runs again; `pagecopy status {id}` tells, `pagecopy cancel {id}` \
-                 prevents it"
-            ),
-        };
+        let remedy = format!(
+            "it waits for its turn, and begins once pagecopyd runs again; `pagecopy status {id}` tells, `pagecopy cancel {id}` \
+             prevents it"
+        );
+        return CliError::new(what, remedy);
     }
-    CliError {
+    CliError::new(
         what,
-        remedy: "start pagecopyd again: it takes the guest back, or asks the destination what became of it; \
-                 `pagecopy status` tells"
-            .to_owned(),
-    }
+        "start pagecopyd again: it takes the guest back, or asks the destination what became of it; `pagecopy status` tells",
+    )
 }
 
 fn left_alone(id: &str) -> CliError {
-    CliError {
-        what: format!("no longer waiting for migration {id}"),
-        remedy: format!("see `pagecopy status {id}`"),
-    }
+    CliError::new(
+        format!("no longer waiting for migration {id}"),
+        format!("see `pagecopy status {id}`"),
+    )
 }

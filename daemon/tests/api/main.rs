@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod access;
+mod evacuate;
 mod events;
 mod harness;
 mod hooks;

@@ -16,13 +16,13 @@ const GREETING: &[u8] = br#"{"QMP":{"version":{"qemu":{"micro":0,"minor":0,"majo
 "#;
 
 /// QEMUs that greet and then say nothing: a migration of such a guest has begun, and does not come to anything.
-struct Mute {
-    socket: PathBuf,
+pub(super) struct Mute {
+    pub(super) socket: PathBuf,
     streams: Arc<Mutex<Vec<UnixStream>>>,
 }
 
 impl Mute {
-    fn listen(dir: &Path) -> Mute {
+    pub(super) fn listen(dir: &Path) -> Mute {
         let socket = dir.join("mute.qmp");
         let listener = UnixListener::bind(&socket).unwrap();
         let streams = Arc::new(Mutex::new(Vec::new()));
@@ -42,7 +42,7 @@ impl Mute {
     }
 
     /// Waits until so many have begun.
-    fn wait_begun(&self, count: usize) {
+    pub(super) fn wait_begun(&self, count: usize) {
         eventually(|| self.streams.lock().unwrap().len() == count);
     }
 }
@@ -63,21 +63,21 @@ impl Daemon {
         self.post("/v1/migrations", &body.to_string())
     }
 
-    fn begin(&self, mute: &Mute, vm: &str, priority: i32) -> String {
+    pub(super) fn begin(&self, mute: &Mute, vm: &str, priority: i32) -> String {
         let answer = self.request(mute, vm, &json!({ "priority": priority }));
         assert_eq!(answer.status, 201, "{answer:?}");
         answer.json()["id"].as_str().unwrap().to_owned()
     }
 
-    fn shown(&self, id: &str) -> Value {
+    pub(super) fn shown(&self, id: &str) -> Value {
         self.get(&format!("/v1/migrations/{id}")).json()
     }
 
-    fn place(&self, id: &str) -> Option<u64> {
+    pub(super) fn place(&self, id: &str) -> Option<u64> {
         self.shown(id)["place"].as_u64()
     }
 
-    fn cancel(&self, id: &str) {
+    pub(super) fn cancel(&self, id: &str) {
         let answer = self.post(&format!("/v1/migrations/{id}/cancel"), "");
         assert_eq!(answer.status, 202, "{answer:?}");
     }
