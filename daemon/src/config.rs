@@ -61,6 +61,20 @@ pub struct Config {
     pub hooks: Vec<Hook>,
     /// The policy under which QEMUs are started here for guests that come; none are without one.
     pub spawn_policy: Option<PathBuf>,
+    /// The folder of the guests' QMP sockets, each called after its guest; for whoever wants all guests of this host.
+    pub qmp_dir: Option<PathBuf>,
+    /// Migrations that may leave this host at a time; the others wait.
+    #[serde(
+        default = "queue::config::default_concurrent",
+        deserialize_with = "queue::config::concurrent"
+    )]
+    pub max_concurrent: usize,
+    /// Migrations that may wait.
+    #[serde(
+        default = "queue::config::default_pending",
+        deserialize_with = "queue::config::pending"
+    )]
+    pub max_pending: usize,
     /// TLS between the peers.
     pub tls: Option<Tls>,
     /// Who may use the API. Without it, whoever can open its socket.
@@ -183,7 +197,7 @@ impl Config {
 
     fn make_absolute(&mut self, base: &Path) {
         let paths = [&mut self.api, &mut self.state_dir].into_iter();
-        let paths = paths.chain(&mut self.spawn_policy);
+        let paths = paths.chain(&mut self.spawn_policy).chain(&mut self.qmp_dir);
         let tls = self
             .tls
             .iter_mut()
@@ -374,6 +388,23 @@ mod tests {
         assert_eq!(rdma.pin, crate::rdma::Pin::Bytes(8 << 30));
         for wrong in ["networks = ['192.0.2.0']", "pin = 'some'", "device = 'x'"] {
             assert!(with(wrong).unwrap_err().contains("line 11"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn how_many_leave_at_a_time_and_how_many_wait() {
+        let with = |key: &str| parse(&format!("{PLAIN}{key}\n{TLS}"));
+        let config = with("").unwrap();
+        assert_eq!((config.max_concurrent, config.max_pending), (2, 1000));
+        let config = with("max-concurrent = 8\nmax-pending = 0").unwrap();
+        assert_eq!((config.max_concurrent, config.max_pending), (8, 0));
+        for (wrong, right) in [
+            ("max-concurrent = 0", "1 to 256"),
+            ("max-concurrent = -1", "1 to 256"),
+            ("max-pending = 10001", "0 to 10000"),
+            ("max-pending = 'all'", "line 5"),
+        ] {
+            assert!(with(wrong).unwrap_err().contains(right), "{wrong}");
         }
     }
 

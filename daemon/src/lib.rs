@@ -10,6 +10,7 @@ pub mod config;
 pub mod dial;
 pub mod failure;
 pub mod feed;
+pub mod guests;
 mod hooks;
 pub mod lane;
 pub mod limits;

@@ -21,6 +21,7 @@ use crate::failure::{self, Failure, Fault};
 use crate::feed::Feed;
 use crate::limits::MAX_HISTORY;
 use crate::pull::FaultReport;
+use crate::queue::turns::Place;
 use crate::session::arrive::Caller;
 
 /// Ended migrations that stay visible.
@@ -173,6 +174,10 @@ pub struct Shown {
     pub state: State,
     /// How it moves: pre-copy until the guest goes before its memory.
     pub mode: Way,
+    /// How urgent it is, from -100 to 100.
+    pub priority: i32,
+    /// While it waits for its turn: its place among those that do, from 1.
+    pub place: Option<u32>,
     /// Why it is paused, while it is.
     pub reason: Option<String>,
     /// The last progress event.
@@ -192,6 +197,8 @@ pub struct Migration {
     requests: mpsc::UnboundedSender<Request>,
     /// Whether the session has ended.
     over: watch::Sender<bool>,
+    /// While it counts among those that run: what it gives up for the next.
+    place: Mutex<Option<Place>>,
     /// Who else is told, once the daemon knows it.
     host: OnceLock<Host>,
 }
@@ -242,6 +249,8 @@ impl Migration {
             qmp,
             state: State::Pending,
             mode: Way::Precopy,
+            priority: 0,
+            place: None,
             reason: None,
             progress: None,
             faults: None,
@@ -258,6 +267,7 @@ impl Migration {
                 live,
                 requests,
                 over,
+                place: Mutex::default(),
                 host: OnceLock::new(),
             }),
             receiver,
@@ -274,6 +284,26 @@ impl Migration {
         self.requests.send(request).is_ok()
     }
 
+    /// What is shown of how urgent it is.
+    pub(crate) fn set_priority(&self, priority: i32) {
+        self.lock().shown.priority = priority;
+    }
+
+    /// It runs, and holds its place meanwhile.
+    pub(crate) fn hold(&self, place: Place) {
+        *self.place() = Some(place);
+    }
+
+    /// Lets the next begin.
+    fn give_way(&self) {
+        let place = self.place().take();
+        drop(place);
+    }
+
+    fn place(&self) -> MutexGuard<'_, Option<Place>> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// An engine's report.
     pub fn report(&self, report: &Report) {
         let told = Told::Running {
@@ -281,6 +311,13 @@ impl Migration {
             report: report.clone(),
         };
         let value = told.value();
+        // It does not go on by itself, and may take hours. Neither does a doubt, which is told as an end.
+        if let Report::State {
+            state: State::Paused,
+        } = report
+        {
+            self.give_way();
+        }
         let mut inner = self.lock();
         match report {
             Report::State { state } => {
@@ -311,6 +348,7 @@ impl Migration {
 
     /// The migration ended so (an in-doubt one may end once more).
     pub fn finish(&self, mut finished: Finished) {
+        self.give_way();
         match finished.figures.way() {
             // Or without figures: a daemon before this one had them.
             Way::Precopy => finished.mode = self.lock().shown.mode.word().to_owned(),
@@ -337,6 +375,7 @@ impl Migration {
 
     /// The session has ended.
     pub fn over(&self) {
+        self.give_way();
         self.over.send_replace(true);
     }
 

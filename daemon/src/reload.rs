@@ -17,10 +17,13 @@ use crate::failure::{Failure, Shown, operator};
 use crate::service::Service;
 
 /// The keys that take effect at once.
-const AT_ONCE: [&str; 8] = [
+const AT_ONCE: [&str; 11] = [
     "access",
     "tls",
     "bandwidth-limit",
+    "qmp-dir",
+    "max-concurrent",
+    "max-pending",
     "allow-postcopy",
     "compress",
     "delta-cache",
@@ -131,6 +134,9 @@ impl InForce {
         let Config {
             tls,
             bandwidth_limit,
+            qmp_dir,
+            max_concurrent,
+            max_pending,
             allow_postcopy,
             compress,
             delta_cache,
@@ -142,6 +148,9 @@ impl InForce {
             access,
             tls,
             bandwidth_limit,
+            qmp_dir,
+            max_concurrent,
+            max_pending,
             allow_postcopy,
             compress,
             delta_cache,
@@ -210,6 +219,9 @@ pub(crate) fn reload(service: &Service) {
             let [at_once, later] = service.in_force.set(&new);
             service.security.set(security);
             service.budget.limit(new.config.bandwidth_limit);
+            service
+                .queue
+                .limit(new.config.max_concurrent, new.config.max_pending);
             // The files that a key names are read again whether or not it was changed.
             tracing::info!(%file, changed = ?at_once, "reloaded");
             if !later.is_empty() {

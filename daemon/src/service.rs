@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use pagecopy::engine::MigrationId;
 use pagecopy::engine::journal::Side;
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
@@ -24,16 +23,17 @@ use crate::failure::{Failure, host, operator};
 use crate::hooks::Hooks;
 use crate::limits::{MAX_PREFLIGHTS, MAX_PREFLIGHTS_PER_PEER};
 use crate::listener;
-use crate::log;
 use crate::migrations::{Migration, Migrations, Request, Shown};
 use crate::preflight::dirty_rate::Sampled;
 use crate::qemu::discover;
 use crate::qemu::faults::Device;
 use crate::qmp::Qmp;
 use crate::queue::budget::Budget;
+use crate::queue::turns::Queue;
 use crate::quota::Quota;
 use crate::reload::{self, InForce, Trust};
 use crate::session::spawned::{self, Spawning};
+use crate::session::wait::{self, Refused};
 use crate::session::{begin, recover};
 use crate::spawn::Starter;
 use crate::start::Start;
@@ -56,6 +56,8 @@ pub struct Service {
     pub migrations: Migrations,
     /// What those that leave may send.
     pub budget: Budget,
+    /// When those that leave begin.
+    pub queue: Queue,
     /// How peers are trusted.
     pub security: Trust,
     /// Who may use the API.
@@ -88,6 +90,7 @@ impl Service {
         let store = Store::open(&config.state_dir)?;
         Ok(Service {
             budget: Budget::new(config.bandwidth_limit),
+            queue: Queue::new(config.max_concurrent, config.max_pending),
             config,
             in_force,
             store,
@@ -102,36 +105,14 @@ impl Service {
         })
     }
 
-    /// Begins a migration from here.
+    /// Begins a migration from here, or has it wait for its turn.
     ///
     /// # Errors
-    /// The request is wrong, or the guest is already being migrated.
-    pub async fn begin(self: &Arc<Self>, request: MigrationRequest) -> Result<Uuid, Failure> {
+    /// The request is wrong, the guest is already being migrated, or the queue is full.
+    pub async fn begin(self: &Arc<Self>, request: MigrationRequest) -> Result<Uuid, Refused> {
         begin::check(&request)?;
-        self.refuse_in_doubt(&request.vm, &request.qmp)?;
-        self.refuse_if_fetching(&request.vm)?;
-        let uuid = Uuid::new_v4();
-        let id = MigrationId(*uuid.as_bytes());
-        let (migration, requests) = Migration::new(
-            id,
-            &request.vm,
-            Side::Source,
-            &request.to,
-            request.qmp.clone(),
-        );
-        self.migrations.add(&migration).map_err(|running| {
-            operator(
-                format!(
-                    "{:?} is already being migrated from here (migration {})",
-                    request.vm, running
-                ),
-                "wait for it, or cancel it with `pagecopy cancel`",
-            )
-        })?;
-        tracing::info!(id = %uuid, vm = request.vm, to = request.to, "migration requested");
-        let task = begin::migrate(Arc::clone(self), id, migration, request, requests);
-        log::spawn_for(id, task);
-        Ok(uuid)
+        self.refuse_unsound(&request.vm, &request.qmp)?;
+        wait::enter(self, request)
     }
 
     /// Makes a waiting QEMU the destination for a guest.
@@ -209,6 +190,31 @@ impl Service {
         }
     }
 
+    /// Refuses to send a guest away that must not be sent now.
+    pub(crate) fn refuse_unsound(&self, vm: &str, qmp: &Path) -> Result<(), Failure> {
+        self.refuse_in_doubt(vm, qmp)?;
+        self.refuse_if_fetching(vm)
+    }
+
+    /// What is shown of a migration, with its place in the queue.
+    pub(crate) fn shown(&self, migration: &Migration) -> Shown {
+        let mut shown = migration.shown();
+        shown.place = self.queue.places().get(&shown.id).copied();
+        shown
+    }
+
+    /// The same of all, in the order in which they began.
+    pub(crate) fn all_shown(&self) -> Vec<Shown> {
+        let places = self.queue.places();
+        let mut all: Vec<Shown> = (self.migrations.list().iter())
+            .map(|migration| migration.shown())
+            .collect();
+        for shown in &mut all {
+            shown.place = places.get(&shown.id).copied();
+        }
+        all
+    }
+
     /// A guest that lacks pages cannot be sent on.
     fn refuse_if_fetching(&self, vm: &str) -> Result<(), Failure> {
         let running = self.migrations.running(vm, Side::Destination);
@@ -237,6 +243,7 @@ impl Service {
 
     /// Ends every migration: those before their commit are cancelled, the others are left to their journals.
     async fn end(&self) {
+        self.queue.close();
         let running: Vec<_> = self
             .migrations
             .list()
@@ -292,6 +299,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let hooks = Hooks::start(&service.config, service.migrations.feed())?;
     recover::recover(&service);
     spawned::recover(&service);
+    wait::take_up(&service);
     service.prune();
 
     let (end_api, api_ended) = watch::channel(());

@@ -30,7 +30,7 @@ const MAX_KEY: usize = 255;
     post, path = "/v1/migrations", tag = "migrations", operation_id = "begin_migration", request_body = MigrationRequest,
     params(("Idempotency-Key" = Option<String>, Header, description = "A word of the caller's for this request. Sent again with the \
         same, it begins nothing and is answered as before.")),
-    responses((status = 201, description = "It has begun.", body = Begun,
+    responses((status = 201, description = "It has begun, or waits for its turn.", body = Begun,
         headers(("Location" = String, description = "Where it is shown."),
             ("Idempotent-Replayed" = Option<String>, description = "`true` where it had begun before, under this key."))), Problems)
 )]
@@ -97,14 +97,7 @@ fn wrong_key(why: &str) -> ApiError {
     responses((status = 200, description = "In the order in which they began.", body = Vec<Shown>), Problems)
 )]
 pub(super) async fn list(State(service): State<Arc<Service>>) -> Json<Vec<Shown>> {
-    Json(
-        service
-            .migrations
-            .list()
-            .iter()
-            .map(|migration| migration.shown())
-            .collect(),
-    )
+    Json(service.all_shown())
 }
 
 #[utoipa::path(
@@ -116,7 +109,7 @@ pub(super) async fn show(
     State(service): State<Arc<Service>>,
     Path(id): Path<String>,
 ) -> Result<Json<Shown>, ApiError> {
-    Ok(Json(find(&service, &id)?.shown()))
+    Ok(Json(service.shown(&*find(&service, &id)?)))
 }
 
 #[utoipa::path(

@@ -8,6 +8,7 @@
 pub mod access;
 mod events;
 mod guard;
+mod guests;
 mod health;
 mod journal;
 pub mod metrics;
@@ -72,6 +73,7 @@ fn routes() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(migrations::resolve))
         .routes(routes!(receivers::add, receivers::list))
         .routes(routes!(receivers::remove))
+        .routes(routes!(guests::look))
         .routes(routes!(preflight::dirty_rate))
         .routes(routes!(preflight::preflight))
         .routes(routes!(events::of_all))

@@ -17,6 +17,7 @@ use utoipa::openapi::{ContentBuilder, Ref, RefOr, ResponseBuilder};
 use utoipa::{IntoResponses, ToSchema};
 
 use crate::failure::{Failure, Fault};
+use crate::session::wait::Refused;
 
 /// The media type of a problem.
 pub const MEDIA_TYPE: &str = "application/problem+json";
@@ -63,6 +64,8 @@ pub(crate) enum Kind {
     Forbidden,
     /// Not in this state.
     Conflict,
+    /// As many wait as may.
+    QueueFull,
     TooLarge,
     MediaType,
     /// Not now.
@@ -120,6 +123,11 @@ impl Kind {
             ),
             Kind::Forbidden => ("forbidden", StatusCode::FORBIDDEN, "The caller may not"),
             Kind::Conflict => ("conflict", StatusCode::CONFLICT, "Not in this state"),
+            Kind::QueueFull => (
+                "queue-full",
+                StatusCode::TOO_MANY_REQUESTS,
+                "As many migrations wait as may",
+            ),
             Kind::TooLarge => (
                 "too-large",
                 StatusCode::PAYLOAD_TOO_LARGE,
@@ -218,6 +226,15 @@ impl ApiError {
 impl From<Failure> for ApiError {
     fn from(failure: Failure) -> ApiError {
         ApiError::of(Kind::of_fault(failure.fault), failure)
+    }
+}
+
+impl From<Refused> for ApiError {
+    fn from(refused: Refused) -> ApiError {
+        match refused {
+            Refused::Full(failure) => ApiError::of(Kind::QueueFull, failure),
+            Refused::Failed(failure) => failure.into(),
+        }
     }
 }
 

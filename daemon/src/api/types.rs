@@ -102,6 +102,10 @@ pub struct MigrationRequest {
     pub compress: Option<Compress>,
     /// Bytes of memory for the versions of pages that deltas are made from; as the daemon's configuration says when absent.
     pub delta_cache: Option<u64>,
+    /// From -100 to 100: among those that wait the most urgent begins first, and of a host's bandwidth 100 is given four times as
+    /// much as 0.
+    #[serde(default)]
+    pub priority: i32,
     /// Rounds without convergence; 30 when absent.
     pub max_rounds: Option<u32>,
     /// Milliseconds without a switchover; unlimited when absent.

@@ -1,6 +1,6 @@
 //! What the command line takes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
@@ -15,6 +15,13 @@ const EXIT_STATUS: &str = "Exit status of migrate:\n  \
     2  the arguments are wrong\n  \
     3  cancelled; the guest runs on at the source\n  \
     4  in doubt: the destination may run the guest; see `pagecopy resolve`";
+
+const EVACUATE_STATUS: &str = "Exit status of evacuate:\n  \
+    0  all guests run at the destination\n  \
+    1  one has stayed, or nothing could be begun\n  \
+    2  the arguments are wrong\n  \
+    4  one is in doubt: the destination may run it; see `pagecopy resolve`\n\n\
+    Guests that the daemon has taken go on without this command, and over a restart of the daemon. Ctrl-C cancels them.";
 
 const PREFLIGHT_STATUS: &str = "Exit status of preflight:\n  \
     0  everything passes\n  \
@@ -59,6 +66,9 @@ pub enum Command {
     /// Move a running guest to another host, and wait until it has moved
     #[command(after_help = EXIT_STATUS)]
     Migrate(MigrateArguments),
+    /// Move all guests of this host, or some, to another, the shortest to move first, and wait until they have moved
+    #[command(after_help = EVACUATE_STATUS)]
+    Evacuate(EvacuateArguments),
     /// Look at everything that a migration depends on, on both hosts, without migrating
     #[command(after_help = PREFLIGHT_STATUS)]
     Preflight {
@@ -198,6 +208,43 @@ pub struct MigrateArguments {
     /// The other host's pagecopyd; HOST is a name, an IPv4 address, or an IPv6 address in brackets
     #[arg(long, value_name = "HOST:PORT")]
     pub to: String,
+    /// How it moves.
+    #[command(flatten)]
+    pub how: How,
+    /// Print one JSON event a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `evacuate`.
+#[derive(Debug, clap::Args)]
+pub struct EvacuateArguments {
+    /// The other host's pagecopyd
+    #[arg(long, value_name = "HOST:PORT")]
+    pub to: String,
+    /// Only these guests [default: all]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub vms: Vec<String>,
+    /// The folder of the guests' QMP sockets, each called NAME.qmp, NAME.sock or NAME [default: qmp-dir of the daemon's configuration]
+    #[arg(long, value_name = "DIR", conflicts_with = "guests")]
+    pub qmp_dir: Option<PathBuf>,
+    /// A file with a guest a line, NAME=SOCKET, instead; - is standard input
+    #[arg(long, value_name = "FILE")]
+    pub guests: Option<PathBuf>,
+    /// Show who would leave, in which order, and move nobody
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How each moves.
+    #[command(flatten)]
+    pub how: How,
+    /// Print one JSON event a line, the last with what came of each
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How a guest moves.
+#[derive(Clone, Debug, clap::Args)]
+pub struct How {
     /// Have the other host start the QEMU that the guest comes to, with this one's options as far as its spawn-policy allows
     #[arg(long)]
     pub spawn: bool,
@@ -234,6 +281,10 @@ pub struct MigrateArguments {
     /// Memory for the versions of pages that deltas are made from, such as 64MiB [default: 24MiB, or the daemon's configuration]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub delta_cache: Option<u64>,
+    /// From -100 to 100: the most urgent of those that wait begins first, and has a larger share of the host's bandwidth
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true,
+        value_parser = clap::value_parser!(i32).range(-100..=100))]
+    pub priority: i32,
     /// Give up after so many rounds without convergence [default: 30]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_rounds: Option<u32>,
@@ -246,14 +297,18 @@ pub struct MigrateArguments {
     /// Quit the QEMU here once the guest has moved
     #[arg(long)]
     pub quit_source: bool,
-    /// Print one JSON event a line
-    #[arg(long)]
-    pub json: bool,
 }
 
 impl MigrateArguments {
-    /// The request to the daemon. The daemon's working directory is another one: the path is made absolute.
+    /// The request to the daemon.
     pub fn request(self) -> MigrationRequest {
+        self.how.request(&self.vm, &self.qmp, &self.to)
+    }
+}
+
+impl How {
+    /// The request to the daemon. The daemon's working directory is another one: the path is made absolute.
+    pub fn request(self, vm: &str, qmp: &Path, to: &str) -> MigrationRequest {
         let (postcopy_after_rounds, postcopy_after_ms) = match self.postcopy_after {
             Some(PostcopyAfter::Rounds(rounds)) => (Some(rounds), None),
             Some(PostcopyAfter::Time(time)) => (
@@ -263,9 +318,9 @@ impl MigrateArguments {
             Some(PostcopyAfter::Auto) | None => (None, None),
         };
         MigrationRequest {
-            vm: self.vm,
-            qmp: std::path::absolute(&self.qmp).unwrap_or(self.qmp),
-            to: self.to,
+            vm: vm.to_owned(),
+            qmp: std::path::absolute(qmp).unwrap_or_else(|_| qmp.to_owned()),
+            to: to.to_owned(),
             spawn: self.spawn,
             mode: self.mode,
             allow_postcopy: self.allow_postcopy,
@@ -279,6 +334,7 @@ impl MigrateArguments {
             postcopy_bandwidth_limit: self.postcopy_bandwidth_limit,
             compress: self.compress,
             delta_cache: self.delta_cache,
+            priority: self.priority,
             max_rounds: self.max_rounds,
             timeout_ms: self
                 .timeout
@@ -328,6 +384,8 @@ mod tests {
             "delta",
             "--delta-cache",
             "64MiB",
+            "--priority",
+            "-7",
             "--max-rounds",
             "9",
             "--timeout",
@@ -350,7 +408,7 @@ mod tests {
             (request.compress, request.delta_cache),
             (Some(Compress::Delta), Some(64 << 20))
         );
-        assert_eq!(request.max_rounds, Some(9));
+        assert_eq!((request.priority, request.max_rounds), (-7, Some(9)));
         assert_eq!(request.timeout_ms, Some(60_000));
         assert!(request.verify && request.quit_source && request.spawn);
     }
@@ -402,6 +460,26 @@ mod tests {
                 .contains("precopy")
         );
         assert!(migrate(&["--channels", "0"]).is_err());
+        assert!(migrate(&["--priority", "101"]).is_err());
+    }
+
+    #[test]
+    fn an_evacuation_takes_what_a_migration_takes() {
+        let parse = |words: &[&str]| {
+            let words = [&["pagecopy", "evacuate", "--to", "b:7070"], words].concat();
+            match Arguments::try_parse_from(words).map(|arguments| arguments.command) {
+                Ok(Command::Evacuate(arguments)) => Ok(arguments),
+                Ok(other) => Err(format!("{other:?}")),
+                Err(error) => Err(error.to_string()),
+            }
+        };
+        let all = parse(&["--spawn", "--mode", "hybrid", "--vms", "a,b", "--vms", "c"]).unwrap();
+        assert_eq!(all.vms, ["a", "b", "c"]);
+        let request = all.how.request("a", Path::new("/q"), &all.to);
+        assert_eq!((request.vm.as_str(), request.to.as_str()), ("a", "b:7070"));
+        assert!(request.spawn && request.mode == Mode::Hybrid);
+        assert!(parse(&["--qmp-dir", "/run", "--guests", "list"]).is_err());
+        assert!(parse(&["--mode", "warp"]).is_err());
     }
 
     #[test]

@@ -23,6 +23,18 @@ pub(super) struct CliError {
     pub(super) what: String,
     /// What to do.
     pub(super) remedy: String,
+    /// The status of the daemon's answer; none where there is no answer of its.
+    pub(super) status: Option<u16>,
+}
+
+impl CliError {
+    pub(super) fn new(what: impl Into<String>, remedy: impl Into<String>) -> CliError {
+        CliError {
+            what: what.into(),
+            remedy: remedy.into(),
+            status: None,
+        }
+    }
 }
 
 impl fmt::Display for CliError {
@@ -47,12 +59,24 @@ impl Client {
     }
 
     pub(super) async fn get(&self, path: &str) -> Result<Value, CliError> {
-        self.json(Method::GET, path, Bytes::new()).await
+        self.json(Method::GET, path, &[], Bytes::new()).await
     }
 
     pub(super) async fn post(&self, path: &str, body: &impl Serialize) -> Result<Value, CliError> {
         let body = serde_json::to_vec(body).map_err(|error| broken(&error))?;
-        self.json(Method::POST, path, body.into()).await
+        self.json(Method::POST, path, &[], body.into()).await
+    }
+
+    /// The same with an idempotency key: however often it is sent, it is done once.
+    pub(super) async fn post_once(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        key: &str,
+    ) -> Result<Value, CliError> {
+        let body = serde_json::to_vec(body).map_err(|error| broken(&error))?;
+        let key = [("idempotency-key", key)];
+        self.json(Method::POST, path, &key, body.into()).await
     }
 
     /// The events of a migration, from its beginning on.
@@ -71,8 +95,14 @@ impl Client {
         Ok(Events::of(answer))
     }
 
-    async fn json(&self, method: Method, path: &str, body: Bytes) -> Result<Value, CliError> {
-        let answer = self.request(method, path, &[], body).await?;
+    async fn json(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Bytes,
+    ) -> Result<Value, CliError> {
+        let answer = self.request(method, path, headers, body).await?;
         let bytes = read_body(answer).await?;
         if bytes.is_empty() {
             return Ok(Value::Null);
@@ -116,12 +146,16 @@ impl Client {
         }
         let status = answer.status();
         let bytes = read_body(answer).await?;
-        Err(match serde_json::from_slice::<Problem>(&bytes) {
-            Ok(problem) => CliError {
-                what: Shown(&Failure::new(problem.fault, problem.detail, "")).to_string(),
-                remedy: problem.remedy,
-            },
+        let error = match serde_json::from_slice::<Problem>(&bytes) {
+            Ok(problem) => {
+                let failure = Failure::new(problem.fault, problem.detail, "");
+                CliError::new(Shown(&failure).to_string(), problem.remedy)
+            }
             Err(_) => broken(&format!("{status}: {}", String::from_utf8_lossy(&bytes))),
+        };
+        Err(CliError {
+            status: Some(status.as_u16()),
+            ..error
         })
     }
 
@@ -131,10 +165,10 @@ impl Client {
             io::ErrorKind::PermissionDenied => "run as the user that pagecopyd runs as",
             _ => "start pagecopyd on this host, or give its API socket with --api",
         };
-        CliError {
-            what: format!("pagecopyd cannot be reached at {api}: {error}"),
-            remedy: remedy.to_owned(),
-        }
+        CliError::new(
+            format!("pagecopyd cannot be reached at {api}: {error}"),
+            remedy,
+        )
     }
 }
 
@@ -145,10 +179,10 @@ async fn read_body(answer: Response<Incoming>) -> Result<Bytes, CliError> {
 }
 
 fn broken(error: &dyn fmt::Display) -> CliError {
-    CliError {
-        what: format!("the connection to pagecopyd broke: {error}"),
-        remedy: "see pagecopyd's log; it goes on by itself if it still runs".to_owned(),
-    }
+    CliError::new(
+        format!("the connection to pagecopyd broke: {error}"),
+        "see pagecopyd's log; it goes on by itself if it still runs",
+    )
 }
 
 /// Server-sent events.

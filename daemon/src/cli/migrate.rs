@@ -18,8 +18,9 @@ pub(super) async fn migrate(client: &Client, arguments: MigrateArguments) -> u8 
     match follow(client, arguments, &mut seen).await {
         Ok(finished) => exit_status(finished.status),
         Err(error) => {
-            // Cut off while the guest was being handed over, nobody here knows where it runs.
-            let status = if seen.completing {
+            // Cut off while the guest was being handed over, nobody here knows where it runs. One that waits is begun by the
+            // daemon that is started anew.
+            let status = if seen.completing || seen.pending {
                 State::InDoubt
             } else {
                 State::Failed
@@ -38,6 +39,8 @@ pub(super) async fn migrate(client: &Client, arguments: MigrateArguments) -> u8 
 struct Seen {
     id: Option<String>,
     completing: bool,
+    /// It waits for its turn.
+    pending: bool,
 }
 
 async fn follow(
@@ -58,7 +61,7 @@ async fn follow(
     let mut interrupted = false;
     loop {
         let event = tokio::select! {
-            event = events.next() => event.map_err(|error| cut_off(&id, &error.what))?,
+            event = events.next() => event.map_err(|error| cut_off(&id, &error.what, seen.pending))?,
             _ = tokio::signal::ctrl_c() => {
                 if interrupted {
                     return Err(left_alone(&id));
@@ -71,10 +74,13 @@ async fn follow(
             }
         };
         let Some(event) = event else {
-            return Err(cut_off(&id, "it has ended"));
+            return Err(cut_off(&id, "it has ended", seen.pending));
         };
         progress.event(&event);
-        seen.completing |= event.get("state").and_then(Value::as_str) == Some("completing");
+        if let Some(state) = event.get("state").and_then(Value::as_str) {
+            seen.pending = state == State::Pending.word();
+            seen.completing |= state == State::Completing.word();
+        }
         if event.get("event").and_then(Value::as_str) == Some("finished") {
             let finished: Finished =
                 serde_json::from_value(event).map_err(|error| misunderstood(&error))?;
@@ -169,24 +175,30 @@ fn cut_short(id: Option<&str>, status: State, error: &CliError) -> Value {
 }
 
 pub(super) fn misunderstood(error: &dyn std::fmt::Display) -> CliError {
-    CliError {
-        what: format!("pagecopyd's answer is not understood: {error}"),
-        remedy: "use pagecopy and pagecopyd of the same version".to_owned(),
-    }
+    CliError::new(
+        format!("pagecopyd's answer is not understood: {error}"),
+        "use pagecopy and pagecopyd of the same version",
+    )
 }
 
-fn cut_off(id: &str, why: &str) -> CliError {
-    CliError {
-        what: format!("pagecopyd can no longer be asked about migration {id}: {why}"),
-        remedy: "start pagecopyd again: it takes the guest back, or asks the destination what became of it; \
-                 `pagecopy status` tells"
-            .to_owned(),
+fn cut_off(id: &str, why: &str, pending: bool) -> CliError {
+    let what = format!("pagecopyd can no longer be asked about migration {id}: {why}");
+    if pending {
+        let remedy = format!(
+            "it waits for its turn, and begins once pagecopyd runs again; `pagecopy status {id}` tells, `pagecopy cancel {id}` \
+             prevents it"
+        );
+        return CliError::new(what, remedy);
     }
+    CliError::new(
+        what,
+        "start pagecopyd again: it takes the guest back, or asks the destination what became of it; `pagecopy status` tells",
+    )
 }
 
 fn left_alone(id: &str) -> CliError {
-    CliError {
-        what: format!("no longer waiting for migration {id}"),
-        remedy: format!("see `pagecopy status {id}`"),
-    }
+    CliError::new(
+        format!("no longer waiting for migration {id}"),
+        format!("see `pagecopy status {id}`"),
+    )
 }

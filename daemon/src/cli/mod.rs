@@ -2,6 +2,7 @@
 
 mod arguments;
 mod client;
+mod evacuate;
 mod migrate;
 mod preflight;
 mod progress;
@@ -13,7 +14,7 @@ use std::path::PathBuf;
 use pagecopy::engine::event::State;
 use serde_json::Value;
 
-pub use arguments::{Arguments, Command, Decision, MigrateArguments};
+pub use arguments::{Arguments, Command, Decision, EvacuateArguments, How, MigrateArguments};
 
 use crate::api::types::{ReceiverRequest, RecoverRequest, ResolveRequest};
 use client::{CliError, Client};
@@ -30,6 +31,7 @@ pub async fn run(arguments: Arguments) -> u8 {
     let client = Client::new(api);
     let done = match arguments.command {
         Command::Migrate(arguments) => return migrate::migrate(&client, arguments).await,
+        Command::Evacuate(arguments) => return evacuate::evacuate(&client, arguments).await,
         Command::Preflight { vm, qmp, to, json } => {
             return preflight::preflight(&client, vm, qmp, to, json).await;
         }

@@ -6,10 +6,12 @@ use serde_json::Value;
 pub(super) fn list(migrations: &Value, receivers: &Value) -> String {
     let mut out = String::new();
     for one in array(migrations) {
+        let place = one.get("place").and_then(Value::as_u64);
+        let place = place.map_or_else(String::new, |place| format!(" {place}"));
         out += &format!(
             "{}  {:<12} {:<12} {:<20} {}\n",
             word(one, "id"),
-            word(one, "state"),
+            word(one, "state") + &place,
             word(one, "side"),
             word(one, "vm"),
             word(one, "peer")
@@ -37,8 +39,10 @@ pub(super) fn status(one: &Value) -> String {
     for key in ["vm", "state", "side", "peer", "qmp"] {
         out += &format!("  {key:<22} {}\n", word(one, key));
     }
-    if let Some(reason) = one.get("reason").filter(|reason| !reason.is_null()) {
-        out += &format!("  {:<22} {}\n", "reason", plain(reason));
+    for key in ["priority", "place", "reason"] {
+        if let Some(value) = one.get(key).filter(|value| !value.is_null()) {
+            out += &format!("  {key:<22} {}\n", plain(value));
+        }
     }
     let details = one
         .get("finished")
@@ -87,5 +91,12 @@ mod tests {
         );
         assert!(!text.contains("verify_ms"), "{text}");
         assert!(list(&json!([]), &json!([])).contains("no migrations"));
+        let waits = json!({ "id": "y", "vm": "db", "state": "pending", "priority": 5, "place": 3 });
+        assert!(list(&json!([waits]), &json!([])).contains("pending 3 "));
+        let text = status(&waits);
+        assert!(
+            text.contains("priority") && text.contains("place"),
+            "{text}"
+        );
     }
 }

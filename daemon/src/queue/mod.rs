@@ -3,3 +3,7 @@
 mod buckets;
 pub mod budget;
 pub(crate) mod config;
+mod order;
+pub(crate) mod turns;
+
+pub(crate) use order::Full;

@@ -22,7 +22,7 @@ use transport::{Access, Address, Channel, RegionId, Regions};
 
 use super::arrive::Over;
 use super::source::{Memory, Parts, Session};
-use super::{CANCELLED, Clock, journal_failure, spawn};
+use super::{CANCELLED, Clock, journal_failure, spawn, wait};
 use crate::api::types::{Compress, MigrationRequest, Mode};
 use crate::config::Config;
 use crate::dial::{Target, dial};
@@ -36,6 +36,7 @@ use crate::qemu::discover::{self, map_ram, track_failure};
 use crate::qemu::settings::{Role, Settings};
 use crate::qemu::{Block, Guest};
 use crate::qmp::Qmp;
+use crate::queue::turns::Place;
 use crate::rdma::{Hearer, Question, Way};
 use crate::service::Service;
 use crate::store::JournalFile;
@@ -72,6 +73,12 @@ pub(crate) fn check(request: &MigrationRequest) -> Result<(), Failure> {
         return refuse(
             "the downtime limit is out of range",
             "use more than 0 ms and at most an hour",
+        );
+    }
+    if !(-100..=100).contains(&request.priority) {
+        return refuse(
+            "the priority is out of range",
+            "use a priority from -100 to 100; 0 is what it is when left out",
         );
     }
     if request.max_rounds == Some(0) {
@@ -138,31 +145,38 @@ pub(crate) fn check_name(vm: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Migrates one guest away, from here to the end.
+/// Migrates one guest away, from its place in the queue to the end.
 pub(crate) async fn migrate(
     service: Arc<Service>,
     id: MigrationId,
     migration: Arc<Migration>,
     request: MigrationRequest,
     mut requests: UnboundedReceiver<Request>,
+    place: Place,
 ) {
     let _over = Over(Arc::clone(&migration));
+    if !wait::turn(&service, id, &migration, &request, &mut requests, place).await {
+        return;
+    }
     let clock = Clock::start();
     // Looking changes nothing and may be broken off at any moment; what follows may not.
     let looked = tokio::select! {
         looked = look(&service, id, &migration, &request) => looked,
-        () = cancelled(&mut requests) => Err(operator(CANCELLED, "nothing: the guest runs on here")),
+        _ = cancelled(&mut requests) => Err(operator(CANCELLED, "nothing: the guest runs on here")),
     };
     let prepared = match looked {
         Ok(looked) => looked.prepare(&service, id, &request).await,
         Err(failure) => Err(failure),
     };
+    wait::forget(&service, id);
     let prepared = match prepared {
         Ok(prepared) => prepared,
         Err(failure) => return super::end_early(id, &migration, &failure),
     };
     let setup = prepared.setup;
-    let share = service.budget.share(0, request.bandwidth_limit);
+    let share = service
+        .budget
+        .share(request.priority, request.bandwidth_limit);
     let encoding = encoding(
         &request,
         &service.in_force.now(),
@@ -190,10 +204,13 @@ pub(crate) async fn migrate(
     }
 }
 
-async fn cancelled(requests: &mut UnboundedReceiver<Request>) {
+/// Waits until it is to end, and says which way.
+pub(super) async fn cancelled(requests: &mut UnboundedReceiver<Request>) -> Request {
     loop {
-        if let Some(Request::Cancel | Request::Shutdown) | None = requests.recv().await {
-            return;
+        match requests.recv().await {
+            Some(asked @ (Request::Cancel | Request::Shutdown)) => return asked,
+            Some(_) => {}
+            None => return Request::Shutdown,
         }
     }
 }

@@ -17,6 +17,7 @@ mod spawn;
 pub(crate) mod spawned;
 mod teller;
 pub(crate) mod telling;
+pub(crate) mod wait;
 mod worker;
 
 use std::fmt::{self, Write};

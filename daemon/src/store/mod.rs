@@ -7,6 +7,7 @@
 //! state-dir/journal/UUID.settings      what QEMU had set before a migration that is under way here
 //! state-dir/receivers.json             which QEMU waits for which guest
 //! state-dir/spawned/UUID.{json,qmp,log}  a QEMU that was started for a guest: that it is to be, its monitor, what it prints
+//! state-dir/pending.json             the migrations that wait for their turn
 //! state-dir/fixed-downtime.json        the part of the downtime that does not depend on bytes, as last measured
 //! ```
 
@@ -14,6 +15,7 @@ mod downtime;
 mod files;
 mod journal;
 mod keys;
+mod pending;
 mod receivers;
 mod spawned;
 
@@ -24,6 +26,8 @@ use std::sync::Arc;
 pub use downtime::FixedDowntime;
 pub use journal::{JournalFile, Journals};
 pub use keys::{Keys, Once};
+pub use pending::Pending;
+pub(crate) use pending::Waiting;
 pub use receivers::{Receiver, Receivers};
 pub use spawned::{SpawnedQemu, SpawnedQemus};
 
@@ -39,6 +43,8 @@ pub struct Store {
     pub receivers: Receivers,
     /// The idempotency keys.
     pub keys: Keys,
+    /// The migrations that wait for their turn.
+    pub pending: Pending,
     /// The measured downtime.
     pub downtime: FixedDowntime,
     /// The QEMUs that were started for guests.
@@ -84,6 +90,12 @@ impl Store {
             receivers: Receivers::open(Arc::clone(&folder))
                 .map_err(|error| cannot("receivers.json", &error))?,
             keys: Keys::open(Arc::clone(&folder)).map_err(|error| cannot("keys.json", &error))?,
+            pending: Pending::open(Arc::clone(&folder)).map_err(|error| {
+                cannot(
+                    "pending.json (without that file the migrations that waited are forgotten)",
+                    &error,
+                )
+            })?,
             downtime: FixedDowntime::open(folder),
             _lock: lock,
         })

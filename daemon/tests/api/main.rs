@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod access;
+mod evacuate;
 mod events;
 mod harness;
 mod hooks;
@@ -11,6 +12,7 @@ mod metrics;
 mod openapi;
 mod page;
 mod problems;
+mod queue;
 mod watch;
 
 use std::io::{BufRead, BufReader};

@@ -18,6 +18,11 @@ pub struct Cli {
     api: PathBuf,
 }
 
+/// Where the daemon of a host takes guests.
+pub fn listens_at(side: Side) -> String {
+    format!("{}:{PORT}", side.address())
+}
+
 impl Cli {
     /// The command line of `daemon`.
     pub fn of(daemon: &Daemon) -> Cli {
@@ -59,12 +64,7 @@ impl Cli {
 
     /// Starts to migrate `vm` to the daemon of `to`.
     pub fn migrate(&self, vm: &str, qemu: &Qemu, to: Side, options: &[&str]) -> Migration {
-        self.migrate_socket(
-            vm,
-            qemu.socket(),
-            &format!("{}:{PORT}", to.address()),
-            options,
-        )
+        self.migrate_socket(vm, qemu.socket(), &listens_at(to), options)
     }
 
     /// The same with a QMP socket and an address as given.

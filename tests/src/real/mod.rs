@@ -35,7 +35,7 @@ mod world;
 pub use booted::Booted;
 pub use browser::{Browser, tunnel};
 pub use certs::{Certs, Identity};
-pub use cli::{Cli, Migration, Outcome};
+pub use cli::{Cli, Migration, Outcome, listens_at};
 pub use daemon::{Daemon, Manner, Trust, program};
 pub use guest::{guest_elf, outside_downtime};
 pub use hostile::{Conduct, Ended, HostileDestination, HostileSource, Mallory, hello, stranger};

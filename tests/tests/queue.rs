@@ -1,0 +1,123 @@
+//! Many guests of one host: who waits, what outlives the daemon, and what leaves it.
+
+#![allow(clippy::unwrap_used)]
+
+use tests::real::{
+    Machine, PATIENCE, Qemu, Side, Version, World, assert_moved, assert_stayed, eventually,
+    listens_at,
+};
+
+/// Slow enough that a migration is still in its first round when the test has done what it does meanwhile.
+const SLOW: [&str; 2] = ["--bandwidth-limit", "2MB/s"];
+
+fn machine() -> Machine {
+    Machine::new(Version::V10_0, 48, "rate=5 set=8")
+}
+
+/// A guest and the QEMU that waits for it.
+fn pair(world: &World, vm: &str, machine: &Machine) -> [Qemu; 2] {
+    let pair = [
+        world.guest(&format!("{vm}-source"), machine),
+        world.waiting(&format!("{vm}-destination"), machine),
+    ];
+    world.cli(Side::B).receive(vm, pair[1].socket()).unwrap();
+    pair
+}
+
+#[test]
+fn a_guest_that_waits_moves_after_the_daemon_was_killed_and_those_under_way_stay() {
+    let mut world = World::tls();
+    let machine = machine();
+    let mut guests = ["one", "two", "three"].map(|vm| pair(&world, vm, &machine));
+    let cli = world.cli(Side::A);
+    let begun = std::time::Instant::now();
+    let running: Vec<_> = ["one", "two"]
+        .iter()
+        .zip(&guests)
+        .map(|(vm, [source, _])| cli.migrate(vm, source, Side::B, &SLOW))
+        .collect();
+    running.iter().for_each(|one| one.wait_mid_round());
+    let third = cli.migrate("three", &guests[2][0], Side::B, &[]);
+    third.wait_event("it waits", PATIENCE, |event| event["state"] == "pending");
+    let id = cli.id_of("three");
+    assert_eq!(cli.status(&id)["place"], 1);
+
+    world.restart(Side::A);
+    let cli = world.cli(Side::A);
+    let moved = eventually(PATIENCE, || {
+        let shown = cli.status(&id);
+        match shown["state"].as_str() {
+            Some("completed") => Ok(()),
+            _ => Err(shown.to_string()),
+        }
+    });
+    assert_eq!(moved, Ok(()));
+    drop((running, third));
+    let [one, two, three] = &mut guests;
+    let [source, destination] = three;
+    assert_moved(source, destination);
+    for [source, destination] in [one, two] {
+        assert_stayed(source, Some(destination), begun);
+    }
+}
+
+#[test]
+fn a_host_is_emptied_past_a_failure_and_again() {
+    let world = World::tls();
+    let (small, large) = (
+        machine(),
+        Machine::new(Version::V10_0, 160, "rate=5 set=100"),
+    );
+    let mut one = pair(&world, "small", &small);
+    let mut two = pair(&world, "large", &large);
+    // Nothing waits for it.
+    let mut stays = world.guest("stays-source", &small);
+    let begun = std::time::Instant::now();
+    let sockets = [("large", &two[0]), ("small", &one[0]), ("stays", &stays)];
+    let list: String = sockets
+        .iter()
+        .map(|(vm, qemu)| format!("{vm}={}\n", qemu.socket().display()))
+        .collect();
+    let file = world.folder(Side::A).join("guests");
+    std::fs::write(&file, list).unwrap();
+    let cli = world.cli(Side::A);
+    let to = listens_at(Side::B);
+    let file = file.to_str().unwrap();
+    let words = ["evacuate", "--to", &to, "--guests", file, "--json"];
+    let done = cli.run(&words);
+    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert_eq!(done.status.code(), Some(1), "{text}");
+    let event = |name: &str| {
+        let events = text.lines().map(|line| serde_json::from_str(line).unwrap());
+        let found = events
+            .into_iter()
+            .find(|event: &serde_json::Value| event["event"] == name);
+        found.unwrap_or_else(|| panic!("no {name}: {text}"))
+    };
+    let (planned, end) = (event("planned"), event("evacuated"));
+    let place = |vm: &str| {
+        let guests = planned["guests"].as_array().unwrap();
+        guests.iter().position(|one| one["vm"] == vm).unwrap()
+    };
+    assert!(place("small") < place("large"), "{planned}");
+    assert_eq!([&end["moved"], &end["failed"]], [2, 1], "{end}");
+    for guest in end["guests"].as_array().unwrap() {
+        assert!(guest["predicted_ms"].as_f64().unwrap() > 0.0, "{guest}");
+        let moved = guest["vm"] != "stays";
+        assert_eq!(guest["status"] == "completed", moved, "{guest}");
+        assert_eq!(guest["downtime_ms"].is_number(), moved, "{guest}");
+    }
+    for [source, destination] in [&mut one, &mut two] {
+        assert_moved(source, destination);
+    }
+    assert_stayed(&mut stays, None, begun);
+
+    // Those that have left are left out, and the one that stayed goes when there is somebody who takes it.
+    let mut waits = world.waiting("stays-destination", &small);
+    world.cli(Side::B).receive("stays", waits.socket()).unwrap();
+    let again = cli.run(&words);
+    let notes = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert_eq!(again.status.code(), Some(0), "{notes}");
+    assert!(notes.contains("large does not run here"), "{notes}");
+    assert_moved(&mut stays, &mut waits);
+}
