@@ -7,8 +7,10 @@ pub(crate) mod config;
 pub mod dirty_rate;
 mod guest;
 mod host;
+pub(crate) mod memory;
 pub(crate) mod own;
 mod probe;
+pub(crate) mod start;
 
 use std::path::PathBuf;
 use std::sync::Arc;
