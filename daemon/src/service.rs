@@ -28,6 +28,7 @@ use crate::log;
 use crate::migrations::{Migration, Migrations, Request, Shown};
 use crate::preflight::dirty_rate::Sampled;
 use crate::preflight::memory::Reservations;
+use crate::preflight::outcome::Lately;
 use crate::qemu::discover;
 use crate::qemu::faults::Device;
 use crate::qmp::Qmp;
@@ -63,6 +64,8 @@ pub struct Service {
     pub roles: RolesInForce,
     /// Whose dirty rate is being sampled.
     pub(crate) sampled: Sampled,
+    /// What preflights have predicted lately.
+    pub(crate) foreseen: Lately,
     /// Memory that guests which arrive will take.
     pub(crate) reserved: Reservations,
     /// Guests that come are compared by so many at a time.
@@ -100,6 +103,7 @@ impl Service {
             security: Trust::new(security),
             roles: RolesInForce::new(roles),
             sampled: Sampled::default(),
+            foreseen: Lately::default(),
             reserved: Reservations::default(),
             compared: Semaphore::new(MAX_PREFLIGHTS),
             looked_at: Quota::new(MAX_PREFLIGHTS, MAX_PREFLIGHTS_PER_PEER),

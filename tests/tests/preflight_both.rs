@@ -353,6 +353,47 @@ fn a_guest_that_writes_faster_than_the_link_carries() {
     assert_eq!(said.report["predicted"]["converges"], false);
 }
 
+/// By a preflight, or when round 0 is over; it stands beside what became of it in the result, and in the status.
+#[test]
+fn what_was_predicted_stands_beside_what_became_of_it() {
+    foreseen("first-round", |_, _, _| {});
+    foreseen("preflight", |world, source, destination| {
+        Said::between(world, source, destination);
+    });
+}
+
+fn foreseen(when: &str, before: fn(&World, &Qemu, &Qemu)) {
+    let world = World::plain();
+    let mut source = world.guest("source", &machine());
+    let mut destination = world.waiting("destination", &machine());
+    before(&world, &source, &destination);
+    let moved = world.migrate(Side::A, "vm", &source, &destination, &[]);
+    let end = moved.completed().clone();
+    let predicted = &end["predicted"];
+    println!("{predicted}");
+    assert_eq!(predicted["when"], when);
+    for (figure, actual) in [
+        ("total_ms", end["total_ms"].as_f64().unwrap()),
+        ("downtime_ms", end["downtime_ms"].as_f64().unwrap()),
+        ("bytes", end["pages_sent"].as_f64().unwrap() * 4096.0),
+    ] {
+        let [low, likely, high, told] =
+            ["low", "likely", "high", "actual"].map(|key| predicted[figure][key].as_f64().unwrap());
+        assert!(0.0 < low && low <= likely && likely <= high, "{predicted}");
+        assert_eq!(told, actual, "{figure}");
+    }
+    // Most of it is what the memory holds.
+    let [likely, actual] =
+        ["likely", "actual"].map(|key| predicted["bytes"][key].as_f64().unwrap());
+    assert!((0.7..1.4).contains(&(actual / likely)), "{predicted}");
+    let id = end["id"].as_str().unwrap();
+    assert_eq!(
+        world.cli(Side::A).status(id)["finished"]["predicted"],
+        *predicted
+    );
+    assert_moved(&mut source, &mut destination);
+}
+
 /// What would harm the guest ends the migration before anything is begun, also with `--force`; what is warned of is told, and it goes
 /// on.
 #[test]

@@ -32,6 +32,7 @@ use crate::limits::MAX_DELTA_CACHE;
 use crate::migrations::{Migration, Request};
 use crate::names;
 use crate::nic::{POSTCOPY_CHANNELS, default_channels};
+use crate::preflight::outcome::Foresight;
 use crate::preflight::start;
 use crate::qemu::discover::{self, map_ram, track_failure};
 use crate::qemu::settings::{Role, Settings};
@@ -149,6 +150,9 @@ pub(crate) async fn migrate(
 ) {
     let _over = Over(Arc::clone(&migration));
     let clock = Clock::start();
+    if let Some(foresight) = Foresight::of(&request, &service) {
+        migration.foresee(foresight);
+    }
     // Looking changes nothing and may be broken off at any moment; what follows may not.
     let looked = tokio::select! {
         looked = look(&service, id, &migration, &request) => looked,
