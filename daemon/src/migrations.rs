@@ -20,6 +20,7 @@ use crate::api::metrics::Counters;
 use crate::failure::{self, Failure, Fault};
 use crate::feed::Feed;
 use crate::limits::MAX_HISTORY;
+use crate::preflight::outcome::{Foresight, Outcome};
 use crate::pull::FaultReport;
 use crate::queue::turns::Place;
 use crate::session::arrive::Caller;
@@ -86,6 +87,9 @@ pub struct Finished {
     /// At the destination of a post-copy: what its page faults cost, in detail.
     #[serde(flatten)]
     pub faults: Option<FaultReport>,
+    /// At the source, of pre-copy: what was predicted of it, and what became of it. None where round 0 did not end.
+    #[serde(default)]
+    pub predicted: Option<Outcome>,
     /// The engine's figures.
     #[serde(flatten)]
     pub figures: Figures,
@@ -111,6 +115,7 @@ impl Finished {
             fault: failure.map(|failure| failure.fault),
             remedy: failure.map(|failure| failure.remedy.clone()),
             faults: None,
+            predicted: None,
             figures,
         }
     }
@@ -201,6 +206,8 @@ pub struct Migration {
     place: Mutex<Option<Place>>,
     /// Who else is told, once the daemon knows it.
     host: OnceLock<Host>,
+    /// At the source: what it will take.
+    foresight: OnceLock<Foresight>,
 }
 
 /// Those who are told of every migration of this host.
@@ -269,6 +276,7 @@ impl Migration {
                 over,
                 place: Mutex::default(),
                 host: OnceLock::new(),
+                foresight: OnceLock::new(),
             }),
             receiver,
         )
@@ -304,8 +312,17 @@ impl Migration {
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Has it predicted what this migration will take, from now on.
+    pub(crate) fn foresee(&self, foresight: Foresight) {
+        // It begins once.
+        let _ = self.foresight.set(foresight);
+    }
+
     /// An engine's report.
     pub fn report(&self, report: &Report) {
+        if let Some(foresight) = self.foresight.get() {
+            foresight.hear(report);
+        }
         let told = Told::Running {
             at_ms: now_ms(),
             report: report.clone(),
@@ -353,6 +370,10 @@ impl Migration {
             // Or without figures: a daemon before this one had them.
             Way::Precopy => finished.mode = self.lock().shown.mode.word().to_owned(),
             way => self.lock().shown.mode = way,
+        }
+        if let Some(foresight) = self.foresight.get() {
+            let completed = finished.status == State::Completed;
+            finished.predicted = foresight.outcome(&finished.figures, completed);
         }
         let told = Told::Finished(Box::new(finished.clone()));
         let value = told.value();

@@ -11,7 +11,7 @@ use pagecopy::engine::journal::Side;
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use transport::{Listener, Security};
 use uuid::Uuid;
 
@@ -25,6 +25,8 @@ use crate::limits::{MAX_PREFLIGHTS, MAX_PREFLIGHTS_PER_PEER};
 use crate::listener;
 use crate::migrations::{Migration, Migrations, Request, Shown};
 use crate::preflight::dirty_rate::Sampled;
+use crate::preflight::memory::Reservations;
+use crate::preflight::outcome::Lately;
 use crate::qemu::discover;
 use crate::qemu::faults::Device;
 use crate::qmp::Qmp;
@@ -64,6 +66,12 @@ pub struct Service {
     pub roles: RolesInForce,
     /// Whose dirty rate is being sampled.
     pub(crate) sampled: Sampled,
+    /// What preflights have predicted lately.
+    pub(crate) foreseen: Lately,
+    /// Memory that guests which arrive will take.
+    pub(crate) reserved: Reservations,
+    /// Guests that come are compared by so many at a time.
+    pub(crate) compared: Semaphore,
     /// Peers that look at this host just now.
     pub(crate) looked_at: Quota,
     /// Who starts QEMUs for guests that come, if there is a policy for it.
@@ -98,6 +106,9 @@ impl Service {
             security: Trust::new(security),
             roles: RolesInForce::new(roles),
             sampled: Sampled::default(),
+            foreseen: Lately::default(),
+            reserved: Reservations::default(),
+            compared: Semaphore::new(MAX_PREFLIGHTS),
             looked_at: Quota::new(MAX_PREFLIGHTS, MAX_PREFLIGHTS_PER_PEER),
             starter,
             spawning: Spawning::default(),

@@ -7,9 +7,11 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Instant;
 
+use rustix::process::Signal;
 use serde_json::Value;
 use tests::real::{
-    Backing, Machine, Qemu, Side, SmallFs, Version, World, assert_nothing_left_in, assert_stayed,
+    Backing, Machine, Qemu, Side, SmallFs, Version, World, assert_moved, assert_nothing_left_in,
+    assert_stayed,
 };
 
 fn machine() -> Machine {
@@ -349,6 +351,111 @@ fn a_guest_that_writes_faster_than_the_link_carries() {
         &["too fast for pre-copy", "--allow-postcopy"],
     );
     assert_eq!(said.report["predicted"]["converges"], false);
+}
+
+/// By a preflight, or when round 0 is over; it stands beside what became of it in the result, and in the status.
+#[test]
+fn what_was_predicted_stands_beside_what_became_of_it() {
+    foreseen("first-round", |_, _, _| {});
+    foreseen("preflight", |world, source, destination| {
+        Said::between(world, source, destination);
+    });
+}
+
+fn foreseen(when: &str, before: fn(&World, &Qemu, &Qemu)) {
+    let world = World::plain();
+    let mut source = world.guest("source", &machine());
+    let mut destination = world.waiting("destination", &machine());
+    before(&world, &source, &destination);
+    let moved = world.migrate(Side::A, "vm", &source, &destination, &[]);
+    let end = moved.completed().clone();
+    let predicted = &end["predicted"];
+    println!("{predicted}");
+    assert_eq!(predicted["when"], when);
+    for (figure, actual) in [
+        ("total_ms", end["total_ms"].as_f64().unwrap()),
+        ("downtime_ms", end["downtime_ms"].as_f64().unwrap()),
+        ("bytes", end["pages_sent"].as_f64().unwrap() * 4096.0),
+    ] {
+        let [low, likely, high, told] =
+            ["low", "likely", "high", "actual"].map(|key| predicted[figure][key].as_f64().unwrap());
+        assert!(0.0 < low && low <= likely && likely <= high, "{predicted}");
+        assert_eq!(told, actual, "{figure}");
+    }
+    // Most of it is what the memory holds.
+    let [likely, actual] =
+        ["likely", "actual"].map(|key| predicted["bytes"][key].as_f64().unwrap());
+    assert!((0.7..1.4).contains(&(actual / likely)), "{predicted}");
+    let id = end["id"].as_str().unwrap();
+    assert_eq!(
+        world.cli(Side::A).status(id)["finished"]["predicted"],
+        *predicted
+    );
+    assert_moved(&mut source, &mut destination);
+}
+
+/// What would harm the guest ends the migration before anything is begun, also with `--force`; what is warned of is told, and it goes
+/// on.
+#[test]
+fn a_migration_does_not_begin_where_both_sides_differ() {
+    let world = World::plain();
+    let mut source = world.guest("source", &machine());
+    let mut other = machine();
+    other.machine = "pc-q35-9.0".to_owned();
+    let mut destination = world.waiting("other", &other);
+    let begun = Instant::now();
+    let refused = world.migrate(Side::A, "vm", &source, &destination, &["--force"]);
+    refused.failed_with(&["machine", "pc-q35-9.0", "what to do"]);
+    assert_stayed(&mut source, Some(&mut destination), begun);
+    drop(destination);
+    let mut more = world.waiting("more", &with(&["-cpu", "qemu64,+ssse3"]));
+    let moved = world.migrate(Side::A, "vm", &source, &more, &[]);
+    moved.completed();
+    let notices = moved.events.iter().filter(|it| it["event"] == "notice");
+    let notices: Vec<_> = notices.map(|it| it["text"].to_string()).collect();
+    assert!(
+        notices
+            .iter()
+            .any(|it| it.contains("ssse3 come") && it.contains("what to do")),
+        "{notices:?}"
+    );
+    assert_moved(&mut source, &mut more);
+}
+
+/// The first that arrives has reserved more than half of what is free: the second hears so, and comes with `--force`, since it fits but
+/// for the margin.
+#[test]
+fn two_guests_do_not_count_on_the_same_memory() {
+    let world = World::plain();
+    let free = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let free = free
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .unwrap();
+    let free: u64 = free.trim().strip_suffix(" kB").unwrap().parse().unwrap();
+    let daemon = world.daemon(Side::B);
+    let text = std::fs::read_to_string(daemon.config()).unwrap();
+    let margin = format!("{}KiB", free * 6 / 10);
+    std::fs::write(daemon.config(), text.replace("64MiB", &margin)).unwrap();
+    daemon.signal(Signal::HUP);
+    daemon.assert_logs(&["reloaded", "memory-margin"]);
+    let first = world.guest("first", &machine());
+    let mut second = world.guest("second", &machine());
+    let to_first = world.waiting("to-first", &machine());
+    let mut to_second = world.waiting("to-second", &machine());
+    let slow = ["--bandwidth-limit", "10MB/s"];
+    let one = world.begin(Side::A, "one", &first, &to_first, &slow);
+    one.wait_mid_round();
+    let refused = world.migrate(Side::A, "two", &second, &to_second, &[]);
+    refused.failed_with(&["guests that arrive", "free memory", "--force"]);
+    let said = Said::of(&world, "two", second.socket(), &to_b());
+    said.only("warn", "memory", "destination", &["guests that arrive"]);
+    let forced = world.migrate(Side::A, "two", &second, &to_second, &["--force"]);
+    forced.completed();
+    assert_moved(&mut second, &mut to_second);
+    let id = world.cli(Side::A).id_of("one");
+    assert!(world.cli(Side::A).run(&["cancel", &id]).status.success());
+    one.finish().not_completed("cancelled");
 }
 
 #[test]

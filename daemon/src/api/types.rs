@@ -113,6 +113,9 @@ pub struct MigrationRequest {
     /// Compare both RAMs before the commit.
     #[serde(default)]
     pub verify: bool,
+    /// Go on where the guest fits at the destination and `memory-margin` beside it does not; never where something fails.
+    #[serde(default)]
+    pub force: bool,
     /// Quit the source QEMU when the guest has moved.
     #[serde(default)]
     pub quit_source: bool,

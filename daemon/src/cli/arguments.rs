@@ -294,6 +294,10 @@ pub struct How {
     /// Compare the memory of both sides before the guest is handed over; costs downtime
     #[arg(long)]
     pub verify: bool,
+    /// Go on where the guest fits into the destination's free memory and the margin beside it (memory-margin) does not; what
+    /// fails is never passed over
+    #[arg(long)]
+    pub force: bool,
     /// Quit the QEMU here once the guest has moved
     #[arg(long)]
     pub quit_source: bool,
@@ -340,6 +344,7 @@ impl How {
                 .timeout
                 .map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
             verify: self.verify,
+            force: self.force,
             quit_source: self.quit_source,
         }
     }
@@ -391,6 +396,7 @@ mod tests {
             "--timeout",
             "60s",
             "--verify",
+            "--force",
             "--quit-source",
             "--spawn",
             "--json",
@@ -411,6 +417,7 @@ mod tests {
         assert_eq!((request.priority, request.max_rounds), (-7, Some(9)));
         assert_eq!(request.timeout_ms, Some(60_000));
         assert!(request.verify && request.quit_source && request.spawn);
+        assert!(request.force);
     }
 
     #[test]
@@ -425,6 +432,7 @@ mod tests {
             (None, None, None)
         );
         assert!(!request.verify && !request.quit_source && !request.spawn);
+        assert!(!request.force);
         assert_eq!((request.mode, request.allow_postcopy), (Mode::Auto, false));
     }
 

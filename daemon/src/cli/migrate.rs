@@ -1,6 +1,7 @@
 //! `pagecopy migrate`: begin, follow, tell the end.
 
 use pagecopy::engine::event::{Figures, State};
+use pagecopy::preflight::Span;
 use serde_json::{Value, json};
 
 use super::arguments::MigrateArguments;
@@ -9,6 +10,7 @@ use super::exit_status;
 use super::progress::Progress;
 use crate::api::types::Begun;
 use crate::migrations::Finished;
+use crate::preflight::outcome::{Outcome, When};
 use crate::units::{show_bytes, show_rate};
 
 /// Runs a migration to its end; returns the exit status.
@@ -120,6 +122,9 @@ fn tell(vm: &str, finished: &Finished) {
         ms(downtime_ms),
         ms(predicted_downtime_ms)
     );
+    if let Some(predicted) = &finished.predicted {
+        println!("  predicted        {}", in_words(predicted));
+    }
     if verify_ms.is_some() {
         println!("  of it verifying  {}", ms(verify_ms));
     }
@@ -159,6 +164,24 @@ fn tell(vm: &str, finished: &Finished) {
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // For people.
     let goodput = show_rate((finished.figures.goodput_mbit_s * 1e6 / 8.0) as u64);
     println!("  goodput          {goodput}");
+}
+
+/// What had been predicted, and when.
+fn in_words(predicted: &Outcome) -> String {
+    let when = match predicted.when {
+        When::Preflight => "before it began",
+        When::FirstRound => "after the first round",
+    };
+    let Span { low, likely, high } = predicted.total_ms.span;
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // For people.
+    let bytes = show_bytes(predicted.bytes.span.likely as u64);
+    format!(
+        "{when}: {:.2} s ({:.2} to {:.2} s), downtime {:.1} ms, {bytes} of pages",
+        likely / 1e3,
+        low / 1e3,
+        high / 1e3,
+        predicted.downtime_ms.span.likely
+    )
 }
 
 /// The last line of `--json` when there is none from the daemon.

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::failure::{Failure, host};
+use crate::log;
 use crate::qemu::Guest;
 use crate::qemu::drives::{Drive, Inserted, drives};
 use crate::qmp::{Qmp, QmpError};
@@ -41,39 +42,78 @@ struct Job {
     kind: String,
 }
 
-/// Asks a QEMU. `guest` is what was found of its memory, if it could be looked at.
+/// What a QEMU answers.
+pub(super) struct Answers {
+    machine: String,
+    cpus: usize,
+    cpu: Option<Cpu>,
+    drives: Vec<Drive>,
+    jobs: Vec<Job>,
+}
+
+/// Asks a QEMU, and then looks at its disks. `guest` is what was found of its memory, if it could be looked at.
+///
+/// # Errors
+/// As [`ask`].
+pub(super) async fn facts(qmp: &Qmp, guest: Option<&Guest>) -> Result<QemuFacts, Failure> {
+    Ok(ask(qmp).await?.facts(qmp, guest).await)
+}
+
+/// Asks a QEMU all at once: each question is there before the last answer, and a migration waits for this.
 ///
 /// # Errors
 /// QEMU does not answer, or otherwise than documented.
-pub(super) async fn facts(qmp: &Qmp, guest: Option<&Guest>) -> Result<QemuFacts, Failure> {
-    let version = qmp.version();
-    let machine: String = property(qmp, "/machine", "type").await?;
-    let cpus: Vec<VirtualCpu> = qmp.query("query-cpus-fast", json!({})).await?;
-    let cpu = match cpus.first() {
-        // Machines have CPUs that tell nothing.
-        Some(first) => cpu(qmp, first).await.ok(),
-        None => None,
+pub(super) async fn ask(qmp: &Qmp) -> Result<Answers, Failure> {
+    let virtual_cpus = async {
+        let all: Vec<VirtualCpu> = qmp.query("query-cpus-fast", json!({})).await?;
+        let cpu = match all.first() {
+            // Machines have CPUs that tell nothing.
+            Some(first) => cpu(qmp, first).await.ok(),
+            None => None,
+        };
+        Ok::<_, QmpError>((all.len(), cpu))
     };
-    let drives = drives(qmp).await?;
-    let jobs: Vec<Job> = qmp.query("query-block-jobs", json!({})).await?;
-    let pid = guest.map(|guest| guest.pid).or(qmp.peer_pid());
-    let blocks = guest.map_or(&[][..], |guest| guest.blocks.as_slice());
-    let mut disks = Vec::new();
-    for drive in drives {
-        disks.extend(disk(drive, pid).await);
-    }
-    Ok(QemuFacts {
-        version: [version.major, version.minor, version.micro],
-        machine: machine
-            .strip_suffix("-machine")
-            .unwrap_or(&machine)
-            .to_owned(),
-        cpus: u32::try_from(cpus.len()).unwrap_or(u32::MAX),
+    let (machine, (cpus, cpu), drives, jobs) = tokio::try_join!(
+        property::<String>(qmp, "/machine", "type"),
+        virtual_cpus,
+        drives(qmp),
+        qmp.query::<Vec<Job>>("query-block-jobs", json!({})),
+    )?;
+    Ok(Answers {
+        machine,
+        cpus,
         cpu,
-        blocks: blocks.iter().map(|block| block.spec.clone()).collect(),
-        disks,
-        mirrors: jobs.iter().any(|job| job.kind == "mirror"),
+        drives,
+        jobs,
     })
+}
+
+impl Answers {
+    /// With the disks looked at, all of them at the same time.
+    pub(super) async fn facts(self, qmp: &Qmp, guest: Option<&Guest>) -> QemuFacts {
+        let version = qmp.version();
+        let pid = guest.map(|guest| guest.pid).or(qmp.peer_pid());
+        let blocks = guest.map_or(&[][..], |guest| guest.blocks.as_slice());
+        let looks = self.drives.into_iter().map(|it| log::spawn(disk(it, pid)));
+        let mut disks = Vec::new();
+        for look in looks.collect::<Vec<_>>() {
+            // One that panicked has told so.
+            disks.extend(look.await.ok().flatten());
+        }
+        let machine = self.machine;
+        QemuFacts {
+            version: [version.major, version.minor, version.micro],
+            machine: machine
+                .strip_suffix("-machine")
+                .unwrap_or(&machine)
+                .to_owned(),
+            cpus: u32::try_from(self.cpus).unwrap_or(u32::MAX),
+            cpu: self.cpu,
+            blocks: blocks.iter().map(|block| block.spec.clone()).collect(),
+            disks,
+            mirrors: self.jobs.iter().any(|job| job.kind == "mirror"),
+        }
+    }
 }
 
 async fn property<T: serde::de::DeserializeOwned>(
@@ -86,9 +126,12 @@ async fn property<T: serde::de::DeserializeOwned>(
 }
 
 async fn cpu(qmp: &Qmp, cpu: &VirtualCpu) -> Result<Cpu, QmpError> {
-    let kind: String = property(qmp, &cpu.qom_path, "type").await?;
+    let (kind, words) = tokio::join!(
+        property::<String>(qmp, &cpu.qom_path, "type"),
+        property::<Vec<FeatureWord>>(qmp, &cpu.qom_path, "feature-words"),
+    );
+    let kind = kind?;
     let tail = format!("-{}-cpu", cpu.target.as_deref().unwrap_or_default());
-    let words = property::<Vec<FeatureWord>>(qmp, &cpu.qom_path, "feature-words").await;
     let words = match words {
         Ok(words) => words,
         // No x86.

@@ -7,8 +7,11 @@ pub(crate) mod config;
 pub mod dirty_rate;
 mod guest;
 mod host;
+pub(crate) mod memory;
+pub mod outcome;
 pub(crate) mod own;
 mod probe;
+pub(crate) mod start;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -108,6 +111,7 @@ pub(crate) async fn run(
             let seen = seen(service, &rate, link);
             let prediction = predict(&seen);
             lines.push(told(&prediction, &rate));
+            service.foreseen.keep(&request.vm, &request.to, prediction);
             predicted = Some((prediction, rate));
         }
         (Some(Err(failure)), Some(_)) => lines.push(Line::warn(
@@ -184,6 +188,7 @@ fn of_both(own: &Facts, asked: &Asked) -> Vec<Line> {
 #[allow(clippy::cast_precision_loss)] // As for every measured rate.
 fn seen(service: &Service, rate: &DirtyRate, link: &Link) -> Seen {
     Seen {
+        first: None,
         populated: rate.populated_bytes,
         dirty_bytes_s: rate.dirty_bytes_per_s as f64,
         peak_bytes_s: rate.peak_bytes_per_s as f64,

@@ -1,10 +1,12 @@
 //! What each side finds out about itself. One thing that is not as it should be does not keep the others from being looked at.
 
 use std::path::Path;
+use std::time::Duration;
 
 use pagecopy::preflight::{Facts, Line, Verdict, Whose};
+use tokio::time::timeout;
 
-use super::{guest, host};
+use super::{guest, host, memory};
 use crate::failure::Failure;
 use crate::qemu::discover::{self, refuse_if_tracked, refuse_other_writers};
 use crate::qemu::{Block, Guest, settings};
@@ -12,6 +14,9 @@ use crate::qmp::Qmp;
 use crate::service::Service;
 use crate::session::blocking;
 use crate::units::show_bytes;
+
+/// How long QEMU may take when a migration waits for what it says.
+const COMPARE_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a side has found out about itself.
 pub(crate) struct Own {
@@ -134,7 +139,6 @@ pub(super) async fn source(service: &Service, socket: &Path) -> Own {
 pub(crate) async fn destination(service: &Service, vm: &str, ram: u64) -> Own {
     let side = Whose::Destination;
     let mut own = Own::new(service, side);
-    let margin = service.in_force.now().memory_margin;
     match waits(service, vm).await {
         Err(failure) => own.check("receiver", side, "", Err(failure)),
         Ok(qmp) => {
@@ -154,9 +158,28 @@ pub(crate) async fn destination(service: &Service, vm: &str, ram: u64) -> Own {
             own.ask_qemu(&qmp, side).await;
         }
     }
-    let memory = host::memory(own.guest.as_ref(), ram, margin);
-    own.facts.lines.extend(memory);
+    let room = memory::lines(service, own.guest.as_ref(), ram);
+    own.facts.lines.extend(room);
     own
+}
+
+/// What a migration that begins is compared in, of the QEMU that waits here for `vm`; nothing of it where none does or where it does
+/// not answer, which is said when the guest comes.
+pub(crate) async fn compared(service: &Service, vm: &str) -> Facts {
+    let mut facts = Facts {
+        host: service.config.name.clone(),
+        boot: host::boot(),
+        ..Facts::default()
+    };
+    let asked = async {
+        // Closed, it would only mean that nobody waits for his turn.
+        let _turn = service.compared.acquire().await;
+        let qmp = waits(service, vm).await.ok()?;
+        let (guest, asked) = tokio::join!(discover::found(&qmp), guest::ask(&qmp));
+        Some(asked.ok()?.facts(&qmp, guest.ok().as_ref()).await)
+    };
+    facts.qemu = timeout(COMPARE_LIMIT, asked).await.ok().flatten();
+    facts
 }
 
 /// The QEMU that waits for `vm`.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use pagecopy::limits::{MAX_PROBE_ROUNDS, PROBE_BYTES, PROBE_REGION};
 use pagecopy::preflight::{Facts, Span};
-use pagecopy::wire::Message;
+use pagecopy::wire::{AbortCode, Message};
 use transport::{
     Access, Channel, Event, Extent, Op, Region, RegionId, Regions, SubmitError, Token,
 };
@@ -86,17 +86,43 @@ pub(super) async fn ask(target: &Target, vm: &str, name: &str, ram: u64) -> Resu
         ram,
     };
     blocking(move || {
-        let mut channels = channels.into_iter();
-        let control = channels
-            .next()
-            .ok_or_else(|| host("no channel was made", "report this"))?;
-        let mut talk = Talk {
-            control,
-            data: channels.collect(),
-        };
+        let mut talk = Talk::over(channels)?;
         let facts = talk.question(&question)?;
         let link = talk.probe()?;
         Ok(Asked { facts, link })
+    })
+    .await
+}
+
+/// What a destination says that is asked on the connection of a migration: the channels, on which the guest may come, and its facts,
+/// if they can be read.
+pub(super) type Compared = (Vec<Box<dyn Channel>>, Result<Facts, String>);
+
+/// Asks over the channels of a migration that is about to begin. None: the destination is of a version that does not know the
+/// question, and has ended the connection.
+///
+/// # Errors
+/// It does not answer, or with something else.
+pub(super) async fn compare(
+    channels: Vec<Box<dyn Channel>>,
+    question: Message,
+) -> Result<Option<Compared>, Failure> {
+    blocking(move || {
+        let mut talk = Talk::over(channels)?;
+        talk.say(&question)?;
+        match talk.heard(Instant::now() + LOOK_LIMIT)? {
+            Message::Findings { facts } => {
+                let mut channels = talk.data;
+                channels.insert(0, talk.control);
+                Ok(Some((channels, Facts::from_text(&facts))))
+            }
+            Message::Abort {
+                code: AbortCode::Protocol,
+                ..
+            } => Ok(None),
+            Message::Abort { reason, .. } => Err(declined(&reason)),
+            other => Err(unexpected(&other)),
+        }
     })
     .await
 }
@@ -114,6 +140,15 @@ struct Round {
 }
 
 impl Talk {
+    fn over(channels: Vec<Box<dyn Channel>>) -> Result<Talk, Failure> {
+        let mut channels = channels.into_iter();
+        let control = channels
+            .next()
+            .ok_or_else(|| host("no channel was made", "report this"))?;
+        let data = channels.collect();
+        Ok(Talk { control, data })
+    }
+
     fn question(&mut self, question: &Message) -> Result<Facts, Failure> {
         self.say(question)?;
         match self.hear(Instant::now() + LOOK_LIMIT)? {
@@ -194,23 +229,23 @@ impl Talk {
     }
 
     fn hear(&mut self, deadline: Instant) -> Result<Message, Failure> {
+        match self.heard(deadline)? {
+            Message::Abort { reason, .. } => Err(declined(&reason)),
+            message => Ok(message),
+        }
+    }
+
+    /// The same, an `Abort` included.
+    fn heard(&mut self, deadline: Instant) -> Result<Message, Failure> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(late());
             }
             match self.control.poll(Some(left)) {
-                Ok(Some(Event::Message(bytes))) => match Message::decode(&bytes) {
-                    Ok(Message::Abort { reason, .. }) => {
-                        return Err(Failure::new(
-                            Fault::PeerHost,
-                            format!("the destination does not let itself be asked: {reason}"),
-                            "run the same version of pagecopyd on both hosts, or see what it says",
-                        ));
-                    }
-                    Ok(message) => return Ok(message),
-                    Err(error) => return Err(misbehaved(&error.to_string())),
-                },
+                Ok(Some(Event::Message(bytes))) => {
+                    return Message::decode(&bytes).map_err(|error| misbehaved(&error.to_string()));
+                }
                 Ok(_) => {}
                 Err(error) => return Err(link_failure(&error)),
             }
@@ -284,6 +319,14 @@ fn goodput(rounds: &[Round], round_trip: Duration) -> Span {
         likely,
         high: rates.fold(likely, f64::max),
     }
+}
+
+fn declined(reason: &str) -> Failure {
+    Failure::new(
+        Fault::PeerHost,
+        format!("the destination does not let itself be asked: {reason}"),
+        "run the same version of pagecopyd on both hosts, or see what it says",
+    )
 }
 
 fn late() -> Failure {

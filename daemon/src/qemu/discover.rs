@@ -69,9 +69,10 @@ pub struct Guest {
 /// # Errors
 /// Why it cannot, and what would help.
 pub async fn source(qmp: &Qmp) -> Result<Guest, Failure> {
-    runs(qmp).await?;
-    settings::check(qmp).await?;
-    may_leave(qmp).await?;
+    let (runs, able, leaves) = tokio::join!(runs(qmp), settings::check(qmp), may_leave(qmp));
+    runs?;
+    able?;
+    leaves?;
     look_at(qmp).await
 }
 
@@ -246,8 +247,9 @@ async fn look_at(qmp: &Qmp) -> Result<Guest, Failure> {
 /// # Errors
 /// RAM that cannot be moved, or a process that may not be looked at; with what would help.
 pub(crate) async fn found(qmp: &Qmp) -> Result<Guest, Failure> {
-    let memdevs = memdevs(qmp).await?;
-    let direct_io = uses_direct_io(&qmp.execute("query-named-block-nodes", json!({})).await?);
+    let nodes = qmp.execute("query-named-block-nodes", json!({}));
+    let (memdevs, nodes) = tokio::join!(memdevs(qmp), nodes);
+    let (memdevs, direct_io) = (memdevs?, uses_direct_io(&nodes?));
     let (version, peer) = (qmp.version(), qmp.peer_pid());
     blocking(move || {
         let pid = find_process(peer, &memdevs)?;

@@ -35,8 +35,11 @@ struct MemdevInfo {
 /// # Errors
 /// One of them cannot be moved, and how it would have to be given.
 pub(super) async fn memdevs(qmp: &Qmp) -> Result<Vec<Memdev>, Failure> {
-    let listed: Vec<MemdevInfo> = qmp.query("query-memdev", json!({})).await?;
-    let known = parse_ramblocks(&qmp.human("info ramblock").await?);
+    let (listed, known) = tokio::join!(
+        qmp.query::<Vec<MemdevInfo>>("query-memdev", json!({})),
+        qmp.human("info ramblock"),
+    );
+    let (listed, known) = (listed?, parse_ramblocks(&known?));
     let mut memdevs = Vec::new();
     for info in listed {
         let Some(id) = info.id else {
@@ -52,12 +55,13 @@ pub(super) async fn memdevs(qmp: &Qmp) -> Result<Vec<Memdev>, Failure> {
         else {
             continue;
         };
-        let kind: String = qmp
-            .query(
-                "qom-get",
-                json!({ "path": format!("/objects/{id}"), "property": "type" }),
-            )
-            .await?;
+        let property = |name: &str| {
+            let path = format!("/objects/{id}");
+            qmp.query::<String>("qom-get", json!({ "path": path, "property": name }))
+        };
+        // Other kinds have no path.
+        let (kind, path) = tokio::join!(property("type"), property("mem-path"));
+        let kind = kind?;
         check_kind(&id, &kind, info.share)?;
         if total != info.size {
             return Err(qemu(
@@ -68,16 +72,10 @@ pub(super) async fn memdevs(qmp: &Qmp) -> Result<Vec<Memdev>, Failure> {
                 "report this with QEMU's version and command line",
             ));
         }
-        let path: String = qmp
-            .query(
-                "qom-get",
-                json!({ "path": format!("/objects/{id}"), "property": "mem-path" }),
-            )
-            .await?;
         memdevs.push(Memdev {
             id,
             size: info.size,
-            path: path.into(),
+            path: path?.into(),
         });
     }
     check_list(&memdevs)?;

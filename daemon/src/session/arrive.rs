@@ -27,6 +27,8 @@ use crate::limits::FIRST_MESSAGE;
 use crate::listener;
 use crate::migrations::Migration;
 use crate::names;
+use crate::preflight::memory::Reserved;
+use crate::preflight::own;
 use crate::qemu::discover;
 use crate::qemu::settings::{Role, Settings};
 use crate::qmp::Qmp;
@@ -59,6 +61,8 @@ pub(crate) struct Visit {
     pub(super) events: UnboundedReceiver<Told>,
     pub(super) peer: Peer,
     pub(super) places: Vec<Share>,
+    /// The margin of free memory does not count.
+    forced: bool,
     data: Vec<Box<dyn Channel>>,
     regions: Regions,
 }
@@ -140,6 +144,7 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
         events,
         peer: connection.peer,
         places: connection.places,
+        forced: false,
         data: connection.data,
         regions: connection.regions,
     };
@@ -148,6 +153,12 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
         if let Err(reason) = visit.over_rdma(channels, bytes).await {
             return visit.refuse(AbortCode::Host, reason);
         }
+        first = visit.word().await;
+    }
+    if let Ok(Some(LaneEvent::Message(Message::Compare { vm, force }))) = first {
+        visit.forced = force;
+        let facts = own::compared(&visit.service, &vm).await.to_text();
+        visit.control.give(Message::Findings { facts });
         first = visit.word().await;
     }
     match first {
@@ -284,9 +295,10 @@ impl Visit {
         let from = Origin {
             shown: &who,
             names: names::of(&service.in_force.now(), &self.peer),
+            forced: self.forced,
         };
         match prepare(&self.service, id, &receiver, &migration, from).await {
-            Ok((qmp, settings, journal, guest)) => {
+            Ok((qmp, settings, journal, guest, reserved)) => {
                 let postcopy = match offered & capability::POSTCOPY {
                     0 => Ok(()),
                     _ => service.userfaultfd.try_out(&qmp, guest.pid).await,
@@ -325,6 +337,8 @@ impl Visit {
                         let mut engine = Destination::new(setup, clock.now());
                         engine.handle(clock.now(), Input::Message(hello));
                         session.run(engine, self.events, &mut requests).await;
+                        // What it has taken of the memory is not free any more.
+                        drop(reserved);
                         // All that the peer sent is let go of now, which may have been much.
                         let _ = tokio::task::spawn_blocking(sys::give_freed_memory_back).await;
                         held::hold(&service, id, &migration, &mut requests).await;
@@ -334,13 +348,8 @@ impl Visit {
                     }
                 }
             }
-            Err(failure) => {
+            Err(Unready { code, failure }) => {
                 super::end_early(id, &migration, &failure);
-                let code = if failure.fault == Fault::Qemu {
-                    AbortCode::Qemu
-                } else {
-                    AbortCode::Host
-                };
                 self.refuse(
                     code,
                     format!("{}; what to do: {}", failure.what, failure.remedy),
@@ -398,18 +407,25 @@ struct Origin<'a> {
     shown: &'a str,
     /// By which names it was let in.
     names: Vec<String>,
+    /// The margin of free memory does not count.
+    forced: bool,
 }
 
 /// Makes QEMU ready, and begins the journal.
 async fn prepare(
-    service: &Service,
+    service: &Arc<Service>,
     id: MigrationId,
     receiver: &Receiver,
     migration: &Migration,
     from: Origin<'_>,
-) -> Result<Prepared, Failure> {
+) -> Result<Prepared, Unready> {
     let qmp = Arc::new(Qmp::connect(&receiver.qmp).await?);
     let guest = discover::destination(&qmp).await?;
+    let reserved =
+        Reserved::take(service, &guest.blocks, from.forced).map_err(|failure| Unready {
+            code: AbortCode::NoMemory,
+            failure,
+        })?;
     let begun = Record::Begun {
         id,
         side: Side::Destination,
@@ -435,13 +451,13 @@ async fn prepare(
         journals.forget_settings(id);
         // Without the record a restarted daemon writes it, and a source that asks hears the same.
         let _ = journal.append(&Record::Aborted);
-        return Err(failure);
+        return Err(failure.into());
     }
     tracing::info!(
         id = %migration.shown().id, pid = guest.pid, qemu = %guest.version, blocks = guest.blocks.len(),
         "QEMU waits for the guest"
     );
-    Ok((qmp, settings, journal, guest))
+    Ok((qmp, settings, journal, guest, reserved))
 }
 
 type Prepared = (
@@ -449,7 +465,24 @@ type Prepared = (
     Settings,
     crate::store::JournalFile,
     crate::qemu::Guest,
+    Reserved,
 );
+
+/// Why a guest cannot come, and how its source is told.
+struct Unready {
+    code: AbortCode,
+    failure: Failure,
+}
+
+impl From<Failure> for Unready {
+    fn from(failure: Failure) -> Unready {
+        let code = match failure.fault {
+            Fault::Qemu => AbortCode::Qemu,
+            _ => AbortCode::Host,
+        };
+        Unready { code, failure }
+    }
+}
 
 /// Marks a migration as over when its session has ended, however it did.
 pub(crate) struct Over(pub(crate) Arc<Migration>);

@@ -32,6 +32,8 @@ use crate::limits::MAX_DELTA_CACHE;
 use crate::migrations::{Migration, Request};
 use crate::names;
 use crate::nic::{POSTCOPY_CHANNELS, default_channels};
+use crate::preflight::outcome::Foresight;
+use crate::preflight::start;
 use crate::qemu::discover::{self, map_ram, track_failure};
 use crate::qemu::settings::{Role, Settings};
 use crate::qemu::{Block, Guest};
@@ -159,6 +161,9 @@ pub(crate) async fn migrate(
         return;
     }
     let clock = Clock::start();
+    if let Some(foresight) = Foresight::of(&request, &service) {
+        migration.foresee(foresight);
+    }
     // Looking changes nothing and may be broken off at any moment; what follows may not.
     let looked = tokio::select! {
         looked = look(&service, id, &migration, &request) => looked,
@@ -275,17 +280,28 @@ async fn look(
         Way::Rdma(plan) => target.rdma = Some(*plan),
         Way::Tcp(why) => notice = why,
     }
-    let dialled = dial(&target, with_control, &memory.regions).await?;
+    // What QEMU is like is found out while the connection is made.
+    let (dialled, own) = tokio::join!(
+        dial(&target, with_control, &memory.regions),
+        start::own(service, request, &qmp, &guest),
+    );
+    let dialled = dialled?;
     let (channels, peer) = (dialled.channels, dialled.peer);
     if let Some(text) = dialled.notice.or(notice) {
         super::tell(migration, &Report::Notice { text });
     }
+    // Whoever is connected to later must be the same.
+    target.names = names::of(&service.in_force.now(), &peer);
+    let tell = |text| super::tell(migration, &Report::Notice { text });
+    let channels = match start::may_begin(request, own, channels, tell).await? {
+        Some(channels) => channels,
+        // The connection has ended with the question.
+        None => dial(&target, with_control, &memory.regions).await?.channels,
+    };
     if let Some(plan) = &mut target.rdma {
         // What has begun goes on over what there is.
         plan.must = false;
     }
-    // Whoever is connected to later must be the same.
-    target.names = names::of(&service.in_force.now(), &peer);
     let channels = match request.spawn {
         true => spawn::ask(service, id, request, &qmp, &guest, channels).await?,
         false => channels,

@@ -76,6 +76,9 @@ const LOCAL: [&str; 9] = [
 /// File systems that hosts share, with inode numbers that all of them see.
 const SHARED: [&str; 6] = ["nfs", "ocfs2", "gfs2", "ceph", "lustre", "gpfs"];
 
+/// What to do about what cannot be seen.
+const YOURSELF: &str = "see to it yourself: a guest that finds another disk loses its data";
+
 /// Whether two are one.
 enum Sameness {
     Same,
@@ -100,10 +103,16 @@ fn sameness(one_host: bool, source: &Disk, destination: &Disk) -> Sameness {
         ) => match one_host {
             true if (device, inode) == (their_device, their_inode) => Same,
             true => Differs("two files".to_owned()),
-            false if system != their_system => Differs(format!(
-                "on {system} at the source, on {their_system} at the destination"
-            )),
-            false if LOCAL.contains(&system.as_str()) => {
+            false if system != their_system => {
+                let how =
+                    format!("on {system} at the source, on {their_system} at the destination");
+                match [system, their_system].iter().all(|it| is_local(it)) {
+                    true => Differs(how),
+                    // One of them may be what serves the other.
+                    false => Unclear(how),
+                }
+            }
+            false if is_local(system) => {
                 Differs(format!("on {system}, of which each host has its own"))
             }
             false if inode == their_inode => Same,
@@ -123,7 +132,13 @@ fn sameness(one_host: bool, source: &Disk, destination: &Disk) -> Sameness {
         ) => match (wwid, their_wwid) {
             _ if one_host && device == their_device => Same,
             (Some(ours), Some(theirs)) if ours == theirs => Same,
-            (Some(ours), Some(theirs)) => Differs(format!("devices {ours} and {theirs}")),
+            (Some(ours), Some(theirs)) => {
+                let how = format!("devices {ours} and {theirs}");
+                match naming(ours) == naming(theirs) {
+                    true => Differs(how),
+                    false => Unclear(how),
+                }
+            }
             _ if one_host => Differs("two devices".to_owned()),
             _ => Unclear("a block device without a world-wide name".to_owned()),
         },
@@ -133,11 +148,27 @@ fn sameness(one_host: bool, source: &Disk, destination: &Disk) -> Sameness {
             source.name, destination.name
         )),
         (Storage::Unknown { why }, _) | (_, Storage::Unknown { why }) => Unclear(why.clone()),
-        _ => Differs(format!(
-            "{} at the source, {} at the destination, which are of two kinds",
-            source.name, destination.name
-        )),
+        (ours, theirs) => {
+            let how = format!(
+                "{} at the source, {} at the destination, which are of two kinds",
+                source.name, destination.name
+            );
+            match [ours, theirs].contains(&&Storage::Remote) {
+                // QEMU may reach by itself what the other host's kernel has as a device.
+                true => Unclear(how),
+                false => Differs(how),
+            }
+        }
     }
+}
+
+fn is_local(system: &str) -> bool {
+    LOCAL.contains(&system)
+}
+
+/// Who gave a device its name (`naa.…`, `eui.…`, `mpath-…`): names of two kinds may be of one device.
+fn naming(wwid: &str) -> &str {
+    wwid.split(['.', '-']).next().unwrap_or_default()
 }
 
 /// A line for each disk that the guest may write.
@@ -153,6 +184,16 @@ pub(super) fn compare(
     let one_host = !source.boot.is_empty() && source.boot == destination.boot;
     let of_one = |disk: &Disk| {
         let Some(other) = theirs.disks.iter().find(|other| other.id == disk.id) else {
+            let is_spare = |other: &&Disk| {
+                other.bytes == disk.bytes && ours.disks.iter().all(|disk| disk.id != other.id)
+            };
+            if let Some(spare) = theirs.disks.iter().find(is_spare) {
+                let found = format!(
+                    "{}: whether it is {} there cannot be seen: no disk there has that id",
+                    disk.id, spare.id
+                );
+                return Line::warn("disk", Whose::Both, found, YOURSELF);
+            }
             return Line::fail(
                 "disk",
                 Whose::Destination,
@@ -204,7 +245,7 @@ pub(super) fn compare(
                     "{id}: whether {name} and {} are the same cannot be seen: {why}",
                     other.name
                 ),
-                "see to it yourself: a guest that finds another disk loses its data",
+                YOURSELF,
             ),
         }
     };
@@ -269,14 +310,22 @@ mod tests {
             (two, on("ext4", 1, 2), on("ext4", 1, 2), Fail),
             (two, on("nfs", 1, 2), on("nfs", 9, 2), Pass),
             (two, on("nfs", 1, 2), on("nfs", 9, 3), Fail),
-            (two, on("nfs", 1, 2), on("xfs", 9, 2), Fail),
+            (two, on("nfs", 1, 2), on("xfs", 9, 2), Warn),
+            (two, on("ext4", 1, 2), on("xfs", 9, 2), Fail),
             (two, on("fuse", 1, 2), on("fuse", 9, 3), Warn),
             (one, block(7, None), block(7, None), Pass),
             (one, block(7, None), block(8, None), Fail),
             (two, block(7, Some("w")), block(8, Some("w")), Pass),
-            (two, block(7, Some("w")), block(7, Some("v")), Fail),
+            (two, block(7, Some("naa.w")), block(7, Some("naa.v")), Fail),
+            (
+                two,
+                block(7, Some("naa.w")),
+                block(7, Some("mpath-w")),
+                Warn,
+            ),
             (two, block(7, None), block(7, None), Warn),
             (two, Storage::Remote, Storage::Remote, Pass),
+            (two, Storage::Remote, block(7, Some("naa.w")), Warn),
             (two, block(7, None), on("nfs", 1, 2), Fail),
             (one, unknown.clone(), on("nfs", 1, 2), Warn),
             // Two hosts that say nothing of their boot are not taken for one.
@@ -303,6 +352,11 @@ mod tests {
         let none = QemuFacts::default();
         assert_eq!(compare(&fa, &qa, &fb, &none)[0].verdict, Verdict::Fail);
         assert_eq!(compare(&fa, &none, &fb, &qb)[0].verdict, Verdict::Pass);
+        // Another id is no other disk.
+        let (fc, mut qc) = side("x", on("ext4", 1, 2), 1 << 30);
+        qc.disks.iter_mut().for_each(|disk| disk.id.push('x'));
+        let line = &compare(&fa, &qa, &fc, &qc)[0];
+        assert_eq!(line.verdict, Verdict::Warn, "{line:?}");
         let (fb, qb) = side("x", on("ext4", 1, 3), 1 << 30);
         qa.mirrors = true;
         assert_eq!(compare(&fa, &qa, &fb, &qb)[0].verdict, Verdict::Warn);

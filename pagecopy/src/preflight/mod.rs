@@ -16,7 +16,7 @@ pub use self::compare::compare;
 pub use self::cpu::{Cpu, Word};
 pub use self::disk::{Disk, Storage};
 pub use self::facts::{Facts, QemuFacts, clean};
-pub use self::predict::{Predicted, Seen, Span, predict};
+pub use self::predict::{FirstRound, Predicted, Seen, Span, predict};
 
 /// What becomes of a migration by what was looked at.
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

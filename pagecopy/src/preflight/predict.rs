@@ -31,9 +31,22 @@ impl Span {
     }
 }
 
+/// A round 0 that is over, which need not be guessed any more.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FirstRound {
+    /// Since the migration was begun.
+    pub elapsed: Duration,
+    /// Bytes of pages that were sent.
+    pub bytes: u64,
+    /// Bytes of pages that were written meanwhile.
+    pub dirtied: u64,
+}
+
 /// What is known before.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Seen {
+    /// What has been sent already, if it has.
+    pub first: Option<FirstRound>,
     /// Bytes that the RAM files hold.
     pub populated: u64,
     /// Bytes of pages written, a second.
@@ -144,13 +157,26 @@ fn course(seen: &Seen, goodput: f64, rate: f64, cap: f64, [ready, room]: [f64; 2
         bytes: 0.0,
         converges: false,
     };
-    let mut sending = seen.populated as f64;
+    // Sends a round; what was written meanwhile is returned.
+    let send = |course: &mut Course, bytes: f64| {
+        let took = bytes / goodput + round_trip;
+        course.total_ms += took * 1e3;
+        course.bytes += bytes;
+        (rate * took).min(cap)
+    };
+    let (mut sending, mut dirtied) = match seen.first {
+        None => (
+            seen.populated as f64,
+            send(&mut course, seen.populated as f64),
+        ),
+        Some(first) => {
+            course.total_ms = first.elapsed.as_secs_f64() * 1e3;
+            course.bytes = first.bytes as f64;
+            (first.bytes as f64, first.dirtied as f64)
+        }
+    };
     let mut shortened = 0;
     for round in 0..seen.max_rounds {
-        let took = sending / goodput + round_trip;
-        course.total_ms += took * 1e3;
-        course.bytes += sending;
-        let dirtied = (rate * took).min(cap);
         let by_bytes = dirtied / goodput;
         let downtime = by_bytes + fixed;
         course.downtime_ms = downtime * 1e3;
@@ -168,6 +194,7 @@ fn course(seen: &Seen, goodput: f64, rate: f64, cap: f64, [ready, room]: [f64; 2
             break;
         }
         sending = dirtied;
+        dirtied = send(&mut course, sending);
     }
     course
 }
@@ -180,6 +207,7 @@ mod tests {
 
     fn seen() -> Seen {
         Seen {
+            first: None,
             populated: 1_000_000_000,
             dirty_bytes_s: 20.0 * MB,
             peak_bytes_s: 30.0 * MB,
@@ -240,6 +268,31 @@ mod tests {
         let predicted = predict(&fast);
         assert!(predicted.converges, "{predicted:?}");
         assert!(predicted.downtime_ms.likely >= 50.0, "{predicted:?}");
+    }
+
+    #[test]
+    fn a_first_round_that_is_over_is_taken_as_it_was() {
+        let mut known = seen();
+        known.first = Some(FirstRound {
+            elapsed: Duration::from_millis(1700),
+            bytes: 900_000_000,
+            dirtied: 4_000_000,
+        });
+        let predicted = predict(&known);
+        assert_ordered(&predicted);
+        // 4 ms for what is left, and the fixed part of the downtime.
+        assert!(
+            (1705.0..1760.0).contains(&predicted.total_ms.likely),
+            "{predicted:?}"
+        );
+        assert!(
+            (10.0..30.0).contains(&predicted.downtime_ms.likely),
+            "{predicted:?}"
+        );
+        assert!(
+            (904.0e6..910.0e6).contains(&predicted.bytes.likely),
+            "{predicted:?}"
+        );
     }
 
     #[test]

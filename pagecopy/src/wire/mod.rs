@@ -345,7 +345,7 @@ pub enum Message {
         /// Bytes of its RAM; 0 where it is not known.
         ram: u64,
     },
-    /// The answer to `Preflight`.
+    /// The answer to `Preflight` and `Compare`.
     Findings {
         /// JSON, see `preflight::Facts`.
         facts: String,
@@ -385,6 +385,13 @@ pub enum Message {
     RdmaTaken {
         /// All goes over RDMA from here on; otherwise over TCP, as before.
         taken: bool,
+    },
+    /// Source → destination, first: what is the QEMU like that waits for this guest, which comes on the same connection?
+    Compare {
+        /// The guest's name.
+        vm: String,
+        /// The guest may come where only the margin of free memory is missing.
+        force: bool,
     },
     /// Either way, any time before `Commit`: given up.
     Abort {

@@ -112,4 +112,5 @@ messages! {
     38 RdmaBroken { received: u64 };
     39 RdmaBack;
     40 RdmaTaken { taken: Flag };
+    41 Compare { vm: Name, force: Flag };
 }

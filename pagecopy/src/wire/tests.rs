@@ -284,6 +284,13 @@ fn samples() -> Vec<(Message, String)> {
         ),
         (Message::RdmaBack, "2700".into()),
         (Message::RdmaTaken { taken: true }, "2800 01".into()),
+        (
+            Message::Compare {
+                vm: "vm".into(),
+                force: true,
+            },
+            "2900 02000000 766d 01".into(),
+        ),
     ]
 }
 
@@ -335,7 +342,7 @@ fn a_message_cut_short_or_with_bytes_behind_it_is_refused() {
 
 #[test]
 fn an_unknown_type_is_refused() {
-    for number in [0, 41, u16::MAX] {
+    for number in [0, 42, u16::MAX] {
         assert_eq!(
             Message::decode(&number.to_le_bytes()),
             Err(WireError::UnknownType(number))

@@ -224,7 +224,7 @@ impl Daemon {
 /// The text of a configuration file.
 pub(super) fn configuration(side: Side, folder: &Path, manner: &Manner) -> String {
     let mut text = format!(
-        "name = {:?}\nlisten = \"{}:{PORT}\"\napi = {:?}\nstate-dir = {:?}\n",
+        "name = {:?}\nlisten = \"{}:{PORT}\"\napi = {:?}\nstate-dir = {:?}\nmemory-margin = \"64MiB\"\n",
         manner.name,
         side.address(),
         folder.join("api.sock"),

@@ -202,13 +202,17 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
                 paused_us: u64::arbitrary(input)?,
             }),
         },
-        29 => match bool::arbitrary(input)? {
-            true => Message::Preflight {
+        29 => match u8::arbitrary(input)? {
+            0 => Message::Compare {
+                vm: "vm".to_owned(),
+                force: bool::arbitrary(input)?,
+            },
+            odd if odd % 2 == 1 => Message::Preflight {
                 vm: "vm".to_owned(),
                 host: "peer".to_owned(),
                 ram: u64::arbitrary(input)?,
             },
-            false => Message::Findings {
+            _ => Message::Findings {
                 facts: "{}".to_owned(),
             },
         },

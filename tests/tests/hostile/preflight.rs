@@ -76,6 +76,17 @@ fn one_that_looks_and_does_more() {
         peer.assert_blamed(what, &[word]);
         assert_api_answers(&world, Side::B);
     }
+    // One that is about to begin says nothing but Hello.
+    let begins = Message::Compare {
+        vm: "vm".to_owned(),
+        force: true,
+    };
+    for next in [begins.clone(), Message::Commit, Message::Ping { nonce: 1 }] {
+        let mut peer = mallory.dial(&world.net, Side::B, 2, 0..2).unwrap();
+        peer.ask(&begins, is_findings);
+        peer.say(0, &next).unwrap();
+        peer.assert_blamed(next.name(), &[next.name(), "Hello"]);
+    }
     // More at a time than are served.
     let mut peers: Vec<_> = (0..4)
         .map(|_| mallory.dial(&world.net, Side::B, 1, 0..1).unwrap())
@@ -109,6 +120,56 @@ fn one_that_looks_and_does_more() {
     );
     println!("{} after", wait_level(daemon, before, 32 << 10));
     honest_migration(&world, &mut source, &mut destination);
+}
+
+/// It ends the connection for a question that it does not know, as any daemon does: the guest comes all the same, and people hear what
+/// was left out. Another answer that is none ends the migration before it has begun.
+#[test]
+fn one_that_does_not_know_the_comparison() {
+    let (world, _, mallory) = world();
+    let mut source = world.guest("source", &machine());
+    let mut peer = HostileDestination::listen(&mallory, &world.net, Side::B, MIB);
+    peer.forget_compare();
+    let (to, begun) = (peer.address(), Instant::now());
+    let cli = world.cli(Side::A);
+    let migrate = || cli.migrate_socket("vm", source.socket(), &to, &["--channels", "2"]);
+    let asked = |message: &Message| matches!(message, Message::Compare { force: false, .. });
+    let abort = |code, reason: &str| Message::Abort {
+        code,
+        reason: reason.to_owned(),
+    };
+
+    let migration = migrate();
+    peer.accept();
+    peer.honest_until(Conduct::Confirms, asked);
+    peer.say(0, &abort(AbortCode::Protocol, "unknown type 41"))
+        .unwrap();
+    peer.flush();
+    peer.accept();
+    peer.honest_until(Conduct::Confirms, |message| {
+        matches!(message, Message::Hello { .. })
+    });
+    peer.say(0, &abort(AbortCode::Host, "no room today"))
+        .unwrap();
+    peer.flush();
+    let outcome = migration.finish();
+    outcome.failed_with(&["no room today"]);
+    let notices = outcome.events.iter().filter(|it| it["event"] == "notice");
+    let texts: Vec<_> = notices.map(|it| it["text"].to_string()).collect();
+    assert!(
+        texts.len() == 1 && texts[0].contains("were not compared"),
+        "{texts:?}"
+    );
+
+    let migration = migrate();
+    peer.accept();
+    peer.honest_until(Conduct::Confirms, asked);
+    peer.say(0, &accept()).unwrap();
+    peer.flush();
+    let outcome = migration.finish();
+    outcome.failed_with(&["Accept came"]);
+    assert_eq!(outcome.finished()["fault"], "peer-host");
+    assert_stayed(&mut source, None, begun);
 }
 
 type Lie = fn(&mut HostileDestination) -> Result<(), transport::Error>;

@@ -193,6 +193,7 @@ pub(super) fn with_payload() -> impl Strategy<Value = Message> {
             host,
             ram
         }),
+        (name(), any::<bool>()).prop_map(|(vm, force)| Message::Compare { vm, force }),
         "[{}a-zß]{2,200}".prop_map(|facts| Message::Findings { facts }),
         any::<[u8; 16]>().prop_map(|id| Message::Withdrawn {
             id: MigrationId(id)

@@ -22,6 +22,7 @@ pub struct HostileDestination {
     /// No channels before [`accept`](Self::accept).
     wire: Wire,
     stage: Stage,
+    knows_compare: bool,
 }
 
 impl std::fmt::Debug for HostileDestination {
@@ -51,6 +52,7 @@ impl HostileDestination {
             regions,
             wire: Wire::new(Vec::new()),
             stage: Stage::default(),
+            knows_compare: true,
         }
     }
 
@@ -77,6 +79,20 @@ impl HostileDestination {
         }
         made.sort_by_key(|(number, _)| *number);
         self.wire = Wire::new(made.into_iter().map(|(_, channel)| channel).collect());
+        // Most migrations begin with a question, which is of no matter here.
+        match self.wire.receive(PATIENCE) {
+            Ok(Some(Message::Compare { .. })) if self.knows_compare => {
+                let facts = "{}".to_owned();
+                self.say_now(&Message::Findings { facts });
+            }
+            Ok(Some(other)) => self.wire.inbox.push_front(other),
+            Ok(None) | Err(_) => {}
+        }
+    }
+
+    /// From now on it is one from before `Compare`, and leaves that to the test.
+    pub fn forget_compare(&mut self) {
+        self.knows_compare = false;
     }
 
     /// Closes the connection.
