@@ -348,8 +348,13 @@ fn a_source_that_lets_go_of_what_it_has_lost() {
     assert!(done.status.success(), "{done:?}");
     gone.wait_state(Side::A, "failed");
     gone.wait_state(Side::B, "paused");
+    // It is not forgotten.
     gone.world.restart(Side::A);
-    gone.wait_state(Side::A, "completed");
+    gone.wait_state(Side::A, "failed");
+    assert_eq!(
+        gone.shown(Side::A).unwrap()["finished"]["fault"],
+        "operator"
+    );
 }
 
 /// A destination whose host has lost everything and comes back: its guest has ended, which the source hears, and keeps nothing for it.
@@ -374,6 +379,45 @@ fn a_destination_host_that_was_started_anew() {
         .unwrap()
         .finish()
         .not_completed("failed");
+    gone.assert_nothing_served();
+    gone.assert_nothing_kept();
+}
+
+/// Its QEMU ends while nobody can be told: the source, when it gets through, does not hear that all is well. Both daemons say so
+/// ever after, and the guest is not run at the source.
+#[test]
+fn a_destination_qemu_that_ends_while_the_link_is_cut() {
+    let mut gone = Gone::begin();
+    gone.world.net.cut();
+    for side in [Side::A, Side::B] {
+        gone.wait_state(side, "paused");
+    }
+    gone.destination.kill();
+    gone.wait_state(Side::B, "failed");
+    gone.world.net.mend();
+    gone.wait_state(Side::A, "failed");
+    gone.migration
+        .take()
+        .unwrap()
+        .finish()
+        .not_completed("failed");
+    gone.assert_nothing_served();
+    for anew in [false, true] {
+        for side in [Side::A, Side::B] {
+            if anew {
+                gone.world.restart(side);
+                gone.wait_state(side, "failed");
+            }
+            let end = gone.shown(side).unwrap()["finished"].clone();
+            assert_eq!(end["fault"], "qemu", "{end}");
+            assert!(
+                end["error"].as_str().unwrap().contains("has ended"),
+                "{end}"
+            );
+            let remedy = end["remedy"].as_str().unwrap();
+            assert!(remedy.contains("start the guest anew"), "{end}");
+        }
+    }
     gone.assert_nothing_served();
     gone.assert_nothing_kept();
 }

@@ -396,7 +396,8 @@ impl World {
             }
             // It ends a connection, and decides nothing any more.
             Input::Message(Message::Abort { .. }) => facts.given_back |= !facts.doubted,
-            Input::Journaled(Record::Released) | Input::JournalFailed(Record::Released, _) => {
+            Input::Journaled(Record::Released { .. })
+            | Input::JournalFailed(Record::Released { .. }, _) => {
                 facts.released |= facts.may_release;
             }
             Input::Message(Message::Answer {
@@ -559,7 +560,7 @@ impl World {
                 assert!(facts.serves && facts.commits == 0, "{facts:?}");
                 facts.serving_asked = true;
             }
-            Record::Released => assert!(facts.serves && facts.may_release, "{facts:?}"),
+            Record::Released { .. } => assert!(facts.serves && facts.may_release, "{facts:?}"),
             ref other => panic!("the source writes {other:?}"),
         }
         self.orders.add(Order::Journal(record));

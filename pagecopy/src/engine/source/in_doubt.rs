@@ -109,6 +109,10 @@ impl InDoubt {
                 core.link.heard(core.now);
                 return Ok(self.message(core, message));
             }
+            Input::GuestEnded { reason } if core.serves => {
+                let code = AbortCode::Qemu;
+                return Ok(self.has_run(core, Message::Abort { code, reason }));
+            }
             Input::Resolve(resolution) => self.resolve(core, resolution),
             Input::Cancel => refuse_cancel(core),
             Input::StartPostcopy | Input::Recover => core.nothing_to_resolve(

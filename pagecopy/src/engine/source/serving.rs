@@ -100,6 +100,9 @@ impl Serving {
                 core.out.pause(why);
                 self.wait(core);
             }
+            Input::GuestEnded { reason } => {
+                return self.release(core, Some(ended_there(&reason)));
+            }
             Input::Recover => self.recover(core),
             Input::Read { bytes } if self.contact == Contact::Up => self.read(core, bytes),
             Input::Resolve(Resolution::Abandon) if self.contact != Contact::Up => {
@@ -138,11 +141,7 @@ impl Serving {
                 code: AbortCode::Qemu,
                 reason,
             } => {
-                return Some(Some(Failure {
-                    remedy: "the guest has ended with its QEMU at the destination: start it anew"
-                        .to_owned(),
-                    ..by_peer(AbortCode::Qemu, &reason).failure
-                }));
+                return Some(Some(ended_there(&reason)));
             }
             // Only the end of its guest ends that it needs the memory here.
             Message::Abort { code, reason } if self.is_connected() => {
@@ -304,7 +303,9 @@ impl Serving {
         }
         core.figures.postcopy_ms = Some(millis(postcopy));
         core.figures.paused_ms = Some(millis(paused));
-        core.journal(Record::Released);
+        core.journal(Record::Released {
+            failure: failure.clone(),
+        });
         Phase::Releasing(Releasing { failure })
     }
 }
@@ -319,13 +320,13 @@ pub(super) struct Releasing {
 impl Releasing {
     pub(super) fn handle(self, core: &mut Core, input: Input) -> Step {
         match input {
-            Input::Journaled(Record::Released) => {
+            Input::Journaled(Record::Released { .. }) => {
                 if core.link.is_up() {
                     core.send(Message::Closed);
                 }
             }
             // Without the record nobody may be told that we will not come again.
-            Input::JournalFailed(Record::Released, failure) => {
+            Input::JournalFailed(Record::Released { .. }, failure) => {
                 core.out
                     .notice(format!("the journal could not be closed: {}", failure.what));
             }
@@ -354,6 +355,16 @@ impl Releasing {
         core.finish(state, self.failure);
         Ok(Phase::Ended)
     }
+}
+
+/// The guest has run at the destination, and ended there with its QEMU: nothing needs its memory any more.
+fn ended_there(reason: &str) -> Failure {
+    Failure::new(
+        Fault::Qemu,
+        format!("the guest has ended with its QEMU at the destination: {reason}"),
+        "start the guest anew, from its disks. Do not resume what this host's QEMU has, which is the guest as it was when it left: \
+         its disks have gone on without it",
+    )
 }
 
 fn abandoned() -> Failure {

@@ -27,7 +27,7 @@ impl World {
 
     /// Nobody will ever read the guest's memory at the source again.
     fn never_serves(&self) -> bool {
-        // Started anew, a source that its operator let go of the memory of says that it has ended well.
+        // In doubt, the word that its guest is at the destination may have been the operator's.
         let let_go = self.env.let_go_by_word && self.source.ended == Some(State::Completed);
         self.source.cannot_serve() || let_go || !self.env.wires.reachable()
     }

@@ -4,6 +4,17 @@ use super::*;
 use crate::engine::event::{FaultFigures, PostcopyCost};
 use crate::engine::source::Mode;
 
+/// Nothing is needed here any more, and the guest runs on.
+const RELEASED: Record = Record::Released { failure: None };
+
+/// That nothing is needed here any more, as it is recorded.
+fn released(asked: &[Output]) -> Option<Record> {
+    asked.iter().find_map(|output| match output {
+        Output::Journal(record @ Record::Released { .. }) => Some(record.clone()),
+        _ => None,
+    })
+}
+
 fn lost() -> Input {
     Input::LinkLost(Failure::new(Fault::Network, "cut", ""))
 }
@@ -136,8 +147,8 @@ fn nothing_is_let_go_of_before_the_destination_is_whole_and_that_is_on_disk() {
     assert_eq!(source.state(), State::Migrating);
     let id = setup().id;
     source.handle(NOW, Input::Message(Message::Whole { id, cost: None }));
-    assert_eq!(outputs(&mut source), [Output::Journal(Record::Released)]);
-    source.handle(NOW, Input::Journaled(Record::Released));
+    assert_eq!(outputs(&mut source), [Output::Journal(RELEASED)]);
+    source.handle(NOW, Input::Journaled(RELEASED));
     let asked = outputs(&mut source);
     assert_eq!(sent(&asked), ["Closed"]);
     assert!(position(&asked, &Output::Detach) < position(&asked, &Output::QuitGuest));
@@ -151,7 +162,7 @@ fn what_it_cost_is_the_longer_of_what_both_have_counted() {
         let mut source = serving();
         let (id, later) = (setup().id, NOW.after(Duration::from_secs(5)));
         source.handle(later, Input::Message(Message::Whole { id, cost }));
-        source.handle(later, Input::Journaled(Record::Released));
+        source.handle(later, Input::Journaled(RELEASED));
         let Some(Output::Finished(end)) = outputs(&mut source).pop() else {
             panic!()
         };
@@ -239,8 +250,8 @@ fn a_destination_that_is_away_is_dialled_until_the_operator_lets_go() {
 
     source.handle(now, lost());
     source.handle(now, Input::Resolve(Resolution::Abandon));
-    assert!(outputs(&mut source).contains(&Output::Journal(Record::Released)));
-    source.handle(now, Input::Journaled(Record::Released));
+    let released = released(&outputs(&mut source)).unwrap();
+    source.handle(now, Input::Journaled(released));
     assert_eq!(source.state(), State::Failed);
     assert!(!outputs(&mut source).contains(&Output::QuitGuest));
 }
@@ -342,11 +353,51 @@ fn a_guest_that_has_run_is_let_go_of_however_it_ended() {
         doubt.handle(NOW, Input::Message(message));
         assert_eq!(outputs(&mut doubt), [Output::Journal(Record::GuestMoved)]);
         doubt.handle(NOW, Input::Journaled(Record::GuestMoved));
-        assert!(outputs(&mut doubt).contains(&Output::Journal(Record::Released)));
-        doubt.handle(NOW, Input::Journaled(Record::Released));
+        let record = released(&outputs(&mut doubt)).unwrap();
+        // A daemon that is started anew knows it, too.
+        assert_eq!(
+            matches!(record, Record::Released { failure: None }),
+            state == State::Completed
+        );
+        doubt.handle(NOW, Input::Journaled(record));
         assert!(!outputs(&mut doubt).contains(&Output::ResumeGuest));
         assert_eq!(doubt.state(), state);
     }
+}
+
+/// The same where there is no memory to serve, and the driver has only said so: the answer ends what nothing else would.
+#[test]
+fn a_guest_that_has_ended_is_let_go_of_by_a_source_without_its_memory() {
+    let ended = || Input::GuestEnded {
+        reason: "beta: QEMU has ended".into(),
+    };
+    let mut away = serving();
+    away.handle(NOW.after(Duration::from_secs(2)), lost());
+    let doubt = Source::recover(setup_of(Mode::Postcopy), Outcome::Open, Postcopy::Open, NOW);
+    for mut source in [away, doubt] {
+        outputs(&mut source);
+        source.handle(NOW, ended());
+        if phase(&source) == "Moved" {
+            assert_eq!(outputs(&mut source), [Output::Journal(Record::GuestMoved)]);
+            source.handle(NOW, Input::Journaled(Record::GuestMoved));
+        }
+        let record = released(&outputs(&mut source)).unwrap();
+        let Record::Released { failure: Some(why) } = &record else {
+            panic!("{record:?}");
+        };
+        assert_eq!(why.fault, Fault::Qemu);
+        assert!(why.what.ends_with("beta: QEMU has ended"), "{why:?}");
+        assert!(why.remedy.contains("start the guest anew"), "{why:?}");
+        source.handle(NOW, Input::Journaled(record));
+        let asked = outputs(&mut source);
+        assert!(!asked.contains(&Output::ResumeGuest) && !asked.contains(&Output::QuitGuest));
+        assert_eq!(source.state(), State::Failed);
+    }
+    // Of a guest that comes with all of its memory nothing of the kind is heard.
+    let mut other = Source::recover(setup(), Outcome::Open, Postcopy::No, NOW);
+    outputs(&mut other);
+    other.handle(NOW, ended());
+    assert_eq!(outputs(&mut other), []);
 }
 
 /// A destination that ends a connection has decided nothing by it: the guest may run there.
@@ -482,7 +533,7 @@ fn a_destination_that_reads_nothing_though_it_lacks_pages_is_a_pause() {
     assert_eq!(told(&mut source), [Output::Report(Report::State { state })]);
     let id = MigrationId([3; 16]);
     source.handle(read_on, Input::Message(Message::Whole { id, cost: None }));
-    source.handle(read_on, Input::Journaled(Record::Released));
+    source.handle(read_on, Input::Journaled(RELEASED));
     let end = outputs(&mut source);
     let figures = end.iter().find_map(|output| match output {
         Output::Finished(finished) => Some(finished.figures.clone()),
