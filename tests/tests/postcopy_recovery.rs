@@ -272,6 +272,13 @@ fn a_source_that_is_gone_for_good() {
     let refused = cli.run(&["resolve", &gone.id, "--poison"]);
     assert!(!refused.status.success(), "{refused:?}");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--peer-fenced"));
+    // It has run here, and there is no way back.
+    let refused = cli.run(&["resolve", &gone.id, "--abandon"]);
+    assert!(!refused.status.success(), "{refused:?}");
+    let said = String::from_utf8_lossy(&refused.stderr);
+    for words in ["has run here", "bytes of its memory", "--poison"] {
+        assert!(said.contains(words), "{said}");
+    }
     let late = cli.run(&["cancel", &gone.id]);
     assert!(!late.status.success(), "{late:?}");
     let done = cli.run(&["resolve", &gone.id, "--poison", "--peer-fenced"]);
@@ -420,6 +427,62 @@ fn a_destination_qemu_that_ends_while_the_link_is_cut() {
     }
     gone.assert_nothing_served();
     gone.assert_nothing_kept();
+}
+
+/// One that does not come back: its operator ends what depends on it, knowing how much goes with it.
+#[test]
+fn a_destination_that_is_gone_for_good() {
+    let mut gone = Gone::begin();
+    gone.world.net.cut();
+    gone.wait_state(Side::A, "paused");
+    let resolve = |gone: &Gone, options: &[&str]| {
+        let words = [&["resolve", &gone.id], options].concat();
+        let output = gone.world.cli(Side::A).run(&words);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match output.status.success() {
+            true => Ok(text(&output.stdout)),
+            false => Err(text(&output.stderr)),
+        }
+    };
+    // It is only cut off, and its guest lives.
+    let refused = resolve(&gone, &["--abandon"]).unwrap_err();
+    for words in ["bytes of the guest's memory are here only", "--peer-fenced"] {
+        assert!(refused.contains(words), "{refused}");
+    }
+    let refused = resolve(&gone, &["--resume-here", "--peer-fenced"]).unwrap_err();
+    assert!(
+        refused.contains("the guest runs at the destination"),
+        "{refused}"
+    );
+    gone.world.daemon_mut(Side::B).kill();
+    gone.destination.kill();
+    gone.world.net.mend();
+    gone.wait_reason(
+        Side::A,
+        &[
+            "nobody answers",
+            "bytes of the guest's memory are here only",
+        ],
+    );
+    let done = resolve(&gone, &["--abandon", "--peer-fenced"]).unwrap();
+    assert!(done.contains("let go of"), "{done}");
+    gone.wait_state(Side::A, "failed");
+    gone.migration
+        .take()
+        .unwrap()
+        .finish()
+        .not_completed("failed");
+    gone.assert_nothing_served();
+    // Nor does a daemon that is started anew run it, or forget what went.
+    gone.world.restart(Side::A);
+    gone.wait_state(Side::A, "failed");
+    let end = gone.shown(Side::A).unwrap()["finished"].clone();
+    assert_eq!(end["fault"], "operator", "{end}");
+    assert!(
+        end["error"].as_str().unwrap().contains("the guest is lost"),
+        "{end}"
+    );
+    gone.assert_nothing_served();
 }
 
 /// The destination has moved to another address meanwhile.

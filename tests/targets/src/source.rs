@@ -192,7 +192,9 @@ impl World {
                 7 => Input::Resolve(Resolution::ResumeHere {
                     peer_fenced: bool::arbitrary(input)?,
                 }),
-                8 => Input::Resolve(Resolution::Abandon),
+                8 => Input::Resolve(Resolution::Abandon {
+                    peer_fenced: bool::arbitrary(input)?,
+                }),
                 10 => Input::StartPostcopy,
                 11 => Input::Recover,
                 _ => Input::Pushed {
@@ -377,7 +379,7 @@ impl World {
                 id: words::ID,
                 standing: Standing::Running,
             }) => facts.gone |= facts.commits > 0,
-            Input::Resolve(Resolution::Abandon) => {
+            Input::Resolve(Resolution::Abandon { .. }) => {
                 facts.may_release |= facts.gone;
                 facts.gone |= facts.commits > 0;
             }

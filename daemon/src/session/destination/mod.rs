@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pagecopy::engine::destination::{Destination, Input, Output};
+use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::{Finished as EngineEnd, State};
 #[cfg(feature = "steps")]
 use pagecopy::engine::journal::Side;
@@ -203,9 +204,9 @@ impl Session {
                             Input::Served
                         })
                     }
-                    Some(Request::Resolve(_, reply)) => {
+                    Some(Request::Resolve(resolution, reply)) => {
                         // Whoever asked may have left.
-                        let _ = reply.send(Err(not_in_doubt()));
+                        let _ = reply.send(Err(self.nothing_to_resolve(resolution)));
                         None
                     }
                     Some(Request::Disconnect) => Some(Input::LinkLost(superseded())),
@@ -244,6 +245,22 @@ impl Session {
         }
         if let Some(end) = end {
             self.finish(end).await;
+        }
+    }
+
+    /// A guest in post-copy has run here: it can go on nowhere else, and what ends it here is said.
+    fn nothing_to_resolve(&self, resolution: Resolution) -> Failure {
+        let paused = self.migration.shown().state == State::Paused;
+        match (&self.fetch.pull, resolution) {
+            (Some(pull), Resolution::Abandon { .. }) if paused => operator(
+                format!(
+                    "refused: the guest has run here, and cannot go back. It lacks {} bytes of its memory, which are at the source only",
+                    pull.progress().0
+                ),
+                "wait: the source dials until it gets through. If it never comes back, `pagecopy resolve ID --poison --peer-fenced` lets the \
+                 guest go on without what it lacks. Or end this host's QEMU, and the guest with it: the source, should it come, is told so",
+            ),
+            _ => not_in_doubt(),
         }
     }
 

@@ -100,6 +100,8 @@ impl Session {
     fn tell_lost(&self, failure: Failure) {
         let (target, sender, id) = (self.target.clone(), self.sender.clone(), self.id);
         let attempt = self.connection;
+        // A session that has ended needs no word.
+        let _ = sender.send(Incoming::Engine(Input::MemoryLost));
         log::spawn(async move {
             let reason = failure.what.clone();
             let silence = Timeouts::default().silence;

@@ -272,7 +272,7 @@ impl InDoubt {
     fn look_into_wish(&mut self, core: &mut Core, heard: Heard) -> Option<Phase> {
         match self.wish.map(|wish| (wish, doubt::at_source(wish, heard))) {
             None => {}
-            Some((Resolution::Abandon, AtSource::Granted)) => {
+            Some((Resolution::Abandon { .. }, AtSource::Granted)) => {
                 core.decided(Ok(
                     "the guest is let go of here; QEMU keeps it, stopped, until it is ended",
                 ));

@@ -139,6 +139,8 @@ pub enum Input {
         /// In the destination's words.
         reason: String,
     },
+    /// Post-copy: what the guest lacks is not here any more, or was not found. Until `Reconnected`.
+    MemoryLost,
     /// Answer to [`Output::Connect`]: there is a control channel again.
     Reconnected,
     /// Answer to [`Output::Connect`]: not now.

@@ -18,6 +18,7 @@ use super::interface::{Input, Output, Resolution};
 use super::reasons::by_peer;
 use super::{Phase, Step};
 use crate::engine::course::Course;
+use crate::engine::doubt::refuse;
 use crate::engine::event::{PostcopyCost, PostcopyProgress, Report, State, Switch, Way};
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
@@ -34,8 +35,22 @@ pub(super) struct Serving {
     read: Option<(u64, Time)>,
     /// Bytes that lack there, as said last.
     lacking: Option<u64>,
+    /// The driver has not found the memory.
+    memory_lost: bool,
+    /// The operator's word that the destination is gone for good.
+    wish: Wish,
     /// What the destination said in the end.
     cost: Option<PostcopyCost>,
+}
+
+/// What becomes of the operator's word: the destination is dialled first, and must not be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    None,
+    /// An attempt that is older than the word is under way.
+    Given,
+    /// An attempt that the word led to is.
+    Tried,
 }
 
 /// Where the connection stands.
@@ -59,7 +74,9 @@ impl Serving {
             backoff: core.setup.timeouts.serve_first,
             course: Course::begin(core.now),
             read: None,
-            lacking: None,
+            lacking: core.switch.map(|switch| switch.lacking_bytes),
+            memory_lost: false,
+            wish: Wish::None,
             cost: None,
         };
         // Then there is nobody to dial.
@@ -88,15 +105,27 @@ impl Serving {
             }
             Input::LinkLost(failure) if self.is_connected() => self.lost(core, &failure.what),
             Input::Reconnected if self.contact == Contact::Connecting => {
+                self.met(core);
+                self.memory_lost = false;
                 core.link.restored(core.now);
                 core.send(Message::Serve { id: core.setup.id });
                 self.contact = Contact::Asked {
                     deadline: core.now.after(core.setup.timeouts.silence),
                 };
             }
-            Input::ReconnectFailed(why) | Input::ReconnectRefused(why)
-                if self.contact == Contact::Connecting =>
-            {
+            Input::ReconnectFailed(why) if self.contact == Contact::Connecting => {
+                if self.wish == Wish::Tried {
+                    let failure = self.gone_for_good();
+                    return self.let_go(core, failure);
+                }
+                core.out.pause(match self.memory_lost {
+                    true => why,
+                    false => self.nobody_there(&why),
+                });
+                self.wait(core);
+            }
+            Input::ReconnectRefused(why) if self.contact == Contact::Connecting => {
+                self.met(core);
                 core.out.pause(why);
                 self.wait(core);
             }
@@ -105,15 +134,17 @@ impl Serving {
             }
             Input::Recover => self.recover(core),
             Input::Read { bytes } if self.contact == Contact::Up => self.read(core, bytes),
-            Input::Resolve(Resolution::Abandon) if self.contact != Contact::Up => {
-                core.decided(Ok(
-                    "the guest's memory here is let go of; QEMU keeps it until it is ended",
-                ));
-                return self.release(core, Some(abandoned()));
+            Input::MemoryLost => self.memory_lost = true,
+            Input::Resolve(Resolution::Abandon { peer_fenced })
+                if self.contact != Contact::Up =>
+            {
+                if let Some(failure) = self.abandon(core, peer_fenced) {
+                    return self.let_go(core, failure);
+                }
             }
             Input::Resolve(_) => core.nothing_to_resolve(
                 "the guest runs at the destination and depends on the memory here",
-                "wait until it lacks nothing; if the destination never comes back, `pagecopy resolve ID --abandon` lets go of it",
+                "wait until it lacks nothing; if the destination never comes back, `pagecopy resolve ID --abandon --peer-fenced` lets go of it",
             ),
             Input::StartPostcopy => {
                 core.nothing_to_resolve("it has begun: the guest runs at the destination", "nothing");
@@ -235,8 +266,13 @@ impl Serving {
     }
 
     fn wait(&mut self, core: &Core) {
+        let pause = match self.wish {
+            Wish::None => self.backoff,
+            // An operator waits.
+            Wish::Given | Wish::Tried => Duration::ZERO,
+        };
         self.contact = Contact::Waiting {
-            until: core.now.after(self.backoff),
+            until: core.now.after(pause),
         };
         self.backoff = self
             .backoff
@@ -245,8 +281,80 @@ impl Serving {
     }
 
     fn dial(&mut self, core: &mut Core) {
+        if self.wish == Wish::Given {
+            self.wish = Wish::Tried;
+        }
         self.contact = Contact::Connecting;
         core.out.push(Output::ConnectAll);
+    }
+
+    /// The operator wants to let go of the memory. Returns how that ends, if it does at once.
+    fn abandon(&mut self, core: &mut Core, peer_fenced: bool) -> Option<Failure> {
+        if self.memory_lost {
+            return Some(abandoned());
+        }
+        if !peer_fenced {
+            core.decided(Err(refuse(
+                format!(
+                    "{} of the guest's memory are here only, and would be lost with the guest: the destination may come back",
+                    self.bytes()
+                ),
+                "wait: the destination is dialled on and on (`pagecopy recover ID --to HOST:PORT` gives it another address). Only if its \
+                 QEMU and pagecopyd cannot run any more (powered off, disk gone), say so by adding `--peer-fenced`",
+            )));
+            return None;
+        }
+        match self.contact {
+            Contact::Asked { .. } => core.decided(Err(still_there())),
+            Contact::Connecting => self.wish = Wish::Given,
+            Contact::Waiting { .. } | Contact::Up => {
+                self.wish = Wish::Given;
+                self.dial(core);
+            }
+        }
+        None
+    }
+
+    /// Somebody answers at the destination's address: the operator's word is wrong.
+    fn met(&mut self, core: &mut Core) {
+        if std::mem::replace(&mut self.wish, Wish::None) != Wish::None {
+            core.decided(Err(still_there()));
+        }
+    }
+
+    fn let_go(self, core: &mut Core, failure: Failure) -> Phase {
+        core.decided(Ok(
+            "the guest's memory here is let go of; QEMU keeps it, as it was when the guest left, until it is ended",
+        ));
+        self.release(core, Some(failure))
+    }
+
+    fn bytes(&self) -> String {
+        match self.lacking {
+            Some(bytes) => format!("{bytes} bytes"),
+            None => "some".to_owned(),
+        }
+    }
+
+    fn nobody_there(&self, why: &str) -> String {
+        format!(
+            "{why}; {} of the guest's memory are here only. If that host is gone for good, and the guest with it, `pagecopy resolve ID \
+             --abandon --peer-fenced` lets go of them",
+            self.bytes()
+        )
+    }
+
+    fn gone_for_good(&self) -> Failure {
+        Failure::new(
+            Fault::Operator,
+            format!(
+                "the operator let go of the guest's memory here, of which the destination, which is gone for good, lacked {} when it was \
+                 heard last: the guest is lost with it",
+                self.bytes()
+            ),
+            "start the guest anew, from its disks. Do not resume what this host's QEMU has, which is the guest as it was when it left: \
+             its disks have gone on without it",
+        )
     }
 
     fn recover(&mut self, core: &mut Core) {
@@ -364,6 +472,14 @@ fn ended_there(reason: &str) -> Failure {
         format!("the guest has ended with its QEMU at the destination: {reason}"),
         "start the guest anew, from its disks. Do not resume what this host's QEMU has, which is the guest as it was when it left: \
          its disks have gone on without it",
+    )
+}
+
+fn still_there() -> Failure {
+    refuse(
+        "the destination's pagecopyd is there, and has not let go of the guest",
+        "wait until the guest lacks nothing, or see that pagecopyd's log. Only when nothing answers at that address any more, because its \
+         pagecopyd and its QEMU are ended for good, let go here",
     )
 }
 

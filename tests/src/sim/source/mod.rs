@@ -397,8 +397,9 @@ impl Driver for SourceSide {
             self.commit_sent = false;
         }
         let in_doubt = self.ended == Some(State::InDoubt);
-        if matches!(input, Input::Resolve(Resolution::Abandon)) {
-            env.let_go_by_word |= in_doubt || self.state() == Some(State::Paused);
+        if let Input::Resolve(Resolution::Abandon { peer_fenced }) = input {
+            let paused = self.state() == Some(State::Paused);
+            env.let_go_by_word |= in_doubt || (paused && (*peer_fenced || self.files_gone));
         }
         if matches!(input, Input::LinkLost(_))
             && self.commit_sent

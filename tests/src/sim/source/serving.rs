@@ -123,6 +123,7 @@ impl SourceSide {
     /// What would be served is gone: that is said, on a connection of its own.
     fn say_lost(&mut self, env: &mut Env, attempt: u32) {
         let why = "the RAM files went with the host";
+        self.input(env, Input::MemoryLost);
         if env.wires.passable() && env.destination_listens {
             let (ours, theirs) = env.wires.connect(&self.regions[..1], &Regions::new());
             env.incoming.push_back(theirs);

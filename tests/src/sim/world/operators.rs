@@ -58,7 +58,12 @@ impl World {
         } else if self.source.state() == Some(State::Paused)
             && (self.never_comes() || self.source.files_gone())
         {
-            self.source.resolve(&mut self.env, Resolution::Abandon);
+            let peer_fenced = !self.source.files_gone();
+            if peer_fenced && !self.destination.host.gone {
+                self.destination.fence(&mut self.env);
+            }
+            let word = Resolution::Abandon { peer_fenced };
+            self.source.resolve(&mut self.env, word);
         }
     }
 
@@ -147,7 +152,9 @@ impl World {
             });
         }
         let resolution = match (side, wish) {
-            (_, Wish::LetGo) => Resolution::Abandon,
+            (_, Wish::LetGo) => Resolution::Abandon {
+                peer_fenced: fenced,
+            },
             (Side::Source, Wish::RunHere) => Resolution::ResumeHere {
                 peer_fenced: fenced,
             },

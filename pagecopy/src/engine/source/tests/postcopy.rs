@@ -198,7 +198,7 @@ fn only_the_destination_or_the_operator_ends_it() {
         Input::HostFailed(failure()),
         Input::QemuFailed(failure()),
         Input::JournalFailed(Record::GuestMoved, failure()),
-        Input::Resolve(Resolution::Abandon),
+        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
         Input::Resolve(Resolution::ResumeHere { peer_fenced: true }),
         Input::StartPostcopy,
         lost(),
@@ -248,12 +248,67 @@ fn a_destination_that_is_away_is_dialled_until_the_operator_lets_go() {
     source.handle(now, Input::Message(Message::Resumed));
     assert_eq!(source.state(), State::Migrating);
 
+    // It may come back: only a fenced word counts, and only if nobody is there then.
     source.handle(now, lost());
-    source.handle(now, Input::Resolve(Resolution::Abandon));
-    let released = released(&outputs(&mut source)).unwrap();
-    source.handle(now, Input::Journaled(released));
+    source.handle(
+        now,
+        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
+    );
+    let refusal = |asked: &[Output]| {
+        asked.iter().find_map(|output| match output {
+            Output::Decided(Err(failure)) => Some(failure.clone()),
+            _ => None,
+        })
+    };
+    let refused = refusal(&outputs(&mut source)).unwrap();
+    assert!(refused.what.contains("8192 bytes"), "{refused:?}");
+    assert!(refused.remedy.contains("--peer-fenced"), "{refused:?}");
+    let fenced = || Input::Resolve(Resolution::Abandon { peer_fenced: true });
+    source.handle(now, fenced());
+    let asked = outputs(&mut source);
+    assert!(asked.contains(&Output::ConnectAll), "{asked:?}");
+    source.handle(now, Input::ReconnectRefused("full".into()));
+    let refused = refusal(&outputs(&mut source)).unwrap();
+    assert!(refused.what.contains("is there"), "{refused:?}");
+    // An attempt that is older than the word says nothing.
+    let next = source.poll_timeout().unwrap();
+    source.handle(next, Input::Tick);
+    source.handle(next, fenced());
+    outputs(&mut source);
+    source.handle(next, Input::ReconnectFailed("no route".into()));
+    let asked = outputs(&mut source);
+    assert!(asked.contains(&Output::ConnectAll), "{asked:?}");
+    source.handle(next, Input::ReconnectFailed("no route".into()));
+    let record = released(&outputs(&mut source)).unwrap();
+    let Record::Released { failure: Some(why) } = &record else {
+        panic!("{record:?}");
+    };
+    assert!(why.what.contains("8192 bytes"), "{why:?}");
+    assert!(why.remedy.contains("Do not resume"), "{why:?}");
+    source.handle(now, Input::Journaled(record));
     assert_eq!(source.state(), State::Failed);
-    assert!(!outputs(&mut source).contains(&Output::QuitGuest));
+    let end = outputs(&mut source);
+    assert!(!end.contains(&Output::QuitGuest));
+    let failure = end.iter().find_map(|output| match output {
+        Output::Finished(finished) => finished.failure.clone(),
+        _ => None,
+    });
+    let failure = failure.unwrap();
+    assert!(failure.what.contains("lacked 8192 bytes"), "{failure:?}");
+    assert!(failure.remedy.contains("Do not resume"), "{failure:?}");
+}
+
+/// Nothing is lost by letting go of what is not there.
+#[test]
+fn memory_that_is_lost_already_is_let_go_of_without_a_word() {
+    let mut source = serving();
+    source.handle(NOW, lost());
+    source.handle(NOW, Input::MemoryLost);
+    source.handle(
+        NOW,
+        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
+    );
+    assert!(released(&outputs(&mut source)).is_some());
 }
 
 #[test]
@@ -519,7 +574,10 @@ fn a_destination_that_reads_nothing_though_it_lacks_pages_is_a_pause() {
     now = now.after(Duration::from_secs(5));
     source.handle(now, lacks(8192));
     assert_eq!(told(&mut source), []);
-    source.handle(now, Input::Resolve(Resolution::Abandon));
+    source.handle(
+        now,
+        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
+    );
     assert!(matches!(
         &outputs(&mut source)[..],
         [Output::Decided(Err(_))]
