@@ -264,7 +264,8 @@ impl Session {
         }
     }
 
-    fn lane_input(&mut self, event: LaneEvent) -> Option<Input> {
+    /// What the engine is told of a channel's event.
+    pub(crate) fn lane_input(&mut self, event: LaneEvent) -> Option<Input> {
         match event {
             LaneEvent::Message(message) => Some(Input::Message(message)),
             LaneEvent::Barrier {
