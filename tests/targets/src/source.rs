@@ -24,7 +24,7 @@ use pagecopy::limits::{
 use pagecopy::wire::{AbortCode, Message, Standing};
 
 use crate::orders::Orders;
-use crate::words::{self, blocks, digests, failure, message, pause};
+use crate::words::{self, blocks, digests, failure, message, pause, sudden};
 
 const CHANNELS: u16 = 2;
 /// Inputs of one run, at most.
@@ -405,7 +405,11 @@ impl World {
             Input::Message(Message::Answer {
                 id: words::ID,
                 standing: Standing::Aborted,
-            }) => facts.given_back = true,
+            }) => {
+                // A guest that was heard to run ended before its destination had recorded that.
+                facts.may_release |= facts.gone;
+                facts.given_back = true;
+            }
             // Without the word that the destination is fenced the operator's wish is not enough.
             Input::Resolve(Resolution::ResumeHere { peer_fenced: true }) => {
                 facts.given_back |= facts.commits > 0;
@@ -580,14 +584,6 @@ impl World {
         }
         facts.finished = state != State::InDoubt;
         facts.doubted |= state == State::InDoubt;
-    }
-}
-
-/// One of the things that nobody asked for; those of before post-copy as often as then.
-fn sudden(choice: u8) -> u8 {
-    match choice {
-        0..=239 => choice % 10,
-        _ => 10 + choice % 2,
     }
 }
 

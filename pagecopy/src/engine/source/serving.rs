@@ -105,7 +105,6 @@ impl Serving {
             }
             Input::LinkLost(failure) if self.is_connected() => self.lost(core, &failure.what),
             Input::Reconnected if self.contact == Contact::Connecting => {
-                self.met(core);
                 self.memory_lost = false;
                 core.link.restored(core.now);
                 core.send(Message::Serve { id: core.setup.id });
@@ -194,14 +193,27 @@ impl Serving {
                 self.look_whether_it_reads(core);
             }
             Message::Resumed if matches!(self.contact, Contact::Asked { .. }) => {
+                self.met(core);
                 self.contact = Contact::Up;
                 self.backoff = core.setup.timeouts.serve_first;
                 self.course.restored(core.now);
                 core.has_data = true;
                 core.out.enter(State::Migrating);
             }
+            // Its guest has ended before that was recorded to run there, and its operator has said so; or it never ran there.
+            Message::Answer {
+                id,
+                standing: Standing::Aborted,
+            } if id == core.setup.id => return Some(Some(never_there())),
             Message::Answer { standing, .. } if matches!(self.contact, Contact::Asked { .. }) => {
                 let why = match standing {
+                    // The operator knows more than who says so.
+                    Standing::NoJournal if self.wish == Wish::Tried => {
+                        return Some(Some(self.gone_for_good()));
+                    }
+                    Standing::NoJournal => self.nobody_there(
+                        "the destination's pagecopyd knows nothing of this migration",
+                    ),
                     Standing::Foreign => foreign().to_owned(),
                     _ => format!("it does not take the guest up yet ({standing:?})"),
                 };
@@ -251,6 +263,9 @@ impl Serving {
 
     /// The connection is of no use any more.
     fn lost(&mut self, core: &mut Core, why: &str) {
+        if self.is_connected() {
+            self.met(core);
+        }
         self.away(
             core,
             format!("the destination is away: what the guest touches and lacks waits: {why}"),
@@ -305,7 +320,8 @@ impl Serving {
             return None;
         }
         match self.contact {
-            Contact::Asked { .. } => core.decided(Err(still_there())),
+            // Its answer decides.
+            Contact::Asked { .. } => self.wish = Wish::Tried,
             Contact::Connecting => self.wish = Wish::Given,
             Contact::Waiting { .. } | Contact::Up => {
                 self.wish = Wish::Given;
@@ -322,10 +338,8 @@ impl Serving {
         }
     }
 
-    fn let_go(self, core: &mut Core, failure: Failure) -> Phase {
-        core.decided(Ok(
-            "the guest's memory here is let go of; QEMU keeps it, as it was when the guest left, until it is ended",
-        ));
+    fn let_go(mut self, core: &mut Core, failure: Failure) -> Phase {
+        self.wish = Wish::Tried;
         self.release(core, Some(failure))
     }
 
@@ -400,6 +414,14 @@ impl Serving {
 
     /// Nothing here is needed any more; that is being recorded.
     fn release(mut self, core: &mut Core, failure: Option<Failure>) -> Phase {
+        if self.wish != Wish::None {
+            core.decided(Ok(match failure {
+                Some(_) => {
+                    "the guest's memory here is let go of; QEMU keeps it, as it was when the guest left, until it is ended"
+                }
+                None => "the destination answers that the guest lacks nothing any more",
+            }));
+        }
         self.course.end(core.now);
         let took = self.course.took(core.now);
         let (mut postcopy, mut paused) = (took.postcopy, took.paused);
@@ -472,6 +494,16 @@ fn ended_there(reason: &str) -> Failure {
         format!("the guest has ended with its QEMU at the destination: {reason}"),
         "start the guest anew, from its disks. Do not resume what this host's QEMU has, which is the guest as it was when it left: \
          its disks have gone on without it",
+    )
+}
+
+/// The destination has committed nothing that it will run, though it was heard, or said to be, where the guest is.
+fn never_there() -> Failure {
+    Failure::new(
+        Fault::PeerHost,
+        "the destination answers that the guest does not run there and never will: it has ended there, or was never run",
+        "start the guest anew, from its disks. Only if it is certain that it never ran at the destination, what this host's QEMU has, \
+         stopped, is the guest as it is",
     )
 }
 

@@ -4,6 +4,8 @@ use super::*;
 use crate::engine::event::{FaultFigures, PostcopyCost};
 use crate::engine::source::Mode;
 
+mod let_go;
+
 /// Nothing is needed here any more, and the guest runs on.
 const RELEASED: Record = Record::Released { failure: None };
 
@@ -221,96 +223,6 @@ fn only_the_destination_or_the_operator_ends_it() {
     }
 }
 
-/// It dials with growing pauses, at once when the operator says so; the operator alone may let go.
-#[test]
-fn a_destination_that_is_away_is_dialled_until_the_operator_lets_go() {
-    let mut source = serving();
-    let mut now = NOW.after(Duration::from_secs(2));
-    source.handle(now, lost());
-    assert_eq!(source.state(), State::Paused);
-    outputs(&mut source);
-    let mut pauses = Vec::new();
-    for _ in 0..9 {
-        let next = source.poll_timeout().unwrap();
-        pauses.push(next.since(now).as_millis());
-        now = next;
-        source.handle(now, Input::Tick);
-        assert!(outputs(&mut source).contains(&Output::ConnectAll));
-        source.handle(now, Input::ReconnectFailed("no route".into()));
-        outputs(&mut source);
-    }
-    assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000]);
-    source.handle(now, Input::Recover);
-    let asked = outputs(&mut source);
-    assert!(asked.contains(&Output::ConnectAll), "{asked:?}");
-    source.handle(now, Input::Reconnected);
-    assert_eq!(sent(&outputs(&mut source)), ["Serve"]);
-    source.handle(now, Input::Message(Message::Resumed));
-    assert_eq!(source.state(), State::Migrating);
-
-    // It may come back: only a fenced word counts, and only if nobody is there then.
-    source.handle(now, lost());
-    source.handle(
-        now,
-        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
-    );
-    let refusal = |asked: &[Output]| {
-        asked.iter().find_map(|output| match output {
-            Output::Decided(Err(failure)) => Some(failure.clone()),
-            _ => None,
-        })
-    };
-    let refused = refusal(&outputs(&mut source)).unwrap();
-    assert!(refused.what.contains("8192 bytes"), "{refused:?}");
-    assert!(refused.remedy.contains("--peer-fenced"), "{refused:?}");
-    let fenced = || Input::Resolve(Resolution::Abandon { peer_fenced: true });
-    source.handle(now, fenced());
-    let asked = outputs(&mut source);
-    assert!(asked.contains(&Output::ConnectAll), "{asked:?}");
-    source.handle(now, Input::ReconnectRefused("full".into()));
-    let refused = refusal(&outputs(&mut source)).unwrap();
-    assert!(refused.what.contains("is there"), "{refused:?}");
-    // An attempt that is older than the word says nothing.
-    let next = source.poll_timeout().unwrap();
-    source.handle(next, Input::Tick);
-    source.handle(next, fenced());
-    outputs(&mut source);
-    source.handle(next, Input::ReconnectFailed("no route".into()));
-    let asked = outputs(&mut source);
-    assert!(asked.contains(&Output::ConnectAll), "{asked:?}");
-    source.handle(next, Input::ReconnectFailed("no route".into()));
-    let record = released(&outputs(&mut source)).unwrap();
-    let Record::Released { failure: Some(why) } = &record else {
-        panic!("{record:?}");
-    };
-    assert!(why.what.contains("8192 bytes"), "{why:?}");
-    assert!(why.remedy.contains("Do not resume"), "{why:?}");
-    source.handle(now, Input::Journaled(record));
-    assert_eq!(source.state(), State::Failed);
-    let end = outputs(&mut source);
-    assert!(!end.contains(&Output::QuitGuest));
-    let failure = end.iter().find_map(|output| match output {
-        Output::Finished(finished) => finished.failure.clone(),
-        _ => None,
-    });
-    let failure = failure.unwrap();
-    assert!(failure.what.contains("lacked 8192 bytes"), "{failure:?}");
-    assert!(failure.remedy.contains("Do not resume"), "{failure:?}");
-}
-
-/// Nothing is lost by letting go of what is not there.
-#[test]
-fn memory_that_is_lost_already_is_let_go_of_without_a_word() {
-    let mut source = serving();
-    source.handle(NOW, lost());
-    source.handle(NOW, Input::MemoryLost);
-    source.handle(
-        NOW,
-        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
-    );
-    assert!(released(&outputs(&mut source)).is_some());
-}
-
 #[test]
 fn a_slow_disk_under_the_last_record_is_no_silence_of_the_destination() {
     let (mut source, _) = switched_over();
@@ -418,41 +330,6 @@ fn a_guest_that_has_run_is_let_go_of_however_it_ended() {
         assert!(!outputs(&mut doubt).contains(&Output::ResumeGuest));
         assert_eq!(doubt.state(), state);
     }
-}
-
-/// The same where there is no memory to serve, and the driver has only said so: the answer ends what nothing else would.
-#[test]
-fn a_guest_that_has_ended_is_let_go_of_by_a_source_without_its_memory() {
-    let ended = || Input::GuestEnded {
-        reason: "beta: QEMU has ended".into(),
-    };
-    let mut away = serving();
-    away.handle(NOW.after(Duration::from_secs(2)), lost());
-    let doubt = Source::recover(setup_of(Mode::Postcopy), Outcome::Open, Postcopy::Open, NOW);
-    for mut source in [away, doubt] {
-        outputs(&mut source);
-        source.handle(NOW, ended());
-        if phase(&source) == "Moved" {
-            assert_eq!(outputs(&mut source), [Output::Journal(Record::GuestMoved)]);
-            source.handle(NOW, Input::Journaled(Record::GuestMoved));
-        }
-        let record = released(&outputs(&mut source)).unwrap();
-        let Record::Released { failure: Some(why) } = &record else {
-            panic!("{record:?}");
-        };
-        assert_eq!(why.fault, Fault::Qemu);
-        assert!(why.what.ends_with("beta: QEMU has ended"), "{why:?}");
-        assert!(why.remedy.contains("start the guest anew"), "{why:?}");
-        source.handle(NOW, Input::Journaled(record));
-        let asked = outputs(&mut source);
-        assert!(!asked.contains(&Output::ResumeGuest) && !asked.contains(&Output::QuitGuest));
-        assert_eq!(source.state(), State::Failed);
-    }
-    // Of a guest that comes with all of its memory nothing of the kind is heard.
-    let mut other = Source::recover(setup(), Outcome::Open, Postcopy::No, NOW);
-    outputs(&mut other);
-    other.handle(NOW, ended());
-    assert_eq!(outputs(&mut other), []);
 }
 
 /// A destination that ends a connection has decided nothing by it: the guest may run there.
