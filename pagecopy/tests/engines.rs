@@ -250,7 +250,7 @@ fn in_doubt_nothing_is_resumed_and_the_peer_is_asked_until_it_answers() {
 fn an_operator_decides_when_the_peer_is_gone() {
     for (resolution, state) in [
         (Resolution::ResumeHere { peer_fenced: true }, State::Failed),
-        (Resolution::Abandon, State::Completed),
+        (Resolution::Abandon { peer_fenced: false }, State::Completed),
     ] {
         let mut pair = in_doubt();
         pair.destination = None;
@@ -262,7 +262,10 @@ fn an_operator_decides_when_the_peer_is_gone() {
         pair.run(STEPS);
         assert_eq!(
             (pair.result().state, pair.source_runs),
-            (state, resolution != Resolution::Abandon)
+            (
+                state,
+                resolution != Resolution::Abandon { peer_fenced: false }
+            )
         );
     }
 }
@@ -270,12 +273,12 @@ fn an_operator_decides_when_the_peer_is_gone() {
 const AT_SOURCE: [Resolution; 3] = [
     Resolution::ResumeHere { peer_fenced: false },
     Resolution::ResumeHere { peer_fenced: true },
-    Resolution::Abandon,
+    Resolution::Abandon { peer_fenced: false },
 ];
 const AT_DESTINATION: [Resolution; 3] = [
     Resolution::RunHere { peer_fenced: false },
     Resolution::RunHere { peer_fenced: true },
-    Resolution::Abandon,
+    Resolution::Abandon { peer_fenced: false },
 ];
 
 /// Every moment at which a lost connection leaves the source in doubt, with the destination's daemon as it is or killed.
@@ -362,7 +365,8 @@ fn two_operators_who_are_wrong_at_once_make_no_two_guests() {
                     let two = pair.source_runs && pair.destination_runs;
                     assert!(!two || pair.false_word && runs_there, "{at}, then {more:?}");
                     let none = !pair.source_runs && !pair.destination_runs;
-                    let let_go = source == Resolution::Abandon && asked.source.is_some();
+                    let let_go = source == Resolution::Abandon { peer_fenced: false }
+                        && asked.source.is_some();
                     assert!(!none || let_go, "no guest runs: {at}: {:?}", pair.finished);
                     seen.insert((two, none, asked.source.is_some(), asked.destination));
                 }

@@ -245,8 +245,16 @@ fn an_operator_may_give_up_what_lacks_when_the_source_is_gone_for_good() {
     assert!(pair.decided.pop().unwrap().is_ok());
 
     // The source lets go of it, when its operator says so.
-    pair.tell_source(source::Input::Resolve(Resolution::Abandon));
+    let abandon = |peer_fenced| source::Input::Resolve(Resolution::Abandon { peer_fenced });
+    pair.tell_source(abandon(false));
     pair.drain();
+    let refused = pair.decided.pop().unwrap().unwrap_err();
+    assert!(refused.remedy.contains("--peer-fenced"), "{refused:?}");
+    pair.tell_source(abandon(true));
+    pair.drain();
+    while pair.decided.is_empty() {
+        assert!(pair.step());
+    }
     assert!(pair.decided.pop().unwrap().is_ok());
     pair.run(STEPS);
     assert_eq!(pair.result().state, State::Failed);

@@ -16,6 +16,9 @@ use tests::real::{
 /// Long enough for the source's word to be there before the destination goes on; what is tested holds without it, too.
 const ON_ITS_WAY: Duration = Duration::from_millis(300);
 
+/// A peer that says nothing for so long is gone.
+const SILENCE: Duration = Duration::from_secs(10);
+
 /// Two hosts, of which the destination is held when it comes to `step`.
 fn held_at(step: &str) -> (World, Steps) {
     let scratch = Scratch::new();
@@ -28,6 +31,42 @@ fn held_at(step: &str) -> (World, Steps) {
         run_as: RunAs::User,
     });
     (World::of(scratch, &manners), steps)
+}
+
+/// Its disk may be slow to take the first record. The source is answered meanwhile, for longer than it would wait for one that is
+/// gone, and what it says meanwhile is heard: given up, nothing is left of it.
+#[test]
+fn a_destination_that_takes_its_time_to_begin_is_there() {
+    for given_up in [false, true] {
+        let (world, steps) = held_at("destination Journal(Begun) 1");
+        let machine = Machine::new(Version::V10_0, 64, "rate=20 set=16");
+        let mut source = world.guest("source", &machine);
+        let mut destination = world.waiting("destination", &machine);
+        let migration = world.begin(Side::A, "vm", &source, &destination, &[]);
+        let held = steps.wait(PATIENCE).unwrap();
+        if !given_up {
+            let_it_last(SILENCE + Duration::from_secs(2));
+            held.go();
+            migration.finish().completed();
+            assert_moved(&mut source, &mut destination);
+            continue;
+        }
+        let id = world.cli(Side::A).id_of("vm");
+        let from = Instant::now();
+        let told = world.cli(Side::A).run(&["cancel", &id]);
+        assert!(told.status.success(), "{told:?}");
+        migration.finish().not_completed("cancelled");
+        let_it_last(ON_ITS_WAY);
+        held.go();
+        eventually(PATIENCE, || {
+            let shown = world.cli(Side::B).find(&id).unwrap_or_default();
+            let over = shown["finished"].is_object();
+            over.then_some(()).ok_or_else(|| shown.to_string())
+        })
+        .unwrap_or_else(|shown| panic!("it does not end: {shown}"));
+        assert_stayed(&mut source, Some(&mut destination), from);
+        world.moves_next(Side::A, "vm", &mut source, &mut destination);
+    }
 }
 
 /// While page faults are being made to wait, and when they do.

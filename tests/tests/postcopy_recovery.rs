@@ -272,6 +272,13 @@ fn a_source_that_is_gone_for_good() {
     let refused = cli.run(&["resolve", &gone.id, "--poison"]);
     assert!(!refused.status.success(), "{refused:?}");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--peer-fenced"));
+    // It has run here, and there is no way back.
+    let refused = cli.run(&["resolve", &gone.id, "--abandon"]);
+    assert!(!refused.status.success(), "{refused:?}");
+    let said = String::from_utf8_lossy(&refused.stderr);
+    for words in ["has run here", "bytes of its memory", "--poison"] {
+        assert!(said.contains(words), "{said}");
+    }
     let late = cli.run(&["cancel", &gone.id]);
     assert!(!late.status.success(), "{late:?}");
     let done = cli.run(&["resolve", &gone.id, "--poison", "--peer-fenced"]);
@@ -348,8 +355,13 @@ fn a_source_that_lets_go_of_what_it_has_lost() {
     assert!(done.status.success(), "{done:?}");
     gone.wait_state(Side::A, "failed");
     gone.wait_state(Side::B, "paused");
+    // It is not forgotten.
     gone.world.restart(Side::A);
-    gone.wait_state(Side::A, "completed");
+    gone.wait_state(Side::A, "failed");
+    assert_eq!(
+        gone.shown(Side::A).unwrap()["finished"]["fault"],
+        "operator"
+    );
 }
 
 /// A destination whose host has lost everything and comes back: its guest has ended, which the source hears, and keeps nothing for it.
@@ -376,6 +388,101 @@ fn a_destination_host_that_was_started_anew() {
         .not_completed("failed");
     gone.assert_nothing_served();
     gone.assert_nothing_kept();
+}
+
+/// Its QEMU ends while nobody can be told: the source, when it gets through, does not hear that all is well. Both daemons say so
+/// ever after, and the guest is not run at the source.
+#[test]
+fn a_destination_qemu_that_ends_while_the_link_is_cut() {
+    let mut gone = Gone::begin();
+    gone.world.net.cut();
+    for side in [Side::A, Side::B] {
+        gone.wait_state(side, "paused");
+    }
+    gone.destination.kill();
+    gone.wait_state(Side::B, "failed");
+    gone.world.net.mend();
+    gone.wait_state(Side::A, "failed");
+    gone.migration
+        .take()
+        .unwrap()
+        .finish()
+        .not_completed("failed");
+    gone.assert_nothing_served();
+    for anew in [false, true] {
+        for side in [Side::A, Side::B] {
+            if anew {
+                gone.world.restart(side);
+                gone.wait_state(side, "failed");
+            }
+            let end = gone.shown(side).unwrap()["finished"].clone();
+            assert_eq!(end["fault"], "qemu", "{end}");
+            assert!(
+                end["error"].as_str().unwrap().contains("has ended"),
+                "{end}"
+            );
+            let remedy = end["remedy"].as_str().unwrap();
+            assert!(remedy.contains("start the guest anew"), "{end}");
+        }
+    }
+    gone.assert_nothing_served();
+    gone.assert_nothing_kept();
+}
+
+/// One that does not come back: its operator ends what depends on it, knowing how much goes with it.
+#[test]
+fn a_destination_that_is_gone_for_good() {
+    let mut gone = Gone::begin();
+    gone.world.net.cut();
+    gone.wait_state(Side::A, "paused");
+    let resolve = |gone: &Gone, options: &[&str]| {
+        let words = [&["resolve", &gone.id], options].concat();
+        let output = gone.world.cli(Side::A).run(&words);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match output.status.success() {
+            true => Ok(text(&output.stdout)),
+            false => Err(text(&output.stderr)),
+        }
+    };
+    // It is only cut off, and its guest lives.
+    let refused = resolve(&gone, &["--abandon"]).unwrap_err();
+    for words in ["bytes of the guest's memory are here only", "--peer-fenced"] {
+        assert!(refused.contains(words), "{refused}");
+    }
+    let refused = resolve(&gone, &["--resume-here", "--peer-fenced"]).unwrap_err();
+    assert!(
+        refused.contains("the guest runs at the destination"),
+        "{refused}"
+    );
+    gone.world.daemon_mut(Side::B).kill();
+    gone.destination.kill();
+    gone.world.net.mend();
+    gone.wait_reason(
+        Side::A,
+        &[
+            "nobody answers",
+            "bytes of the guest's memory are here only",
+        ],
+    );
+    let done = resolve(&gone, &["--abandon", "--peer-fenced"]).unwrap();
+    assert!(done.contains("let go of"), "{done}");
+    gone.wait_state(Side::A, "failed");
+    gone.migration
+        .take()
+        .unwrap()
+        .finish()
+        .not_completed("failed");
+    gone.assert_nothing_served();
+    // Nor does a daemon that is started anew run it, or forget what went.
+    gone.world.restart(Side::A);
+    gone.wait_state(Side::A, "failed");
+    let end = gone.shown(Side::A).unwrap()["finished"].clone();
+    assert_eq!(end["fault"], "operator", "{end}");
+    assert!(
+        end["error"].as_str().unwrap().contains("the guest is lost"),
+        "{end}"
+    );
+    gone.assert_nothing_served();
 }
 
 /// The destination has moved to another address meanwhile.

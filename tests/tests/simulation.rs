@@ -242,6 +242,7 @@ fn assert_happened(survey: &Survey) {
         (ServedOn, 200),
         (ServedWithoutQemu, 10),
         (WasWholeBefore, 150),
+        (HadEndedBefore, 8),
         (Poisoned, 30),
         (PausedForGood, 10),
         (LetGoOf, 25),
@@ -409,6 +410,49 @@ fn a_guest_that_has_not_run_waits_for_people_when_its_memory_is_gone() {
     }
 }
 
+/// A guest that goes first and ends with its QEMU while it lacks memory and the source is `away`.
+fn ended_while_its_source_was_away(away: &str) -> Plan {
+    let plan = format!(
+        r#"{{"data_channels":2,"wanted":{{"how":"Postcopy"}},"network":{{"bytes_per_second":200000}},
+            "blocks":[{{"name":"ram0","page_size":4096,"size":262144}}],"faults":[
+            [{{"Named":["Destination","Journal(Running)",1,{{"Later":20000}}]}},{away}],
+            [{{"Named":["Destination","Journal(Running)",1,{{"Later":40000}}]}},{{"QemuDies":"Destination"}}]]}}"#
+    );
+    Plan::read(&plan).unwrap()
+}
+
+/// It is not said to be whole, however the source was away, and whatever it still has: it hears that its guest has ended, and a
+/// daemon of it that is started anew has not forgotten it.
+#[test]
+fn a_guest_that_ended_while_its_source_was_away_is_said_to_have_ended() {
+    for (away, least) in [
+        (r#""Cut""#, kept::CHANCES * 9 / 10),
+        (
+            r#"{"DaemonDies":["Source",500000]}"#,
+            kept::CHANCES * 9 / 10,
+        ),
+        (r#"{"HostDies":["Source",1000000]}"#, kept::CHANCES * 9 / 10),
+    ] {
+        let mut plan = ended_while_its_source_was_away(away);
+        let mut heard = 0;
+        for chance in 0..kept::CHANCES {
+            plan.chance = chance;
+            let outcome = run(&plan, None);
+            assert_eq!(outcome.violation, None, "{away}, chance {chance}");
+            if outcome.tally.happened().contains(&Happened::HadEndedBefore) {
+                assert_eq!(outcome.state, State::Failed, "{away}, chance {chance}");
+                let failure = outcome.failure.unwrap();
+                assert!(
+                    failure.what.contains("has ended with its QEMU"),
+                    "{failure:?}"
+                );
+                heard += 1;
+            }
+        }
+        assert!(heard >= least, "{away}: {heard} times");
+    }
+}
+
 #[test]
 fn a_seed_decides_everything() {
     for seed in 0..40 {
@@ -462,6 +506,11 @@ fn plan_for(mistake: Mistake, seed: u64) -> Plan {
     match mistake {
         Mistake::HeldWithoutNeed => {
             let mut plan = lost_before_it_ran(seed.is_multiple_of(2), 1_000_000_000);
+            plan.chance = seed;
+            plan
+        }
+        Mistake::ForgottenEnd => {
+            let mut plan = ended_while_its_source_was_away(r#""Cut""#);
             plan.chance = seed;
             plan
         }
@@ -534,4 +583,5 @@ mistakes! {
     finds_a_delta_against_a_version_that_is_gone: StaleVersion,
     finds_a_delta_against_a_version_that_was_lost: LostVersion,
     finds_a_guest_that_waits_for_a_source_that_it_does_not_need: HeldWithoutNeed,
+    finds_a_guest_said_to_be_whole_that_has_ended: ForgottenEnd,
 }

@@ -219,11 +219,13 @@ pub(super) async fn resolve(
         (false, true, false, false, peer_fenced) => {
             Wish::Decide(Resolution::RunHere { peer_fenced })
         }
-        (false, false, true, false, false) => Wish::Decide(Resolution::Abandon),
+        (false, false, true, false, peer_fenced) => {
+            Wish::Decide(Resolution::Abandon { peer_fenced })
+        }
         (false, false, false, true, peer_fenced) => Wish::Poison { peer_fenced },
         _ => {
             return Err(operator(
-                "say one of resume_here, run_here, abandon and poison, with peer_fenced if that is so, but not with abandon",
+                "say one of resume_here, run_here, abandon and poison, with peer_fenced if that is so",
                 "see `pagecopy resolve --help`",
             )
             .into());

@@ -155,7 +155,7 @@ pub struct ResolveRequest {
     pub resume_here: bool,
     /// At the destination: run the guest that was committed to it.
     pub run_here: bool,
-    /// Let go of the guest here.
+    /// Let go of the guest here. At the source of a paused post-copy only with `peer_fenced`, unless its memory is gone already.
     pub abandon: bool,
     /// At the destination of a paused post-copy: the guest goes on without what it lacks.
     pub poison: bool,

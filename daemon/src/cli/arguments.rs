@@ -36,7 +36,9 @@ const RESOLVE: &str = "In doubt: at the source the destination is asked first, a
     with --peer-fenced, since the source's operator may have taken the guest back; --abandon only while the guest has not run \
     here, and the source takes it back when it asks.\n\n\
     Paused (post-copy, the other host is away): at the destination --poison lets the guest go on without what it lacks, and is \
-    taken only with --peer-fenced; at the source --abandon lets go of the memory that the guest depends on.\n\n\
+    taken only with --peer-fenced; at the source --abandon lets go of the memory that the guest depends on, and is taken only with \
+    --peer-fenced, too, and only if nobody answers at the destination's address, unless that memory is gone already. The guest is \
+    never run at the source again.\n\n\
     Whatever is refused says why, with exit status 1.";
 
 /// Moves running QEMU guests between hosts.
@@ -148,7 +150,7 @@ pub enum Command {
         decision: Decision,
         /// The word that the other host's QEMU and pagecopyd cannot run any more (powered off, disk gone). Given wrongly,
         /// two guests run, or memory is lost
-        #[arg(long, conflicts_with = "abandon")]
+        #[arg(long)]
         peer_fenced: bool,
     },
 }
@@ -500,7 +502,7 @@ mod tests {
             assert!(parse(&[good, "--peer-fenced"]).is_ok());
             assert!(parse(&[good, "--abandon"]).is_err());
         }
-        assert!(parse(&["--abandon", "--peer-fenced"]).is_err());
+        assert!(parse(&["--abandon", "--peer-fenced"]).is_ok());
         assert!(parse(&["--peer-fenced"]).is_err());
         assert!(parse(&["--abandon"]).is_ok());
         assert!(parse(&[]).is_err());

@@ -35,7 +35,7 @@ struct Capability {
 }
 
 /// What QEMU has set before a migration changes it: exactly what will be changed, as it was.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Settings {
     capabilities: Vec<(String, bool)>,
     parameters: Map<String, Value>,

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pagecopy::engine::event::State;
-use pagecopy::engine::journal::{Outcome, Postcopy, Record, Side, outcome, postcopy, standing_for};
+use pagecopy::engine::journal::{
+    Outcome, Postcopy, Record, Side, lost, outcome, postcopy, standing_for,
+};
 use pagecopy::engine::{Failure, MigrationId};
 use pagecopy::wire::{AbortCode, Message, Standing};
 use tokio::sync::oneshot;
@@ -55,8 +57,8 @@ impl Visit {
                         fetching.request(Request::Serve(Caller::new(id, self)));
                         return;
                     }
-                    if is_whole(&self.service, id) {
-                        self.control.give(Message::Whole { id, cost: None });
+                    if let Some(end) = needs_nothing(&self.service, id) {
+                        self.control.give(end);
                         continue;
                     }
                 }
@@ -107,8 +109,8 @@ impl Visit {
     /// What the guest here lacks is gone: people here must know.
     fn lost(&self, id: MigrationId, reason: String) {
         tracing::warn!(id = %Uuid::from_bytes(id.0), peer = self.peer.address, reason, "the source has lost the guest's memory");
-        if is_whole(&self.service, id) {
-            return self.control.give(Message::Whole { id, cost: None });
+        if let Some(end) = needs_nothing(&self.service, id) {
+            return self.control.give(end);
         }
         let standing = standing(&self.service, id);
         let served = fetching(&self.service, id);
@@ -179,10 +181,20 @@ fn fetching(service: &Arc<Service>, id: MigrationId) -> Option<Arc<Migration>> {
     }
 }
 
-/// Whether a guest that went first needs nothing more of its source.
-fn is_whole(service: &Service, id: MigrationId) -> bool {
+/// What a source is told of a guest that went first and needs nothing more of it: that it is whole, or why it is not.
+fn needs_nothing(service: &Service, id: MigrationId) -> Option<Message> {
     let records = service.store.journals.read(id, Side::Destination);
-    records.is_ok_and(|records| records.is_some_and(|records| postcopy(&records) == Postcopy::Over))
+    let records = records.ok().flatten()?;
+    if postcopy(&records) != Postcopy::Over {
+        return None;
+    }
+    Some(match lost(&records) {
+        None => Message::Whole { id, cost: None },
+        Some(failure) => Message::Abort {
+            code: AbortCode::Qemu,
+            reason: format!("{}: {}", service.config.name, failure.what),
+        },
+    })
 }
 
 /// Who keeps the committed guest that no session serves; `None` while a session runs it.

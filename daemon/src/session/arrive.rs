@@ -3,6 +3,7 @@
 //! `Hello`: a guest wants to come. With anything else a source comes back to a migration that is known here (`answer.rs`).
 
 use std::fmt;
+use std::pin::pin;
 use std::sync::Arc;
 
 #[cfg(feature = "steps")]
@@ -19,7 +20,7 @@ use uuid::Uuid;
 
 use super::answer::{self, Asked};
 use super::destination::{Parts, Session};
-use super::{Clock, held, journal_failure, resume};
+use super::{Clock, blocking, held, journal_failure, resume};
 use crate::failure::Shown;
 use crate::lane::control::Control;
 use crate::lane::{Lane, LaneEvent, Told};
@@ -297,12 +298,19 @@ impl Visit {
             names: names::of(&service.in_force.now(), &self.peer),
             forced: self.forced,
         };
-        match prepare(&self.service, id, &receiver, &migration, from).await {
-            Ok((qmp, settings, journal, guest, reserved)) => {
-                let postcopy = match offered & capability::POSTCOPY {
-                    0 => Ok(()),
-                    _ => service.userfaultfd.try_out(&qmp, guest.pid).await,
-                };
+        let making_ready = async {
+            let (qmp, settings, journal, guest, reserved) =
+                prepare(&service, id, &receiver, &migration, from).await?;
+            let postcopy = match offered & capability::POSTCOPY {
+                0 => Ok(()),
+                _ => service.userfaultfd.try_out(&qmp, guest.pid).await,
+            };
+            Ok::<_, Unready>((qmp, settings, journal, guest, reserved, postcopy))
+        };
+        // The disk may be slow, and the source must not take this host for one that is gone.
+        let (ready, early) = self.answering_pings(making_ready).await;
+        match ready {
+            Ok((qmp, settings, journal, guest, reserved, postcopy)) => {
                 let setup = Setup {
                     id,
                     postcopy,
@@ -333,9 +341,12 @@ impl Visit {
                     regions: self.regions,
                 };
                 match Session::start(parts) {
-                    Ok(session) => {
+                    Ok(mut session) => {
                         let mut engine = Destination::new(setup, clock.now());
                         engine.handle(clock.now(), Input::Message(hello));
+                        if let Some(input) = early.and_then(|event| session.lane_input(event)) {
+                            engine.handle(clock.now(), input);
+                        }
                         session.run(engine, self.events, &mut requests).await;
                         // What it has taken of the memory is not free any more.
                         drop(reserved);
@@ -358,6 +369,30 @@ impl Visit {
         }
         drop(over);
         resume::take_up_again(&service, id);
+    }
+
+    /// Answers the peer's pings for as long as the work takes. What else comes first meanwhile is for whoever goes on with the visit,
+    /// and nothing is heard after it.
+    async fn answering_pings<T>(
+        &mut self,
+        work: impl Future<Output = T>,
+    ) -> (T, Option<LaneEvent>) {
+        let mut work = pin!(work);
+        let mut early = None;
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return (done, early),
+                told = self.events.recv(), if early.is_none() => match told.map(Told::take) {
+                    Some(LaneEvent::Message(Message::Ping { nonce })) => {
+                        self.control.give(Message::Pong { nonce });
+                    }
+                    Some(event) => early = Some(event),
+                    // It has told all there was to tell: the work goes on without.
+                    None => return (work.await, early),
+                },
+            }
+        }
     }
 
     /// The last answer of a visit.
@@ -435,14 +470,20 @@ async fn prepare(
         names: from.names,
     };
     let settings = Settings::read(&qmp, Role::Destination).await?;
-    let journals = &service.store.journals;
     #[cfg(feature = "steps")]
     crate::steps::reached(Side::Destination, &Output::Journal(begun.clone())).await;
-    let mut journal = journals
-        .create(id, Side::Destination, &begun)
-        .map_err(|error| journal_failure(&error))?;
-    let kept = journals.keep_settings(id, &settings);
-    let changed = match kept.map_err(|error| journal_failure(&error)) {
+    let (keeping, kept) = (Arc::clone(service), settings.clone());
+    let begun = blocking(move || {
+        let journals = &keeping.store.journals;
+        let journal = journals
+            .create(id, Side::Destination, &begun)
+            .map_err(|error| journal_failure(&error))?;
+        let kept = journals.keep_settings(id, &kept);
+        Ok((journal, kept.map_err(|error| journal_failure(&error))))
+    });
+    let (mut journal, kept) = begun.await?;
+    let journals = &service.store.journals;
+    let changed = match kept {
         Ok(()) => settings.change(&qmp).await,
         Err(failure) => Err(failure),
     };

@@ -201,7 +201,7 @@ impl Held {
     async fn resolve(&self, resolution: Resolution) -> Decided {
         let (found, qmp) = look(&self.qmp).await;
         tracing::warn!(id = %Uuid::from_bytes(self.id.0), ?resolution, ?found, "the operator decides");
-        if resolution == Resolution::Abandon
+        if matches!(resolution, Resolution::Abandon { .. })
             && found == Found::StandsStill
             && self.depends_on_its_source()
         {

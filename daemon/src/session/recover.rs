@@ -12,8 +12,8 @@ use std::sync::Arc;
 use pagecopy::engine::encoding::policy::Compress;
 use pagecopy::engine::event::{Figures, State};
 use pagecopy::engine::journal::{
-    Outcome, Postcopy, Record, Side, has_to_tell, is_settled, outcome, postcopy, standing_for,
-    switched,
+    Outcome, Postcopy, Record, Side, has_to_tell, is_settled, lost, outcome, postcopy,
+    standing_for, switched,
 };
 use pagecopy::engine::source::{Mode, Options, Setup, Source};
 use pagecopy::engine::{Failure, MigrationId, Timeouts};
@@ -295,14 +295,16 @@ fn end(service: &Arc<Service>, id: MigrationId, records: &[Record]) {
         return;
     }
     let here = outcome(records) == Outcome::Here;
-    let (state, failure) = if here {
-        (State::Completed, None)
-    } else {
-        let failure = host(
-            "it ended before pagecopyd was started anew",
-            "see the log of that time",
-        );
-        (State::Failed, Some(failure))
+    let (state, failure) = match lost(records) {
+        Some(failure) => (State::Failed, Some(failure.clone())),
+        None if here => (State::Completed, None),
+        None => {
+            let failure = host(
+                "it ended before pagecopyd was started anew",
+                "see the log of that time",
+            );
+            (State::Failed, Some(failure))
+        }
     };
     let mut figures = Figures::default();
     if let Some(switch) = switched(records) {

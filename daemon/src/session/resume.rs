@@ -70,6 +70,7 @@ pub(crate) fn take_up(
                 let figures = Figures::default();
                 taken.finish(Finished::new(id, State::Failed, Some(&failure), figures));
                 if ended {
+                    record(&service, id, &failure);
                     service.store.journals.forget_received(id);
                     tell_its_source(&failure, &mut requests).await;
                 }
@@ -78,6 +79,18 @@ pub(crate) fn take_up(
         drop(over);
     });
     Some(migration)
+}
+
+/// Records that the guest has ended, for its source and for daemons after this one. Where the disk refuses it they find it out again.
+fn record(service: &Service, id: MigrationId, failure: &Failure) {
+    let failure = Some(failure.clone());
+    let journals = &service.store.journals;
+    let recorded = journals
+        .reopen(id, Side::Destination)
+        .and_then(|mut journal| journal.append(&Record::Whole { failure }));
+    if let Err(error) = recorded {
+        tracing::error!(id = %Uuid::from_bytes(id.0), failure = %Shown(&super::journal_failure(&error)), "the guest's end is not recorded");
+    }
 }
 
 /// A guest that ended with its QEMU, while no daemon was there (with its host, say), needs nothing more of its source. It has come, or

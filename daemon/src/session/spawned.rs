@@ -123,8 +123,8 @@ enum Verdict {
     Nothing,
     /// Its guest is here. It may have ended since.
     Stays(SpawnedQemu),
-    /// Its guest is not here and never will be.
-    Ends(SpawnedQemu),
+    /// Its guest is not here and never will be; `decided` by a journal, or there never was one.
+    Ends { spawned: SpawnedQemu, decided: bool },
 }
 
 /// What the journal says. One that was left open is aborted first, for good.
@@ -141,9 +141,11 @@ fn judge(service: &Service, id: MigrationId) -> Verdict {
     if spawned.arrived {
         return Verdict::Stays(spawned);
     }
-    let decided = || -> std::io::Result<Option<bool>> {
+    let mut journaled = true;
+    let mut decided = || -> std::io::Result<Option<bool>> {
         let journals = &service.store.journals;
         let Some(records) = journals.read(id, Side::Destination)? else {
+            journaled = false;
             return Ok(Some(false));
         };
         match outcome(&records) {
@@ -169,7 +171,10 @@ fn judge(service: &Service, id: MigrationId) -> Verdict {
                 Verdict::Nothing
             }
         },
-        Ok(Some(false)) => Verdict::Ends(spawned),
+        Ok(Some(false)) => Verdict::Ends {
+            spawned,
+            decided: journaled,
+        },
         Ok(None) => Verdict::Nothing,
         Err(error) => {
             tracing::error!(id = %uuid, %error, "nothing is decided about the QEMU that was started: the journal cannot be used");
@@ -182,7 +187,7 @@ async fn carry_out(service: &Arc<Service>, id: MigrationId, verdict: Verdict) {
     let done = match verdict {
         Verdict::Nothing => return,
         Verdict::Stays(spawned) => tidy(service, id, &spawned).await,
-        Verdict::Ends(spawned) => end(service, id, &spawned).await,
+        Verdict::Ends { spawned, decided } => end(service, id, &spawned, decided).await,
     };
     if let Err(failure) = done {
         tracing::error!(id = %Uuid::from_bytes(id.0), failure = %Shown(&failure), "a QEMU that was started here is left");
@@ -225,9 +230,14 @@ fn is_needed(service: &Service, qmp: &Path) -> bool {
         })
 }
 
-async fn end(service: &Service, id: MigrationId, spawned: &SpawnedQemu) -> Result<(), Failure> {
+async fn end(
+    service: &Service,
+    id: MigrationId,
+    spawned: &SpawnedQemu,
+    decided: bool,
+) -> Result<(), Failure> {
     // What the journal says is enough. But somebody may have run the guest by hand, and it is not ours to end then.
-    if runs(&spawned.qmp).await {
+    if has_guest(&spawned.qmp, decided).await {
         return Err(host(
             format!(
                 "its guest {:?} runs here, and the journal says that it never came",
@@ -242,13 +252,17 @@ async fn end(service: &Service, id: MigrationId, spawned: &SpawnedQemu) -> Resul
     Ok(())
 }
 
-async fn runs(qmp: &Path) -> bool {
+/// Whether a guest runs in it; or, where no journal says that none came, whether it has one at all.
+async fn has_guest(qmp: &Path, decided: bool) -> bool {
     let asked = async {
         let qmp = Qmp::connect(qmp).await.ok()?;
         query_status(&qmp).await.ok()
     };
     let status = timeout(ASK_LIMIT, asked).await.ok().flatten();
-    status.is_some_and(|status| status.running)
+    status.is_some_and(|it| {
+        let waits = matches!(it.status.as_str(), "inmigrate" | "prelaunch");
+        it.running || (!decided && !waits)
+    })
 }
 
 /// Who starts and ends QEMUs.

@@ -23,7 +23,11 @@ pub enum Resolution {
         peer_fenced: bool,
     },
     /// Let go of the guest here. At the source: it runs at the destination. At the destination: it never will run here.
-    Abandon,
+    Abandon {
+        /// The operator's word that the other side's QEMU and pagecopyd cannot run any more. It is needed at the source where the
+        /// guest has run at the destination and lacks memory, which is lost then.
+        peer_fenced: bool,
+    },
 }
 
 /// A committed guest that is not known to run, as it is found at the destination.
@@ -65,7 +69,7 @@ pub fn at_destination(resolution: Resolution, found: &Found) -> Result<Step, Fai
             "see to this host's QEMU, or end it, then decide again",
         )),
         (Resolution::RunHere { .. }, Found::Runs) => Ok(Step::RecordRunning),
-        (Resolution::Abandon, Found::Runs) => Err(refuse(
+        (Resolution::Abandon { .. }, Found::Runs) => Err(refuse(
             "the guest runs here: the source may not take it back",
             "nothing: the source lets go of it as soon as it can ask here",
         )),
@@ -79,7 +83,7 @@ pub fn at_destination(resolution: Resolution, found: &Found) -> Result<Step, Fai
              run any more (powered off, disk gone), say so by adding `--peer-fenced`",
         )),
         (Resolution::RunHere { peer_fenced: true }, Found::StandsStill) => Ok(Step::Run),
-        (Resolution::Abandon, Found::StandsStill | Found::Gone) => Ok(Step::RecordAborted),
+        (Resolution::Abandon { .. }, Found::StandsStill | Found::Gone) => Ok(Step::RecordAborted),
     }
 }
 
@@ -146,13 +150,13 @@ pub(super) fn at_source(resolution: Resolution, heard: Heard) -> AtSource {
             "the destination answers that the guest runs there",
             "nothing: the migration completes",
         ))),
-        (Abandon, Answer(Running)) => {
+        (Abandon { .. }, Answer(Running)) => {
             AtSource::Decided(Ok("the destination answers that the guest runs there"))
         }
         (ResumeHere { .. }, Answer(Aborted)) => AtSource::Decided(Ok(
             "the destination answers that it never will run the guest: it is taken back here",
         )),
-        (Abandon, Answer(Aborted)) => AtSource::Decided(Err(refuse(
+        (Abandon { .. }, Answer(Aborted)) => AtSource::Decided(Err(refuse(
             "the destination answers that it never will run the guest",
             "nothing: the guest is taken back here",
         ))),
@@ -177,7 +181,7 @@ pub(super) fn at_source(resolution: Resolution, heard: Heard) -> AtSource {
             "give pagecopyd the certificate back with which the migration began, or one with the same DNS name. Or end the \
              destination's pagecopyd and its QEMU for good, then decide here",
         )),
-        (ResumeHere { peer_fenced: true } | Abandon, Nothing | Answer(NoJournal)) => {
+        (ResumeHere { peer_fenced: true } | Abandon { .. }, Nothing | Answer(NoJournal)) => {
             AtSource::Granted
         }
         (ResumeHere { peer_fenced: false }, Nothing | Answer(NoJournal)) => {
@@ -218,7 +222,7 @@ mod tests {
             Resolution::ResumeHere { peer_fenced: true },
             Resolution::RunHere { peer_fenced: false },
             Resolution::RunHere { peer_fenced: true },
-            Resolution::Abandon,
+            Resolution::Abandon { peer_fenced: false },
         ];
         for resolution in resolutions {
             for found in FOUND {
@@ -233,7 +237,11 @@ mod tests {
                         assert_eq!(found, Found::StandsStill, "{at}");
                     }
                     Ok(Step::RecordAborted) => {
-                        assert_eq!(resolution, Resolution::Abandon, "{at}");
+                        assert_eq!(
+                            resolution,
+                            Resolution::Abandon { peer_fenced: false },
+                            "{at}"
+                        );
                         assert!(matches!(found, Found::StandsStill | Found::Gone), "{at}");
                     }
                     Ok(Step::RecordRunning) => assert_eq!(found, Found::Runs, "{at}"),
@@ -306,7 +314,7 @@ mod tests {
             ]
         );
         assert_eq!(
-            row(Resolution::Abandon),
+            row(Resolution::Abandon { peer_fenced: false }),
             [
                 "granted",
                 "refused",

@@ -6,8 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::MigrationId;
 use super::event::Switch;
+use super::{Failure, MigrationId};
 use crate::memory::BlockSpec;
 use crate::wire::Standing;
 
@@ -79,7 +79,12 @@ pub enum Record {
     /// Source: the destination runs the guest (it said so, or the operator did).
     GuestMoved,
     /// Source, behind `GuestMoved` of a post-copy: the guest depends on nothing here any more.
-    Released,
+    Released {
+        /// Why it does not run at the destination, whole: it has ended there, or its operator let go of the memory here.
+        /// Daemons before this one did not write it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failure: Option<Failure>,
+    },
     /// Source: the guest runs here; no `Commit` is valid any more.
     RolledBack,
     /// Source: the operator has taken the guest back and given the word that the destination is fenced. `RolledBack`
@@ -110,7 +115,11 @@ pub enum Record {
     Running,
     /// Destination, behind `Armed`: the guest needs nothing more of the source: its memory is here, or was given up, or the
     /// guest has ended.
-    Whole,
+    Whole {
+        /// Why it has ended, with its QEMU, before all of its memory had come. Daemons before this one did not write it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failure: Option<Failure>,
+    },
     /// Destination: given up before `Commit`; a `Commit` that still arrives is refused.
     Aborted,
     /// Destination: the source has recorded that the guest moved. Nobody will ask again.
@@ -225,9 +234,9 @@ pub fn outcome(records: &[Record]) -> Outcome {
         Record::Begun { .. }
         | Record::Told
         | Record::Serving { .. }
-        | Record::Released
+        | Record::Released { .. }
         | Record::Armed { .. }
-        | Record::Whole => outcome,
+        | Record::Whole { .. } => outcome,
         Record::CommitIntent => Outcome::Open,
         Record::RolledBack | Record::TakenBack | Record::Aborted => Outcome::NotHere,
         Record::GuestMoved | Record::Committed | Record::Running | Record::Closed => Outcome::Here,
@@ -246,7 +255,7 @@ pub fn has_to_tell(records: &[Record]) -> bool {
 pub fn is_settled(records: &[Record]) -> bool {
     match records.iter().rfind(|record| **record != Record::Told) {
         Some(Record::GuestMoved) => postcopy(records) != Postcopy::Open,
-        last => matches!(last, Some(Record::Released | Record::RolledBack)),
+        last => matches!(last, Some(Record::Released { .. } | Record::RolledBack)),
     }
 }
 
@@ -267,7 +276,7 @@ pub fn postcopy(records: &[Record]) -> Postcopy {
         .iter()
         .fold(Postcopy::No, |postcopy, record| match record {
             Record::Serving { .. } | Record::Armed { .. } => Postcopy::Open,
-            Record::Released | Record::Whole => Postcopy::Over,
+            Record::Released { .. } | Record::Whole { .. } => Postcopy::Over,
             _ => postcopy,
         })
 }
@@ -276,6 +285,15 @@ pub fn postcopy(records: &[Record]) -> Postcopy {
 pub fn switched(records: &[Record]) -> Option<Switch> {
     records.iter().find_map(|record| match record {
         Record::Serving { switched, .. } | Record::Armed { switched, .. } => *switched,
+        _ => None,
+    })
+}
+
+/// Why the guest of a post-copy that is over does not run at the destination, by a journal of either side; `None`: it does, as far
+/// as that journal knows, or it is not over.
+pub fn lost(records: &[Record]) -> Option<&Failure> {
+    records.iter().find_map(|record| match record {
+        Record::Released { failure } | Record::Whole { failure } => failure.as_ref(),
         _ => None,
     })
 }
@@ -365,6 +383,39 @@ mod tests {
         assert_eq!(switched(&read), None);
     }
 
+    /// How a post-copy went wrong in the end is kept, and a journal of a daemon that did not write it yet is read.
+    #[test]
+    fn how_a_post_copy_went_wrong() {
+        let failure = Failure::new(
+            crate::engine::Fault::Qemu,
+            "QEMU has ended",
+            "start it anew",
+        );
+        for (side, word, record) in [
+            (
+                Side::Source,
+                "released",
+                (|failure| Record::Released { failure }) as fn(_) -> Record,
+            ),
+            (Side::Destination, "whole", |failure| Record::Whole {
+                failure,
+            }),
+        ] {
+            let records = [begun(side), record(Some(failure.clone()))];
+            let read = decode(&written(&records)).unwrap().records;
+            assert_eq!(lost(&read), Some(&failure));
+            assert_eq!(postcopy(&read), Postcopy::Over);
+            let json = format!(r#"{{"record":"{word}"}}"#);
+            let line = format!("{:08x} {json}\n", crc32c::crc32c(json.as_bytes()));
+            // One that went well reads the same to daemons before this one, too.
+            assert_eq!(encode(&record(None)), line.as_bytes());
+            let old = [&written(&[begun(side)]), line.as_bytes()].concat();
+            let read = decode(&old).unwrap().records;
+            assert_eq!(read[1], record(None));
+            assert_eq!((lost(&read), postcopy(&read)), (None, Postcopy::Over));
+        }
+    }
+
     #[test]
     fn every_torn_end_leaves_the_records_before_it() {
         let records = [
@@ -447,9 +498,11 @@ mod tests {
     #[test]
     fn a_source_is_needed_until_it_is_released() {
         use Record::{
-            Aborted, Armed, Closed, CommitIntent, Committed, GuestMoved, Released, RolledBack,
-            Running, Serving, Whole,
+            Aborted, Armed, Closed, CommitIntent, Committed, GuestMoved, RolledBack, Running,
+            Serving,
         };
+        let released = || Record::Released { failure: None };
+        let whole = || Record::Whole { failure: None };
         let serving = || Serving {
             blocks: Vec::new(),
             ram: Vec::new(),
@@ -484,7 +537,7 @@ mod tests {
                 false,
             ),
             (
-                vec![serving(), CommitIntent, GuestMoved, Released],
+                vec![serving(), CommitIntent, GuestMoved, released()],
                 Outcome::Here,
                 Postcopy::Over,
                 true,
@@ -516,12 +569,12 @@ mod tests {
                 Postcopy::Open,
             ),
             (
-                vec![armed(), Committed, Running, Whole],
+                vec![armed(), Committed, Running, whole()],
                 Standing::Running,
                 Postcopy::Over,
             ),
             (
-                vec![armed(), Committed, Running, Whole, Closed],
+                vec![armed(), Committed, Running, whole(), Closed],
                 Standing::Running,
                 Postcopy::Over,
             ),

@@ -102,7 +102,7 @@ impl SpawnHost {
 
     /// The QEMUs that it runs.
     pub fn pids(&self) -> Vec<u32> {
-        processes_with(&self.folder)
+        processes_with(&self.ram)
     }
 
     /// The guest that has come, with QEMU's monitor.

@@ -33,6 +33,8 @@ pub(super) struct Checker {
     running: [bool; 2],
     /// The guest has run at the destination.
     arrived: bool,
+    /// It has ended there with its QEMU, and lacked memory then.
+    ended_lacking: bool,
     /// The destination's slots as last looked at, in the source's order of pages.
     seen: Vec<u64>,
     /// Scratch for the next look.
@@ -61,6 +63,7 @@ impl Checker {
             order,
             running: [true, false],
             arrived: false,
+            ended_lacking: false,
             seen,
             looked: Vec::new(),
             loaded: None,
@@ -123,11 +126,21 @@ impl Checker {
         self.arrived = true;
     }
 
+    /// The guest ends with its QEMU at the destination, before all of its memory has come.
+    pub(super) fn ended_lacking(&mut self) {
+        self.ended_lacking = true;
+    }
+
     /// Somebody is told that the migration is completed. `lost`: the destination's QEMU was made to end.
     pub(super) fn told_completed(&mut self, who: &str, lost: bool) {
         if !self.arrived || !(self.runs(Side::Destination) || lost) {
             self.violate(format!(
                 "{who} says completed, and the guest does not run at the destination"
+            ));
+        }
+        if self.ended_lacking {
+            self.violate(format!(
+                "{who} says completed, and the guest has ended before all of its memory had come"
             ));
         }
     }

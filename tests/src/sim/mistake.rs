@@ -59,11 +59,13 @@ pub enum Mistake {
     LostVersion,
     /// A guest all of whose memory has come is taken for one that lacks some, and is not run when the source has lost it.
     HeldWithoutNeed,
+    /// A guest that ended with its QEMU while the source was away is said to be whole when the source comes.
+    ForgottenEnd,
 }
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Mistake; 28] = [
+    pub const ALL: [Mistake; 29] = [
         Mistake::ClearAfterRead,
         Mistake::EarlyBarrier,
         Mistake::LateZero,
@@ -92,5 +94,6 @@ impl Mistake {
         Mistake::StaleVersion,
         Mistake::LostVersion,
         Mistake::HeldWithoutNeed,
+        Mistake::ForgottenEnd,
     ];
 }

@@ -219,8 +219,8 @@ fn of_record(record: &Record) -> &'static str {
         Record::Aborted => "Aborted",
         Record::Closed => "Closed",
         Record::Serving { .. } => "Serving",
-        Record::Released => "Released",
+        Record::Released { .. } => "Released",
         Record::Armed { .. } => "Armed",
-        Record::Whole => "Whole",
+        Record::Whole { .. } => "Whole",
     }
 }

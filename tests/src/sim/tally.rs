@@ -101,8 +101,10 @@ pub enum Happened {
     RunWithoutItsSource,
     /// The guest lacked nothing any more.
     BecameWhole,
-    /// `Serve` was answered by `Whole`, from the journal.
+    /// `Serve` or `Lost` was answered by `Whole`, from the journal.
     WasWholeBefore,
+    /// `Serve` or `Lost` was answered by the guest's end, from the journal.
+    HadEndedBefore,
     /// The guest went on without what it lacked.
     Poisoned,
     /// The run ended with a guest that lacks pages, because nothing could end that.

@@ -382,7 +382,8 @@ impl World {
                     && !lost_here
                     && !self.source.resume_failed
                     && !excused
-                    && !ended_there =>
+                    && !ended_there
+                    && !self.env.let_go_by_word =>
             {
                 Some("failed, and no guest runs".to_owned())
             }

@@ -363,7 +363,8 @@ impl World {
             Input::Message(Message::LackingEnd { .. }) => facts.lacking_ended = true,
             Input::Armed { .. } => facts.armed |= facts.arms > 0,
             Input::Journaled(Record::Armed { .. }) => facts.armed_recorded |= facts.armed,
-            Input::Journaled(Record::Whole) | Input::JournalFailed(Record::Whole, _) => {
+            Input::Journaled(Record::Whole { .. })
+            | Input::JournalFailed(Record::Whole { .. }, _) => {
                 facts.whole_answered |= facts.whole_asked;
             }
             Input::Whole { .. } | Input::Poisoned { .. } => facts.needs_nothing = true,
@@ -523,8 +524,10 @@ impl World {
             Record::Running => assert!(facts.guest_running, "{facts:?}"),
             Record::Closed => assert!(facts.guest_running, "{facts:?}"),
             Record::Armed { .. } => assert!(facts.armed && facts.loads == 0, "{facts:?}"),
-            Record::Whole => {
+            Record::Whole { ref failure } => {
                 assert!(facts.needs_nothing && facts.guest_running, "{facts:?}");
+                // A guest is said to be lost only with its QEMU.
+                assert!(failure.is_none() || facts.qemu_failed, "{facts:?}");
                 facts.whole_asked = true;
             }
             ref other => panic!("the destination writes {other:?}"),

@@ -9,6 +9,7 @@ mod encoded;
 mod facts;
 mod orders;
 mod source;
+mod spawn;
 mod words;
 
 pub use decoders::{journal, message};
@@ -16,12 +17,13 @@ pub use destination::destination;
 pub use encoded::encoded;
 pub use facts::facts;
 pub use source::source;
+pub use spawn::spawn;
 
 /// Takes any bytes.
 pub type Target = fn(&[u8]);
 
 /// Every target by its name, which is also that of its folder in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("destination", destination),
     ("encoded", encoded),
     ("facts", facts),
@@ -30,5 +32,6 @@ pub const TARGETS: [(&str, Target); 9] = [
     ("message", message),
     ("records", transport::fuzzing::records),
     ("source", source),
+    ("spawn", spawn),
     ("stream", transport::fuzzing::stream),
 ];

@@ -24,7 +24,7 @@ use pagecopy::limits::{
 use pagecopy::wire::{AbortCode, Message, Standing};
 
 use crate::orders::Orders;
-use crate::words::{self, blocks, digests, failure, message, pause};
+use crate::words::{self, blocks, digests, failure, message, pause, sudden};
 
 const CHANNELS: u16 = 2;
 /// Inputs of one run, at most.
@@ -192,7 +192,9 @@ impl World {
                 7 => Input::Resolve(Resolution::ResumeHere {
                     peer_fenced: bool::arbitrary(input)?,
                 }),
-                8 => Input::Resolve(Resolution::Abandon),
+                8 => Input::Resolve(Resolution::Abandon {
+                    peer_fenced: bool::arbitrary(input)?,
+                }),
                 10 => Input::StartPostcopy,
                 11 => Input::Recover,
                 _ => Input::Pushed {
@@ -377,7 +379,7 @@ impl World {
                 id: words::ID,
                 standing: Standing::Running,
             }) => facts.gone |= facts.commits > 0,
-            Input::Resolve(Resolution::Abandon) => {
+            Input::Resolve(Resolution::Abandon { .. }) => {
                 facts.may_release |= facts.gone;
                 facts.gone |= facts.commits > 0;
             }
@@ -396,13 +398,18 @@ impl World {
             }
             // It ends a connection, and decides nothing any more.
             Input::Message(Message::Abort { .. }) => facts.given_back |= !facts.doubted,
-            Input::Journaled(Record::Released) | Input::JournalFailed(Record::Released, _) => {
+            Input::Journaled(Record::Released { .. })
+            | Input::JournalFailed(Record::Released { .. }, _) => {
                 facts.released |= facts.may_release;
             }
             Input::Message(Message::Answer {
                 id: words::ID,
                 standing: Standing::Aborted,
-            }) => facts.given_back = true,
+            }) => {
+                // A guest that was heard to run ended before its destination had recorded that.
+                facts.may_release |= facts.gone;
+                facts.given_back = true;
+            }
             // Without the word that the destination is fenced the operator's wish is not enough.
             Input::Resolve(Resolution::ResumeHere { peer_fenced: true }) => {
                 facts.given_back |= facts.commits > 0;
@@ -559,7 +566,7 @@ impl World {
                 assert!(facts.serves && facts.commits == 0, "{facts:?}");
                 facts.serving_asked = true;
             }
-            Record::Released => assert!(facts.serves && facts.may_release, "{facts:?}"),
+            Record::Released { .. } => assert!(facts.serves && facts.may_release, "{facts:?}"),
             ref other => panic!("the source writes {other:?}"),
         }
         self.orders.add(Order::Journal(record));
@@ -577,14 +584,6 @@ impl World {
         }
         facts.finished = state != State::InDoubt;
         facts.doubted |= state == State::InDoubt;
-    }
-}
-
-/// One of the things that nobody asked for; those of before post-copy as often as then.
-fn sudden(choice: u8) -> u8 {
-    match choice {
-        0..=239 => choice % 10,
-        _ => 10 + choice % 2,
     }
 }
 

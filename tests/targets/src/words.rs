@@ -35,6 +35,14 @@ pub(crate) fn pause(input: &mut Unstructured<'_>) -> Result<Duration> {
     })
 }
 
+/// One of the things that nobody asked for; those of before post-copy as often as then.
+pub(crate) fn sudden(choice: u8) -> u8 {
+    match choice {
+        0..=239 => choice % 10,
+        _ => 10 + choice % 2,
+    }
+}
+
 /// Runs inside the guest, or anywhere.
 pub(crate) fn runs(input: &mut Unstructured<'_>, inside: bool) -> Result<Vec<Run>> {
     let mut runs = Vec::new();

@@ -65,6 +65,11 @@ fn source() {
 }
 
 #[test]
+fn spawn() {
+    replay("spawn");
+}
+
+#[test]
 fn stream() {
     replay("stream");
 }

@@ -11,6 +11,7 @@ mod another;
 mod destination;
 mod preflight;
 mod source;
+mod spawning;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};

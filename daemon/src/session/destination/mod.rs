@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pagecopy::engine::destination::{Destination, Input, Output};
+use pagecopy::engine::doubt::Resolution;
 use pagecopy::engine::event::{Finished as EngineEnd, State};
 #[cfg(feature = "steps")]
 use pagecopy::engine::journal::Side;
@@ -98,6 +99,8 @@ pub(crate) struct Session {
     load: Option<JoinHandle<()>>,
     /// The operator who waits to hear what becomes of his decision.
     operator: Option<oneshot::Sender<Decided>>,
+    /// QEMU's monitor has ended, and the engine does not know it.
+    monitor_lost: bool,
     /// QEMU was given device state, as the engine said in the end.
     qemu_used: bool,
     lanes: UnboundedReceiver<Told>,
@@ -151,6 +154,7 @@ impl Session {
             broken: Broken::default(),
             load: None,
             operator: None,
+            monitor_lost: false,
             qemu_used: false,
             lanes,
             lane_events,
@@ -203,9 +207,9 @@ impl Session {
                             Input::Served
                         })
                     }
-                    Some(Request::Resolve(_, reply)) => {
+                    Some(Request::Resolve(resolution, reply)) => {
                         // Whoever asked may have left.
-                        let _ = reply.send(Err(not_in_doubt()));
+                        let _ = reply.send(Err(self.nothing_to_resolve(resolution)));
                         None
                     }
                     Some(Request::Disconnect) => Some(Input::LinkLost(superseded())),
@@ -225,12 +229,12 @@ impl Session {
                 input = self.inputs.recv() => input,
                 // While QEMU loads, the answer to that says more; once it has loaded, that answer is an input above.
                 () = qmp.gone(), if qmp_there && !loading => {
-                    qmp_there = false;
-                    Some(Input::QemuFailed(QmpError::Gone.into()))
+                    (qmp_there, self.monitor_lost) = (false, true);
+                    self.qemu_gone()
                 },
                 Some(done) = self.fetch.done.recv() => Some(self.done(done)),
                 Some(event) = self.fetch.events.recv() => self.pull_event(event),
-                _ = every_second.tick() => self.lacks(),
+                _ = every_second.tick() => self.qemu_gone().or_else(|| self.lacks()),
                 () = broken => self.broken.take().map(Input::LinkLost),
                 () = self.clock.sleep_until(engine.poll_timeout()) => Some(Input::Tick),
             };
@@ -247,7 +251,43 @@ impl Session {
         }
     }
 
-    fn lane_input(&mut self, event: LaneEvent) -> Option<Input> {
+    /// QEMU's monitor has ended, and QEMU with it. A guest that is here and lacks memory is lost only when its process is gone, too: the
+    /// source lets go of what it lacks when it hears that.
+    fn qemu_gone(&mut self) -> Option<Input> {
+        if !self.monitor_lost {
+            return None;
+        }
+        let lives = {
+            let journal = lock(&self.journal);
+            let records = journal.records();
+            let lacks = outcome(records) == Outcome::Here && postcopy(records) == Postcopy::Open;
+            lacks && !has_ended(records)
+        };
+        if lives {
+            return None;
+        }
+        self.monitor_lost = false;
+        Some(Input::QemuFailed(QmpError::Gone.into()))
+    }
+
+    /// A guest in post-copy has run here: it can go on nowhere else, and what ends it here is said.
+    fn nothing_to_resolve(&self, resolution: Resolution) -> Failure {
+        let paused = self.migration.shown().state == State::Paused;
+        match (&self.fetch.pull, resolution) {
+            (Some(pull), Resolution::Abandon { .. }) if paused => operator(
+                format!(
+                    "refused: the guest has run here, and cannot go back. It lacks {} bytes of its memory, which are at the source only",
+                    pull.progress().0
+                ),
+                "wait: the source dials until it gets through. If it never comes back, `pagecopy resolve ID --poison --peer-fenced` lets the \
+                 guest go on without what it lacks. Or end this host's QEMU, and the guest with it: the source, should it come, is told so",
+            ),
+            _ => not_in_doubt(),
+        }
+    }
+
+    /// What the engine is told of a channel's event.
+    pub(crate) fn lane_input(&mut self, event: LaneEvent) -> Option<Input> {
         match event {
             LaneEvent::Message(message) => Some(Input::Message(message)),
             LaneEvent::Barrier {

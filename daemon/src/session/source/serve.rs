@@ -8,7 +8,7 @@ use pagecopy::engine::event::Report;
 use pagecopy::engine::source::Input;
 use pagecopy::host::ram::MappedRam;
 use pagecopy::memory::{BlockId, BlockSpec};
-use pagecopy::wire::Message;
+use pagecopy::wire::{AbortCode, Message};
 use transport::{Access, Address, Channel, RegionId};
 
 use super::{Incoming, Session};
@@ -100,13 +100,23 @@ impl Session {
     fn tell_lost(&self, failure: Failure) {
         let (target, sender, id) = (self.target.clone(), self.sender.clone(), self.id);
         let attempt = self.connection;
+        // A session that has ended needs no word.
+        let _ = sender.send(Incoming::Engine(Input::MemoryLost));
         log::spawn(async move {
             let reason = failure.what.clone();
             let silence = Timeouts::default().silence;
             let (heard, answers) = match ask(Message::Lost { id, reason }, &target, silence).await {
                 Ok(answer) => {
-                    // It may end the matter: nothing lacks there any more, say. A session that has ended needs no word.
-                    let _ = sender.send(Incoming::Engine(Input::Message(answer)));
+                    // It may end the matter: nothing lacks there any more, say.
+                    let input = match answer {
+                        Message::Abort {
+                            code: AbortCode::Qemu,
+                            reason,
+                        } => Input::GuestEnded { reason },
+                        answer => Input::Message(answer),
+                    };
+                    // A session that has ended needs no word.
+                    let _ = sender.send(Incoming::Engine(input));
                     ("the destination knows".to_owned(), true)
                 }
                 Err(unreached) => (unreached.failure.what, unreached.answers),

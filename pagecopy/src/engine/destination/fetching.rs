@@ -255,26 +255,33 @@ impl Ending {
         if let Some(course) = &mut core.course {
             course.end(core.now);
         }
-        core.journal(Record::Whole);
-        Phase::Ending(Ending {
+        let ending = Ending {
             failure,
             recorded: false,
             told: false,
             closing: false,
             deadline: core.now,
             again: None,
-        })
+        };
+        core.journal(ending.record());
+        Phase::Ending(ending)
+    }
+
+    fn record(&self) -> Record {
+        let failure = self.failure.clone();
+        Record::Whole { failure }
     }
 
     pub(super) fn handle(mut self, core: &mut Core, input: Input) -> Step {
         match input {
-            Input::Journaled(Record::Whole) => {
+            Input::Journaled(Record::Whole { .. }) => {
                 self.recorded = true;
                 self.tell(core);
             }
             // The journal would send a source that comes again away for good, so this stays until the disk takes it or the
-            // source has let go. A daemon that is started anew finds that everything is here, and records it then.
-            Input::JournalFailed(Record::Whole, failure) => {
+            // source has let go. A daemon that is started anew finds that everything is here, or that QEMU has ended, and records
+            // it then.
+            Input::JournalFailed(Record::Whole { .. }, failure) => {
                 core.out.notice(format!(
                     "that nothing more is needed of the source could not be recorded, trying again: {}",
                     failure.what
@@ -306,7 +313,7 @@ impl Ending {
         }
         if self.again.is_some_and(|again| core.now >= again) && !self.closing {
             self.again = None;
-            core.journal(Record::Whole);
+            core.journal(self.record());
         }
         // Without `Closed` the journal stays for a source that comes again.
         let over = !core.link.is_up() || core.now >= self.deadline;

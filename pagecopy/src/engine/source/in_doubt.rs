@@ -109,6 +109,10 @@ impl InDoubt {
                 core.link.heard(core.now);
                 return Ok(self.message(core, message));
             }
+            Input::GuestEnded { reason } if core.serves => {
+                let code = AbortCode::Qemu;
+                return Ok(self.has_run(core, Message::Abort { code, reason }));
+            }
             Input::Resolve(resolution) => self.resolve(core, resolution),
             Input::Cancel => refuse_cancel(core),
             Input::StartPostcopy | Input::Recover => core.nothing_to_resolve(
@@ -268,7 +272,7 @@ impl InDoubt {
     fn look_into_wish(&mut self, core: &mut Core, heard: Heard) -> Option<Phase> {
         match self.wish.map(|wish| (wish, doubt::at_source(wish, heard))) {
             None => {}
-            Some((Resolution::Abandon, AtSource::Granted)) => {
+            Some((Resolution::Abandon { .. }, AtSource::Granted)) => {
                 core.decided(Ok(
                     "the guest is let go of here; QEMU keeps it, stopped, until it is ended",
                 ));

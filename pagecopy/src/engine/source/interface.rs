@@ -133,6 +133,14 @@ pub enum Input {
     Message(Message),
     /// The connection is gone (any channel of it), with the reason.
     LinkLost(Failure),
+    /// Post-copy: the answer to `Lost`, which the driver has said where [`Output::ConnectAll`] did not find the memory. The guest
+    /// has run at the destination and ended with its QEMU: nothing is needed here any more.
+    GuestEnded {
+        /// In the destination's words.
+        reason: String,
+    },
+    /// Post-copy: what the guest lacks is not here any more, or was not found. Until `Reconnected`.
+    MemoryLost,
     /// Answer to [`Output::Connect`]: there is a control channel again.
     Reconnected,
     /// Answer to [`Output::Connect`]: not now.

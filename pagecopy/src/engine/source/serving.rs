@@ -18,6 +18,7 @@ use super::interface::{Input, Output, Resolution};
 use super::reasons::by_peer;
 use super::{Phase, Step};
 use crate::engine::course::Course;
+use crate::engine::doubt::refuse;
 use crate::engine::event::{PostcopyCost, PostcopyProgress, Report, State, Switch, Way};
 use crate::engine::journal::Record;
 use crate::engine::{Failure, Fault, Time};
@@ -34,8 +35,22 @@ pub(super) struct Serving {
     read: Option<(u64, Time)>,
     /// Bytes that lack there, as said last.
     lacking: Option<u64>,
+    /// The driver has not found the memory.
+    memory_lost: bool,
+    /// The operator's word that the destination is gone for good.
+    wish: Wish,
     /// What the destination said in the end.
     cost: Option<PostcopyCost>,
+}
+
+/// What becomes of the operator's word: the destination is dialled first, and must not be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    None,
+    /// An attempt that is older than the word is under way.
+    Given,
+    /// An attempt that the word led to is.
+    Tried,
 }
 
 /// Where the connection stands.
@@ -59,7 +74,9 @@ impl Serving {
             backoff: core.setup.timeouts.serve_first,
             course: Course::begin(core.now),
             read: None,
-            lacking: None,
+            lacking: core.switch.map(|switch| switch.lacking_bytes),
+            memory_lost: false,
+            wish: Wish::None,
             cost: None,
         };
         // Then there is nobody to dial.
@@ -88,29 +105,45 @@ impl Serving {
             }
             Input::LinkLost(failure) if self.is_connected() => self.lost(core, &failure.what),
             Input::Reconnected if self.contact == Contact::Connecting => {
+                self.memory_lost = false;
                 core.link.restored(core.now);
                 core.send(Message::Serve { id: core.setup.id });
                 self.contact = Contact::Asked {
                     deadline: core.now.after(core.setup.timeouts.silence),
                 };
             }
-            Input::ReconnectFailed(why) | Input::ReconnectRefused(why)
-                if self.contact == Contact::Connecting =>
-            {
+            Input::ReconnectFailed(why) if self.contact == Contact::Connecting => {
+                if self.wish == Wish::Tried {
+                    let failure = self.gone_for_good();
+                    return self.let_go(core, failure);
+                }
+                core.out.pause(match self.memory_lost {
+                    true => why,
+                    false => self.nobody_there(&why),
+                });
+                self.wait(core);
+            }
+            Input::ReconnectRefused(why) if self.contact == Contact::Connecting => {
+                self.met(core);
                 core.out.pause(why);
                 self.wait(core);
             }
+            Input::GuestEnded { reason } => {
+                return self.release(core, Some(ended_there(&reason)));
+            }
             Input::Recover => self.recover(core),
             Input::Read { bytes } if self.contact == Contact::Up => self.read(core, bytes),
-            Input::Resolve(Resolution::Abandon) if self.contact != Contact::Up => {
-                core.decided(Ok(
-                    "the guest's memory here is let go of; QEMU keeps it until it is ended",
-                ));
-                return self.release(core, Some(abandoned()));
+            Input::MemoryLost => self.memory_lost = true,
+            Input::Resolve(Resolution::Abandon { peer_fenced })
+                if self.contact != Contact::Up =>
+            {
+                if let Some(failure) = self.abandon(core, peer_fenced) {
+                    return self.let_go(core, failure);
+                }
             }
             Input::Resolve(_) => core.nothing_to_resolve(
                 "the guest runs at the destination and depends on the memory here",
-                "wait until it lacks nothing; if the destination never comes back, `pagecopy resolve ID --abandon` lets go of it",
+                "wait until it lacks nothing; if the destination never comes back, `pagecopy resolve ID --abandon --peer-fenced` lets go of it",
             ),
             Input::StartPostcopy => {
                 core.nothing_to_resolve("it has begun: the guest runs at the destination", "nothing");
@@ -138,11 +171,7 @@ impl Serving {
                 code: AbortCode::Qemu,
                 reason,
             } => {
-                return Some(Some(Failure {
-                    remedy: "the guest has ended with its QEMU at the destination: start it anew"
-                        .to_owned(),
-                    ..by_peer(AbortCode::Qemu, &reason).failure
-                }));
+                return Some(Some(ended_there(&reason)));
             }
             // Only the end of its guest ends that it needs the memory here.
             Message::Abort { code, reason } if self.is_connected() => {
@@ -164,14 +193,27 @@ impl Serving {
                 self.look_whether_it_reads(core);
             }
             Message::Resumed if matches!(self.contact, Contact::Asked { .. }) => {
+                self.met(core);
                 self.contact = Contact::Up;
                 self.backoff = core.setup.timeouts.serve_first;
                 self.course.restored(core.now);
                 core.has_data = true;
                 core.out.enter(State::Migrating);
             }
+            // Its guest has ended before that was recorded to run there, and its operator has said so; or it never ran there.
+            Message::Answer {
+                id,
+                standing: Standing::Aborted,
+            } if id == core.setup.id => return Some(Some(never_there())),
             Message::Answer { standing, .. } if matches!(self.contact, Contact::Asked { .. }) => {
                 let why = match standing {
+                    // The operator knows more than who says so.
+                    Standing::NoJournal if self.wish == Wish::Tried => {
+                        return Some(Some(self.gone_for_good()));
+                    }
+                    Standing::NoJournal => self.nobody_there(
+                        "the destination's pagecopyd knows nothing of this migration",
+                    ),
                     Standing::Foreign => foreign().to_owned(),
                     _ => format!("it does not take the guest up yet ({standing:?})"),
                 };
@@ -221,6 +263,9 @@ impl Serving {
 
     /// The connection is of no use any more.
     fn lost(&mut self, core: &mut Core, why: &str) {
+        if self.is_connected() {
+            self.met(core);
+        }
         self.away(
             core,
             format!("the destination is away: what the guest touches and lacks waits: {why}"),
@@ -236,8 +281,13 @@ impl Serving {
     }
 
     fn wait(&mut self, core: &Core) {
+        let pause = match self.wish {
+            Wish::None => self.backoff,
+            // An operator waits.
+            Wish::Given | Wish::Tried => Duration::ZERO,
+        };
         self.contact = Contact::Waiting {
-            until: core.now.after(self.backoff),
+            until: core.now.after(pause),
         };
         self.backoff = self
             .backoff
@@ -246,8 +296,79 @@ impl Serving {
     }
 
     fn dial(&mut self, core: &mut Core) {
+        if self.wish == Wish::Given {
+            self.wish = Wish::Tried;
+        }
         self.contact = Contact::Connecting;
         core.out.push(Output::ConnectAll);
+    }
+
+    /// The operator wants to let go of the memory. Returns how that ends, if it does at once.
+    fn abandon(&mut self, core: &mut Core, peer_fenced: bool) -> Option<Failure> {
+        if self.memory_lost {
+            return Some(abandoned());
+        }
+        if !peer_fenced {
+            core.decided(Err(refuse(
+                format!(
+                    "{} of the guest's memory are here only, and would be lost with the guest: the destination may come back",
+                    self.bytes()
+                ),
+                "wait: the destination is dialled on and on (`pagecopy recover ID --to HOST:PORT` gives it another address). Only if its \
+                 QEMU and pagecopyd cannot run any more (powered off, disk gone), say so by adding `--peer-fenced`",
+            )));
+            return None;
+        }
+        match self.contact {
+            // Its answer decides.
+            Contact::Asked { .. } => self.wish = Wish::Tried,
+            Contact::Connecting => self.wish = Wish::Given,
+            Contact::Waiting { .. } | Contact::Up => {
+                self.wish = Wish::Given;
+                self.dial(core);
+            }
+        }
+        None
+    }
+
+    /// Somebody answers at the destination's address: the operator's word is wrong.
+    fn met(&mut self, core: &mut Core) {
+        if std::mem::replace(&mut self.wish, Wish::None) != Wish::None {
+            core.decided(Err(still_there()));
+        }
+    }
+
+    fn let_go(mut self, core: &mut Core, failure: Failure) -> Phase {
+        self.wish = Wish::Tried;
+        self.release(core, Some(failure))
+    }
+
+    fn bytes(&self) -> String {
+        match self.lacking {
+            Some(bytes) => format!("{bytes} bytes"),
+            None => "some".to_owned(),
+        }
+    }
+
+    fn nobody_there(&self, why: &str) -> String {
+        format!(
+            "{why}; {} of the guest's memory are here only. If that host is gone for good, and the guest with it, `pagecopy resolve ID \
+             --abandon --peer-fenced` lets go of them",
+            self.bytes()
+        )
+    }
+
+    fn gone_for_good(&self) -> Failure {
+        Failure::new(
+            Fault::Operator,
+            format!(
+                "the operator let go of the guest's memory here, of which the destination, which is gone for good, lacked {} when it was \
+                 heard last: the guest is lost with it",
+                self.bytes()
+            ),
+            "start the guest anew, from its disks. Do not resume what this host's QEMU has, which is the guest as it was when it left: \
+             its disks have gone on without it",
+        )
     }
 
     fn recover(&mut self, core: &mut Core) {
@@ -293,6 +414,14 @@ impl Serving {
 
     /// Nothing here is needed any more; that is being recorded.
     fn release(mut self, core: &mut Core, failure: Option<Failure>) -> Phase {
+        if self.wish != Wish::None {
+            core.decided(Ok(match failure {
+                Some(_) => {
+                    "the guest's memory here is let go of; QEMU keeps it, as it was when the guest left, until it is ended"
+                }
+                None => "the destination answers that the guest lacks nothing any more",
+            }));
+        }
         self.course.end(core.now);
         let took = self.course.took(core.now);
         let (mut postcopy, mut paused) = (took.postcopy, took.paused);
@@ -304,7 +433,9 @@ impl Serving {
         }
         core.figures.postcopy_ms = Some(millis(postcopy));
         core.figures.paused_ms = Some(millis(paused));
-        core.journal(Record::Released);
+        core.journal(Record::Released {
+            failure: failure.clone(),
+        });
         Phase::Releasing(Releasing { failure })
     }
 }
@@ -319,13 +450,13 @@ pub(super) struct Releasing {
 impl Releasing {
     pub(super) fn handle(self, core: &mut Core, input: Input) -> Step {
         match input {
-            Input::Journaled(Record::Released) => {
+            Input::Journaled(Record::Released { .. }) => {
                 if core.link.is_up() {
                     core.send(Message::Closed);
                 }
             }
             // Without the record nobody may be told that we will not come again.
-            Input::JournalFailed(Record::Released, failure) => {
+            Input::JournalFailed(Record::Released { .. }, failure) => {
                 core.out
                     .notice(format!("the journal could not be closed: {}", failure.what));
             }
@@ -354,6 +485,34 @@ impl Releasing {
         core.finish(state, self.failure);
         Ok(Phase::Ended)
     }
+}
+
+/// The guest has run at the destination, and ended there with its QEMU: nothing needs its memory any more.
+fn ended_there(reason: &str) -> Failure {
+    Failure::new(
+        Fault::Qemu,
+        format!("the guest has ended with its QEMU at the destination: {reason}"),
+        "start the guest anew, from its disks. Do not resume what this host's QEMU has, which is the guest as it was when it left: \
+         its disks have gone on without it",
+    )
+}
+
+/// The destination has committed nothing that it will run, though it was heard, or said to be, where the guest is.
+fn never_there() -> Failure {
+    Failure::new(
+        Fault::PeerHost,
+        "the destination answers that the guest does not run there and never will: it has ended there, or was never run",
+        "start the guest anew, from its disks. Only if it is certain that it never ran at the destination, what this host's QEMU has, \
+         stopped, is the guest as it is",
+    )
+}
+
+fn still_there() -> Failure {
+    refuse(
+        "the destination's pagecopyd is there, and has not let go of the guest",
+        "wait until the guest lacks nothing, or see that pagecopyd's log. Only when nothing answers at that address any more, because its \
+         pagecopyd and its QEMU are ended for good, let go here",
+    )
 }
 
 fn abandoned() -> Failure {

@@ -251,7 +251,7 @@ fn after_commit_nothing_but_the_peers_abort_or_answer_resumes_the_guest() {
         Input::QemuFailed(failure()),
         Input::JournalFailed(Record::CommitIntent, failure()),
         Input::Resolve(Resolution::ResumeHere { peer_fenced: true }),
-        Input::Resolve(Resolution::Abandon),
+        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
     ]);
     for input in inputs {
         let (mut source, _) = after(4);

@@ -221,6 +221,16 @@ impl DestinationSide {
         if env.checker.runs(Side::Destination) {
             env.qemu_lost[Side::Destination as usize] = true;
         }
+        self.guest_ends(env);
+    }
+
+    /// QEMU is gone, and the guest with it, if there is one.
+    fn guest_ends(&mut self, env: &mut Env) {
+        // A daemon that stands still meanwhile may find that all is here before it finds that QEMU is gone.
+        let seen = !env.holds(Side::Destination);
+        if env.checker.runs(Side::Destination) && self.depends() && seen {
+            env.checker.ended_lacking();
+        }
         self.qemu.enter(DestinationState::Gone);
         env.checker.stopped(Side::Destination);
     }
@@ -281,8 +291,7 @@ impl DestinationSide {
         }
         env.note("destination", format_args!("QEMU dies"));
         env.tally.note(Happened::QemuDied(Side::Destination));
-        self.qemu.enter(DestinationState::Gone);
-        env.checker.stopped(Side::Destination);
+        self.guest_ends(env);
         env.qemu_lost[Side::Destination as usize] = true;
         self.input(
             env,

@@ -5,7 +5,7 @@ use pagecopy::engine::doubt::{Found, Resolution, Step, at_destination};
 use pagecopy::engine::event::State;
 use pagecopy::engine::journal::{self, Postcopy, Record};
 use pagecopy::engine::{Fault as Blame, MigrationId};
-use pagecopy::wire::{Message, Standing};
+use pagecopy::wire::{AbortCode, Message, Standing};
 use transport::Op;
 
 use super::super::disk::Hand;
@@ -205,9 +205,8 @@ impl DestinationSide {
             self.close_to_writes(env);
             return self.input(env, Input::Served);
         }
-        if journal::postcopy(&self.records()) == Postcopy::Over {
-            env.tally.note(Happened::WasWholeBefore);
-            return self.answer_question(env, lane, Message::Whole { id, cost: None });
+        if let Some(end) = self.needs_nothing(env, id) {
+            return self.answer_question(env, lane, end);
         }
         match self.standing(id) {
             Standing::Committed if self.holds() && self.has_guest() => {
@@ -217,9 +216,27 @@ impl DestinationSide {
         }
     }
 
+    /// What a source is told of a guest that needs nothing more of it: that it is whole, or why it is not.
+    fn needs_nothing(&self, env: &mut Env, id: MigrationId) -> Option<Message> {
+        let records = self.records();
+        if journal::postcopy(&records) != Postcopy::Over {
+            return None;
+        }
+        let lost = journal::lost(&records).filter(|_| !env.errs(Mistake::ForgottenEnd));
+        let (message, what) = match lost {
+            None => (Message::Whole { id, cost: None }, Happened::WasWholeBefore),
+            Some(failure) => {
+                let (code, reason) = (AbortCode::Qemu, failure.what.clone());
+                (Message::Abort { code, reason }, Happened::HadEndedBefore)
+            }
+        };
+        env.tally.note(what);
+        Some(message)
+    }
+
     fn lost(&mut self, env: &mut Env, lane: usize, id: MigrationId, reason: &str) {
-        if journal::postcopy(&self.records()) == Postcopy::Over {
-            return self.answer_question(env, lane, Message::Whole { id, cost: None });
+        if let Some(end) = self.needs_nothing(env, id) {
+            return self.answer_question(env, lane, end);
         }
         let reason = reason.to_owned();
         let all_here = self.lacks() == 0 && !env.errs(Mistake::HeldWithoutNeed);

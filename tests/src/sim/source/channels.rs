@@ -3,7 +3,7 @@
 use pagecopy::engine::ChannelId;
 use pagecopy::engine::Fault as Blame;
 use pagecopy::engine::source::Input;
-use pagecopy::wire::Message;
+use pagecopy::wire::{AbortCode, Message};
 use transport::Error;
 
 use super::super::driver::Driver;
@@ -26,7 +26,7 @@ impl SourceSide {
                             let bytes = self.sent();
                             self.input(env, Input::Read { bytes });
                         }
-                        self.input(env, Input::Message(message));
+                        self.input(env, self.input_of(message));
                     }
                     Err(error) => env
                         .checker
@@ -36,6 +36,17 @@ impl SourceSide {
                     .checker
                     .violate("the source got a message on a data channel".into()),
             }
+        }
+    }
+
+    /// What the engine is told of a message.
+    fn input_of(&self, message: Message) -> Input {
+        match message {
+            Message::Abort {
+                code: AbortCode::Qemu,
+                reason,
+            } if self.said_lost => Input::GuestEnded { reason },
+            message => Input::Message(message),
         }
     }
 

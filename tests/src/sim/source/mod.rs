@@ -109,6 +109,10 @@ pub(super) struct SourceSide {
     forgot: bool,
     /// Some daemon before this one has died.
     restarted: bool,
+    /// The connection that there is was made to say that the memory is gone.
+    said_lost: bool,
+    /// How it went wrong, as the journal says since before this daemon.
+    lost: Option<Failure>,
     /// The files of the guest's memory went with the host.
     files_gone: bool,
     /// How often something had been taken out of the RAM when it was last listed, and the list, unless it was that of the start.
@@ -160,6 +164,8 @@ impl SourceSide {
             attempt: 0,
             forgot: false,
             restarted: false,
+            said_lost: false,
+            lost: None,
             files_gone: false,
             listed: (0, None),
             versions: plan.wanted.versions,
@@ -340,6 +346,8 @@ impl SourceSide {
             // As far as it can know now, `Commit` was sent.
             journal::Outcome::Open | journal::Outcome::Here => self.commit_sent = true,
         }
+        // Of a matter that is settled the daemon shows what the journal says, without an engine.
+        self.lost = journal::lost(&records).cloned();
         self.ended = None;
         let now = env.clock(Side::Source);
         let engine = Source::recover(
@@ -389,8 +397,9 @@ impl Driver for SourceSide {
             self.commit_sent = false;
         }
         let in_doubt = self.ended == Some(State::InDoubt);
-        if matches!(input, Input::Resolve(Resolution::Abandon)) {
-            env.let_go_by_word |= in_doubt || self.state() == Some(State::Paused);
+        if let Input::Resolve(Resolution::Abandon { peer_fenced }) = input {
+            let paused = self.state() == Some(State::Paused);
+            env.let_go_by_word |= in_doubt || (paused && (*peer_fenced || self.files_gone));
         }
         if matches!(input, Input::LinkLost(_))
             && self.commit_sent

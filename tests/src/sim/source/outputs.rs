@@ -225,7 +225,10 @@ impl SourceSide {
         }
     }
 
-    fn finished(&mut self, env: &mut Env, finished: Finished) {
+    fn finished(&mut self, env: &mut Env, mut finished: Finished) {
+        if let Some(failure) = self.lost.take() {
+            (finished.state, finished.failure) = (State::Failed, Some(failure));
+        }
         if self.ended.is_some_and(|state| state != State::InDoubt) {
             env.checker.violate("the source finished twice".into());
         }

@@ -84,6 +84,7 @@ impl SourceSide {
 
     /// A new connection is tried. Before it is one with all channels, a daemon that was started again opens the RAM files.
     pub(super) fn connect(&mut self, env: &mut Env, attempt: u32, all: bool) {
+        self.said_lost = false;
         if all && self.files_gone {
             return self.say_lost(env, attempt);
         }
@@ -122,6 +123,7 @@ impl SourceSide {
     /// What would be served is gone: that is said, on a connection of its own.
     fn say_lost(&mut self, env: &mut Env, attempt: u32) {
         let why = "the RAM files went with the host";
+        self.input(env, Input::MemoryLost);
         if env.wires.passable() && env.destination_listens {
             let (ours, theirs) = env.wires.connect(&self.regions[..1], &Regions::new());
             env.incoming.push_back(theirs);
@@ -129,6 +131,7 @@ impl SourceSide {
                 daemon.control = ours.into_iter().map(Lane::new).next();
             }
             let (id, reason) = (self.setup.id, "the host was started anew".to_owned());
+            self.said_lost = true;
             self.send(env, &Message::Lost { id, reason });
             env.tally.note(Happened::SaidLost);
             // The answer is waited for.

@@ -27,7 +27,7 @@ impl World {
 
     /// Nobody will ever read the guest's memory at the source again.
     fn never_serves(&self) -> bool {
-        // Started anew, a source that its operator let go of the memory of says that it has ended well.
+        // In doubt, the word that its guest is at the destination may have been the operator's.
         let let_go = self.env.let_go_by_word && self.source.ended == Some(State::Completed);
         self.source.cannot_serve() || let_go || !self.env.wires.reachable()
     }
@@ -58,7 +58,12 @@ impl World {
         } else if self.source.state() == Some(State::Paused)
             && (self.never_comes() || self.source.files_gone())
         {
-            self.source.resolve(&mut self.env, Resolution::Abandon);
+            let peer_fenced = !self.source.files_gone();
+            if peer_fenced && !self.destination.host.gone {
+                self.destination.fence(&mut self.env);
+            }
+            let word = Resolution::Abandon { peer_fenced };
+            self.source.resolve(&mut self.env, word);
         }
     }
 
@@ -147,7 +152,9 @@ impl World {
             });
         }
         let resolution = match (side, wish) {
-            (_, Wish::LetGo) => Resolution::Abandon,
+            (_, Wish::LetGo) => Resolution::Abandon {
+                peer_fenced: fenced,
+            },
             (Side::Source, Wish::RunHere) => Resolution::ResumeHere {
                 peer_fenced: fenced,
             },

@@ -8,6 +8,9 @@ use crate::engine::event::{FaultFigures, PostcopyCost, Report, Switch};
 
 mod lost;
 
+/// Everything is here.
+const WHOLE: Record = Record::Whole { failure: None };
+
 /// Of what nobody waits for: said by the source, and kept for a daemon that is started anew.
 const LIMIT: u64 = 1 << 20;
 
@@ -258,7 +261,7 @@ fn a_guest_that_is_whole_before_it_runs_ends_at_once() {
         [
             Output::Send(Message::Running),
             Output::Journal(Record::Running),
-            Output::Journal(Record::Whole)
+            Output::Journal(WHOLE)
         ]
     );
     let (mut earlier, _) = arming();
@@ -273,7 +276,7 @@ fn a_guest_that_is_whole_before_it_runs_ends_at_once() {
     ] {
         earlier.handle(NOW, input);
     }
-    assert!(outputs(&mut earlier).contains(&Output::Journal(Record::Whole)));
+    assert!(outputs(&mut earlier).contains(&Output::Journal(WHOLE)));
 }
 
 /// Pauses count; what comes behind the end does not.
@@ -286,7 +289,7 @@ fn the_source_and_people_are_told_what_it_cost() {
     destination.handle(at(5), Input::Served);
     destination.handle(at(6), lacks(4096));
     destination.handle(at(7), whole());
-    destination.handle(at(9), Input::Journaled(Record::Whole));
+    destination.handle(at(9), Input::Journaled(WHOLE));
     let cost = outputs(&mut destination)
         .into_iter()
         .find_map(|output| match output {
@@ -313,8 +316,8 @@ fn the_source_and_people_are_told_what_it_cost() {
 fn the_source_is_told_only_when_it_is_on_disk() {
     let mut destination = fetching();
     destination.handle(NOW, whole());
-    assert_eq!(outputs(&mut destination), [Output::Journal(Record::Whole)]);
-    destination.handle(NOW, Input::Journaled(Record::Whole));
+    assert_eq!(outputs(&mut destination), [Output::Journal(WHOLE)]);
+    destination.handle(NOW, Input::Journaled(WHOLE));
     assert_eq!(sent(&outputs(&mut destination)), ["Whole"]);
     destination.handle(NOW, Input::Message(Message::Closed));
     destination.handle(NOW, Input::Journaled(Record::Closed));
@@ -361,12 +364,45 @@ fn a_guest_that_touches_what_it_has_lost_ends_and_the_operator_hears_it() {
     let asked = outputs(&mut destination);
     let [
         Output::Decided(Err(failure)),
-        Output::Journal(Record::Whole),
+        Output::Journal(Record::Whole { failure: Some(_) }),
     ] = &asked[..]
     else {
         panic!("{asked:?}");
     };
     assert!(failure.what.contains("a memory error"), "{failure:?}");
+}
+
+/// The source may be away: what it is told when it comes is in the journal.
+#[test]
+fn a_guest_that_ended_with_its_qemu_is_recorded_so() {
+    for mut destination in [paused(), fetching()] {
+        let connected = destination.state() == State::Migrating;
+        let gone = Failure::new(Fault::Qemu, "QEMU is gone", "");
+        destination.handle(NOW, Input::QemuFailed(gone));
+        let asked = outputs(&mut destination);
+        let [Output::Journal(record)] = &asked[..] else {
+            panic!("{asked:?}");
+        };
+        let Record::Whole { failure: Some(why) } = record else {
+            panic!("{record:?}");
+        };
+        assert!(why.what.contains("QEMU is gone"), "{why:?}");
+        // A disk that refuses it is given the same again.
+        let full = Failure::new(Fault::ThisHost, "the disk is full", "");
+        destination.handle(NOW, Input::JournalFailed(record.clone(), full));
+        outputs(&mut destination);
+        let again = destination.poll_timeout().unwrap();
+        destination.handle(again, Input::Tick);
+        assert_eq!(outputs(&mut destination), [Output::Journal(record.clone())]);
+        destination.handle(again, Input::Journaled(record.clone()));
+        let told = sent(&outputs(&mut destination));
+        assert_eq!(told, if connected { vec!["Abort"] } else { vec![] });
+        if connected {
+            destination.handle(again, Input::Message(Message::Closed));
+            destination.handle(again, Input::Journaled(Record::Closed));
+        }
+        assert_eq!(destination.state(), State::Failed);
+    }
 }
 
 /// The operator hears how much would be lost, also when the source went before anything was fetched.
@@ -410,7 +446,7 @@ fn before_commit_everything_may_end_and_after_it_a_lost_link_is_a_pause() {
 fn a_disk_that_refuses_the_end_is_tried_again_until_the_source_has_let_go() {
     let refused = || {
         let full = Failure::new(Fault::ThisHost, "the disk is full", "");
-        Input::JournalFailed(Record::Whole, full)
+        Input::JournalFailed(WHOLE, full)
     };
     let lost = || Input::LinkLost(Failure::new(Fault::Network, "cut", ""));
     let mut destination = fetching();
@@ -423,7 +459,7 @@ fn a_disk_that_refuses_the_end_is_tried_again_until_the_source_has_let_go() {
     let mut comes_again = destination;
     let next = comes_again.poll_timeout().unwrap();
     comes_again.handle(next, Input::Tick);
-    assert_eq!(outputs(&mut comes_again), [Output::Journal(Record::Whole)]);
+    assert_eq!(outputs(&mut comes_again), [Output::Journal(WHOLE)]);
     comes_again.handle(next, refused());
     outputs(&mut comes_again);
     assert!(comes_again.takes_serve());

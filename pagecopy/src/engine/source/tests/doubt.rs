@@ -60,7 +60,7 @@ fn an_answer_decides() {
 fn a_destination_that_ends_a_connection_is_not_fenced() {
     for resolution in [
         Resolution::ResumeHere { peer_fenced: true },
-        Resolution::Abandon,
+        Resolution::Abandon { peer_fenced: false },
     ] {
         let mut source = asking();
         source.handle(NOW, Input::Resolve(resolution));
@@ -82,7 +82,7 @@ fn a_destination_that_ends_a_connection_is_not_fenced() {
         let granted = outputs(&mut source);
         assert!(
             granted.contains(&Output::Journal(match resolution {
-                Resolution::Abandon => Record::GuestMoved,
+                Resolution::Abandon { .. } => Record::GuestMoved,
                 _ => Record::TakenBack,
             })),
             "{granted:?}"
@@ -99,7 +99,7 @@ fn cut() -> Input {
 /// It lets the source in and then goes, or says nothing for as long as one waits, or turns it away.
 #[test]
 fn a_destination_that_is_there_and_does_not_answer_is_not_fenced() {
-    for resolution in [FENCED, Resolution::Abandon] {
+    for resolution in [FENCED, Resolution::Abandon { peer_fenced: false }] {
         let refused = |ends: &dyn Fn(&mut Source)| {
             let mut source = unanswered();
             source.handle(NOW, Input::Resolve(resolution));
@@ -187,7 +187,10 @@ fn a_decision_makes_the_source_ask_now_and_a_question_on_its_way_is_waited_for()
     let mut source = asking();
     source.handle(NOW, Input::Resolve(FENCED));
     assert_eq!(outputs(&mut source), []);
-    source.handle(NOW, Input::Resolve(Resolution::Abandon));
+    source.handle(
+        NOW,
+        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
+    );
     let second = outputs(&mut source);
     assert!(
         matches!(decided(&second), Some(Err(why)) if why.what.contains("another decision")),
@@ -230,7 +233,10 @@ fn an_operators_decision_is_recorded_first_and_nobody_is_asked_meanwhile() {
         assert!(
             matches!(outputs(&mut source).last(), Some(Output::Finished(f)) if f.state == State::Failed)
         );
-        source.handle(later, Input::Resolve(Resolution::Abandon));
+        source.handle(
+            later,
+            Input::Resolve(Resolution::Abandon { peer_fenced: false }),
+        );
         assert!(matches!(decided(&outputs(&mut source)), Some(Err(_))));
     }
 }
@@ -274,7 +280,10 @@ fn without_the_word_silence_is_no_reason_to_take_the_guest_back() {
 #[test]
 fn a_guest_let_go_of_by_a_word_alone_is_kept_stopped() {
     let mut source = unanswered();
-    source.handle(NOW, Input::Resolve(Resolution::Abandon));
+    source.handle(
+        NOW,
+        Input::Resolve(Resolution::Abandon { peer_fenced: false }),
+    );
     source.handle(NOW, Input::ReconnectFailed("no route".into()));
     let asked = outputs(&mut source);
     assert!(

@@ -99,7 +99,7 @@ fn a_guest_whose_memory_has_all_come_is_run_without_its_source() {
         destination.handle(NOW, whole());
         destination.handle(NOW, Input::GuestRunning);
         destination.handle(NOW, Input::Journaled(Record::Running));
-        destination.handle(NOW, Input::Journaled(Record::Whole));
+        destination.handle(NOW, Input::Journaled(WHOLE));
         let told = outputs(destination);
         let completed = |output: &Output| {
             matches!(
@@ -110,7 +110,7 @@ fn a_guest_whose_memory_has_all_come_is_run_without_its_source() {
                 }
             )
         };
-        assert!(told.contains(&Output::Journal(Record::Whole)), "{told:?}");
+        assert!(told.contains(&Output::Journal(WHOLE)), "{told:?}");
         assert!(told.iter().any(completed), "{told:?}");
     };
     let mut destination = committing();
@@ -137,5 +137,5 @@ fn a_guest_whose_memory_has_all_come_is_run_without_its_source() {
     assert_eq!(outputs(&mut destination), [Output::StopPulling]);
     assert_eq!(destination.state(), State::Migrating);
     destination.handle(NOW, whole());
-    assert!(outputs(&mut destination).contains(&Output::Journal(Record::Whole)));
+    assert!(outputs(&mut destination).contains(&Output::Journal(WHOLE)));
 }
