@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
+use super::set::Changes;
 use crate::api::types::{Compress, MigrationRequest, Mode, Transport};
 use crate::rdma::Pin;
 use crate::units::{millis, parse_duration, parse_rate, parse_size};
@@ -119,6 +120,14 @@ pub enum Command {
         /// Print one JSON event a line
         #[arg(long)]
         json: bool,
+    },
+    /// Change the limits or the priority of a migration that waits or is under way, at its source
+    Set {
+        /// The migration's id
+        id: String,
+        /// What is to be changed
+        #[command(flatten)]
+        change: Changes,
     },
     /// Cancel a migration; the guest stays where it is
     Cancel {
