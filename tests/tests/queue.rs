@@ -154,3 +154,24 @@ fn a_migration_under_way_is_given_other_limits() {
     let why = String::from_utf8_lossy(&late.stderr).into_owned();
     assert!(why.contains("has ended already"), "{why}");
 }
+
+#[test]
+fn what_failed_for_want_of_a_destination_is_tried_again() {
+    let mut world = World::tls();
+    let machine = machine();
+    let [mut source, mut destination] = pair(&world, "vm", &machine);
+    world.daemon_mut(Side::B).kill();
+    let options = ["--retries", "20"];
+    let migration = world.cli(Side::A).migrate("vm", &source, Side::B, &options);
+    migration.wait_event("an attempt has failed", PATIENCE, |event| {
+        event["event"] == "attempt-failed"
+    });
+    world.restart(Side::B);
+    let outcome = migration.finish();
+    let end = outcome.completed();
+    let attempts = end["attempts"].as_array().unwrap();
+    assert!(!attempts.is_empty() && attempts.len() < 20, "{end}");
+    assert_eq!(attempts[0]["fault"], "network", "{end}");
+    assert_ne!(attempts[0]["id"], end["id"], "a migration of its own");
+    assert_moved(&mut source, &mut destination);
+}

@@ -220,6 +220,10 @@ pub struct MigrateArguments {
     /// How it moves.
     #[command(flatten)]
     pub how: How,
+    /// Try again so often, after 1, 2, 4 ... 60 s, where it fails by the network, the other host or the guest's writes and the guest
+    /// runs on here
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub retries: u32,
     /// Print one JSON event a line
     #[arg(long)]
     pub json: bool,
@@ -310,8 +314,8 @@ pub struct How {
 
 impl MigrateArguments {
     /// The request to the daemon.
-    pub fn request(self) -> MigrationRequest {
-        self.how.request(&self.vm, &self.qmp, &self.to)
+    pub fn request(&self) -> MigrationRequest {
+        self.how.clone().request(&self.vm, &self.qmp, &self.to)
     }
 }
 

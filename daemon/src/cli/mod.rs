@@ -6,6 +6,7 @@ mod evacuate;
 mod migrate;
 mod preflight;
 mod progress;
+mod retries;
 mod set;
 mod show;
 mod watch;
