@@ -17,6 +17,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::api::metrics::Counters;
+use crate::api::types::ChangeRequest;
 use crate::failure::{self, Failure, Fault};
 use crate::feed::Feed;
 use crate::limits::MAX_HISTORY;
@@ -48,6 +49,8 @@ pub(crate) enum Request {
     /// At the destination of a paused post-copy: the guest goes on without what lacks; with the word that the source is
     /// fenced.
     Poison(bool, oneshot::Sender<Decided>),
+    /// At the source: other limits, or another priority.
+    Change(ChangeRequest, oneshot::Sender<Decided>),
     /// The daemon ends: cancel, unless the guest is already on its way.
     Shutdown,
     /// At the destination: the source has lost the connection and asks on another.

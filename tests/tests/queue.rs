@@ -121,3 +121,57 @@ fn a_host_is_emptied_past_a_failure_and_again() {
     assert!(notes.contains("large does not run here"), "{notes}");
     assert_moved(&mut stays, &mut waits);
 }
+
+#[test]
+fn a_migration_under_way_is_given_other_limits() {
+    let world = World::tls();
+    let machine = machine();
+    let [mut source, mut destination] = pair(&world, "vm", &machine);
+    let cli = world.cli(Side::A);
+    // The guest writes faster than that.
+    let slow = [&SLOW[..], &["--downtime-limit", "1ms"]].concat();
+    let migration = cli.migrate("vm", &source, Side::B, &slow);
+    migration.wait_mid_round();
+    let id = cli.id_of("vm");
+    let words = [
+        "set",
+        &id,
+        "--bandwidth-limit",
+        "unlimited",
+        "--downtime-limit",
+        "500ms",
+        "--priority",
+        "4",
+    ];
+    let set = cli.run(&words);
+    assert_eq!(set.status.code(), Some(0), "{set:?}");
+    assert_eq!(cli.status(&id)["priority"], 4);
+    let outcome = migration.finish();
+    let end = outcome.completed();
+    assert!(end["total_ms"].as_f64().unwrap() < 60_000.0, "{end}");
+    assert_moved(&mut source, &mut destination);
+    let late = cli.run(&words);
+    let why = String::from_utf8_lossy(&late.stderr).into_owned();
+    assert!(why.contains("has ended already"), "{why}");
+}
+
+#[test]
+fn what_failed_for_want_of_a_destination_is_tried_again() {
+    let mut world = World::tls();
+    let machine = machine();
+    let [mut source, mut destination] = pair(&world, "vm", &machine);
+    world.daemon_mut(Side::B).kill();
+    let options = ["--retries", "20"];
+    let migration = world.cli(Side::A).migrate("vm", &source, Side::B, &options);
+    migration.wait_event("an attempt has failed", PATIENCE, |event| {
+        event["event"] == "attempt-failed"
+    });
+    world.restart(Side::B);
+    let outcome = migration.finish();
+    let end = outcome.completed();
+    let attempts = end["attempts"].as_array().unwrap();
+    assert!(!attempts.is_empty() && attempts.len() < 20, "{end}");
+    assert_eq!(attempts[0]["fault"], "network", "{end}");
+    assert_ne!(attempts[0]["id"], end["id"], "a migration of its own");
+    assert_moved(&mut source, &mut destination);
+}

@@ -14,11 +14,14 @@ use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::problem::{ApiError, Kind, Problems};
-use super::types::{Begun, MigrationRequest, RecoverRequest, ResolveRequest, Resolved};
+use super::types::{
+    Begun, ChangeRequest, MigrationRequest, RecoverRequest, ResolveRequest, Resolved,
+};
 use crate::dial::check_host_port;
 use crate::failure::{Failure, operator};
 use crate::migrations::{Decided, Migration, Request, Shown};
 use crate::service::Service;
+use crate::session::change;
 use crate::store::Once;
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -113,6 +116,25 @@ pub(super) async fn show(
 }
 
 #[utoipa::path(
+    patch, path = "/v1/migrations/{id}", tag = "migrations", operation_id = "change_migration",
+    params(("id" = Uuid, Path, description = "The migration's id.")), request_body = ChangeRequest,
+    responses((status = 200, description = "It is so from now on.", body = Resolved), Problems)
+)]
+pub(super) async fn change(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    request: Result<Json<ChangeRequest>, JsonRejection>,
+) -> Result<Json<Resolved>, ApiError> {
+    let Json(request) = request?;
+    change::check(&request)?;
+    let migration = find(&service, &id)?;
+    if migration.is_over() {
+        return Err(ended(&id));
+    }
+    ask(&migration, |reply| Request::Change(request, reply)).await
+}
+
+#[utoipa::path(
     post, path = "/v1/migrations/{id}/cancel", tag = "migrations", operation_id = "cancel_migration",
     params(("id" = Uuid, Path, description = "The migration's id.")),
     responses((status = 202, description = "It ends; the guest stays at the source."), Problems)
@@ -140,12 +162,16 @@ pub(super) async fn cancel(
         )));
     }
     if migration.is_over() || !migration.request(Request::Cancel) {
-        return Err(ApiError::conflict(&operator(
-            format!("migration {id} has ended already"),
-            "see `pagecopy status` for how it ended",
-        )));
+        return Err(ended(&id));
     }
     Ok(StatusCode::ACCEPTED)
+}
+
+fn ended(id: &str) -> ApiError {
+    ApiError::conflict(&operator(
+        format!("migration {id} has ended already"),
+        "see `pagecopy status` for how it ended",
+    ))
 }
 
 #[utoipa::path(

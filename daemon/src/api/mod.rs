@@ -64,7 +64,7 @@ pub fn router(service: Arc<Service>) -> Router {
 fn routes() -> OpenApiRouter<Arc<Service>> {
     OpenApiRouter::with_openapi(openapi::Description::openapi())
         .routes(routes!(migrations::begin, migrations::list))
-        .routes(routes!(migrations::show))
+        .routes(routes!(migrations::show, migrations::change))
         .routes(routes!(events::of_one))
         .routes(routes!(journal::read))
         .routes(routes!(migrations::cancel))

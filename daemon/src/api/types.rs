@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
@@ -119,6 +119,25 @@ pub struct MigrationRequest {
     /// Quit the source QEMU when the guest has moved.
     #[serde(default)]
     pub quit_source: bool,
+}
+
+/// `PATCH /v1/migrations/ID`: what is absent stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ChangeRequest {
+    /// Bytes a second; `null` is unlimited.
+    #[serde(deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub bandwidth_limit: Option<Option<u64>>,
+    /// Longest downtime, in milliseconds.
+    pub downtime_limit_ms: Option<f64>,
+    /// From -100 to 100.
+    pub priority: Option<i32>,
+}
+
+/// Tells `null` from what is absent.
+fn given<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<u64>>, D::Error> {
+    Option::deserialize(from).map(Some)
 }
 
 /// The answer to `POST /v1/migrations`.

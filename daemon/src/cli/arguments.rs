@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
+use super::set::Changes;
 use crate::api::types::{Compress, MigrationRequest, Mode, Transport};
 use crate::rdma::Pin;
 use crate::units::{millis, parse_duration, parse_rate, parse_size};
@@ -122,6 +123,14 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Change the limits or the priority of a migration that waits or is under way, at its source
+    Set {
+        /// The migration's id
+        id: String,
+        /// What is to be changed
+        #[command(flatten)]
+        change: Changes,
+    },
     /// Cancel a migration; the guest stays where it is
     Cancel {
         /// The migration's id
@@ -213,6 +222,10 @@ pub struct MigrateArguments {
     /// How it moves.
     #[command(flatten)]
     pub how: How,
+    /// Try again so often, after 1, 2, 4 ... 60 s, where it fails by the network, the other host or the guest's writes and the guest
+    /// runs on here
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub retries: u32,
     /// Print one JSON event a line
     #[arg(long)]
     pub json: bool,
@@ -307,8 +320,8 @@ pub struct How {
 
 impl MigrateArguments {
     /// The request to the daemon.
-    pub fn request(self) -> MigrationRequest {
-        self.how.request(&self.vm, &self.qmp, &self.to)
+    pub fn request(&self) -> MigrationRequest {
+        self.how.clone().request(&self.vm, &self.qmp, &self.to)
     }
 }
 

@@ -67,7 +67,12 @@ impl Client {
         self.json(Method::POST, path, &[], body.into()).await
     }
 
-    /// The same with an idempotency key: however often it is sent, it is done once.
+    pub(super) async fn patch(&self, path: &str, body: &impl Serialize) -> Result<Value, CliError> {
+        let body = serde_json::to_vec(body).map_err(|error| broken(&error))?;
+        self.json(Method::PATCH, path, &[], body.into()).await
+    }
+
+    /// Posts with an idempotency key: however often it is sent, it is done once.
     pub(super) async fn post_once(
         &self,
         path: &str,

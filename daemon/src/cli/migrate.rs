@@ -8,16 +8,34 @@ use super::arguments::MigrateArguments;
 use super::client::{CliError, Client};
 use super::exit_status;
 use super::progress::Progress;
+use super::retries::Retries;
 use crate::api::types::Begun;
 use crate::migrations::Finished;
 use crate::preflight::outcome::{Outcome, When};
 use crate::units::{show_bytes, show_rate};
 
-/// Runs a migration to its end; returns the exit status.
+/// Runs a migration to its end, and those after it that are tried in its place; returns the exit status.
 pub(super) async fn migrate(client: &Client, arguments: MigrateArguments) -> u8 {
     let json = arguments.json;
-    let mut seen = Seen::default();
-    match follow(client, arguments, &mut seen).await {
+    let mut retries = Retries::new(arguments.retries);
+    loop {
+        let mut seen = Seen::default();
+        let ended = follow(client, &arguments, &mut seen, &mut retries).await;
+        if let (Ok(_), Some(pause)) = (&ended, retries.next.take()) {
+            retries.note(json, pause);
+            tokio::select! {
+                () = tokio::time::sleep(pause) => continue,
+                // It has failed, and stays so.
+                _ = tokio::signal::ctrl_c() => {}
+            }
+        }
+        return end(ended, &seen, json);
+    }
+}
+
+/// What has come of it; returns the exit status.
+fn end(ended: Result<Finished, CliError>, seen: &Seen, json: bool) -> u8 {
+    match ended {
         Ok(finished) => exit_status(finished.status),
         Err(error) => {
             // Cut off while the guest was being handed over, nobody here knows where it runs. One that waits is begun by the
@@ -47,8 +65,9 @@ struct Seen {
 
 async fn follow(
     client: &Client,
-    arguments: MigrateArguments,
+    arguments: &MigrateArguments,
     seen: &mut Seen,
+    retries: &mut Retries,
 ) -> Result<Finished, CliError> {
     let (as_json, vm) = (arguments.json, arguments.vm.clone());
     let begun = client.post("/v1/migrations", &arguments.request()).await?;
@@ -75,17 +94,19 @@ async fn follow(
                 continue;
             }
         };
-        let Some(event) = event else {
+        let Some(mut event) = event else {
             return Err(cut_off(&id, "it has ended", seen.pending));
         };
+        let finished = finished(&event)?;
+        if let Some(finished) = &finished {
+            retries.after(finished, interrupted, &mut event);
+        }
         progress.event(&event);
         if let Some(state) = event.get("state").and_then(Value::as_str) {
             seen.pending = state == State::Pending.word();
             seen.completing |= state == State::Completing.word();
         }
-        if event.get("event").and_then(Value::as_str) == Some("finished") {
-            let finished: Finished =
-                serde_json::from_value(event).map_err(|error| misunderstood(&error))?;
+        if let Some(finished) = finished {
             progress.end();
             if !as_json {
                 tell(&vm, &finished);
@@ -93,6 +114,15 @@ async fn follow(
             return Ok(finished);
         }
     }
+}
+
+/// The end, if that is what an event tells.
+fn finished(event: &Value) -> Result<Option<Finished>, CliError> {
+    if event.get("event").and_then(Value::as_str) != Some("finished") {
+        return Ok(None);
+    }
+    let finished = serde_json::from_value(event.clone());
+    finished.map(Some).map_err(|error| misunderstood(&error))
 }
 
 /// The closing summary.

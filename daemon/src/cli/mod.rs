@@ -6,6 +6,8 @@ mod evacuate;
 mod migrate;
 mod preflight;
 mod progress;
+mod retries;
+mod set;
 mod show;
 mod watch;
 
@@ -15,6 +17,8 @@ use pagecopy::engine::event::State;
 use serde_json::Value;
 
 pub use arguments::{Arguments, Command, Decision, EvacuateArguments, How, MigrateArguments};
+
+pub use set::{Changes, RateLimit};
 
 use crate::api::types::{ReceiverRequest, RecoverRequest, ResolveRequest};
 use client::{CliError, Client};
@@ -45,6 +49,7 @@ pub async fn run(arguments: Arguments) -> u8 {
         Command::Status { id, json } => status(&client, id, json).await,
         Command::List { json } => list(&client, json).await,
         Command::Watch { json } => watch::watch(&client, json).await,
+        Command::Set { id, change } => set::set(&client, &id, change).await,
         Command::Cancel { id } => {
             post(
                 &client,

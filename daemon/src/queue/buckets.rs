@@ -105,6 +105,14 @@ impl Buckets {
         }
     }
 
+    /// Another priority, from now on.
+    pub(super) fn weigh(&mut self, now: Time, key: u64, priority: i32) {
+        self.fill(now);
+        if let Some(bucket) = self.of.get_mut(&key) {
+            bucket.weight = weight(priority);
+        }
+    }
+
     /// Another limit for all together, from now on. Nobody keeps more than fits into a bucket under it.
     pub(super) fn limit_all(&mut self, now: Time, limit: Option<u64>) {
         self.fill(now);

@@ -144,6 +144,20 @@ impl Share {
             .change(|buckets, now| buckets.urgent(now, self.key, urgent));
     }
 
+    /// Another limit of its own, from now on; not where the destination reads and keeps to it by itself.
+    pub(crate) fn limit(&self, limit: Option<u64>) {
+        if !self.is_serving() {
+            self.budget
+                .change(|buckets, now| buckets.limit(now, self.key, limit));
+        }
+    }
+
+    /// Another priority, from now on.
+    pub(crate) fn weigh(&self, priority: i32) {
+        self.budget
+            .change(|buckets, now| buckets.weigh(now, self.key, priority));
+    }
+
     /// From now on the destination reads, and keeps to the operator's limit for that by itself.
     pub fn serve(&self) {
         self.serving.store(true, Ordering::Relaxed);

@@ -79,6 +79,18 @@ impl Order {
             priority,
             age: self.next,
         });
+        self.sort();
+    }
+
+    /// One that waits is more urgent now, or less; it is as old as it was.
+    pub(super) fn prioritise(&mut self, id: Uuid, priority: i32) {
+        if let Some(one) = self.waiting.iter_mut().find(|one| one.id == id) {
+            one.priority = priority;
+        }
+        self.sort();
+    }
+
+    fn sort(&mut self) {
         self.waiting
             .sort_by_key(|one| (std::cmp::Reverse(one.priority), one.age));
     }
@@ -133,6 +145,20 @@ mod tests {
         let waiting: Vec<u128> = order.waiting().map(|id| id.as_u128()).collect();
         assert_eq!(waiting, [2, 4, 1, 5, 3]);
         assert_eq!(all(&mut order), waiting);
+    }
+
+    #[test]
+    fn one_that_waits_may_become_more_urgent() {
+        let mut order = Order::new(1, 10);
+        for n in 1..=4 {
+            order.enter(id(n), 0).unwrap();
+        }
+        assert_eq!(all(&mut order), [1]);
+        order.prioritise(id(4), 1);
+        order.prioritise(id(3), 1);
+        order.prioritise(id(1), -1);
+        let waiting: Vec<u128> = order.waiting().map(|id| id.as_u128()).collect();
+        assert_eq!(waiting, [3, 4, 2], "who runs is not among them");
     }
 
     #[test]

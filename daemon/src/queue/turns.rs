@@ -105,7 +105,13 @@ impl Place {
         self.queue.places().get(&self.id).copied()
     }
 
-    /// Waits until it is called. To be waited for once.
+    /// It is more urgent now, or less.
+    pub(crate) fn prioritise(&self, priority: i32) {
+        self.queue
+            .change(|order| order.prioritise(self.id, priority));
+    }
+
+    /// Waits until it is called, which comes once. May be given up and waited for again.
     pub(crate) async fn turn(&self) {
         self.bell.notified().await;
     }

@@ -68,21 +68,6 @@ pub(crate) fn check(request: &MigrationRequest) -> Result<(), Failure> {
             &format!("use 1 to {MAX_DATA_CHANNELS} channels"),
         );
     }
-    if request
-        .downtime_limit_ms
-        .is_some_and(|ms| !(ms > 0.0 && ms <= 3_600_000.0))
-    {
-        return refuse(
-            "the downtime limit is out of range",
-            "use more than 0 ms and at most an hour",
-        );
-    }
-    if !(-100..=100).contains(&request.priority) {
-        return refuse(
-            "the priority is out of range",
-            "use a priority from -100 to 100; 0 is what it is when left out",
-        );
-    }
     if request.max_rounds == Some(0) {
         return refuse("no rounds are allowed", "use --max-rounds 1 or more");
     }
@@ -119,16 +104,43 @@ pub(crate) fn check(request: &MigrationRequest) -> Result<(), Failure> {
             &format!("use --delta-cache {} GiB or less", MAX_DELTA_CACHE >> 30),
         );
     }
-    let limits = [
-        request.bandwidth_limit,
-        request.postcopy_bandwidth_limit,
-        request.timeout_ms,
-    ];
+    check_limits(
+        request.downtime_limit_ms,
+        request.priority,
+        &[
+            request.bandwidth_limit,
+            request.postcopy_bandwidth_limit,
+            request.timeout_ms,
+        ],
+    )
+}
+
+/// Checks what may be changed later, too.
+///
+/// # Errors
+/// What is out of its range.
+pub(super) fn check_limits(
+    downtime_limit_ms: Option<f64>,
+    priority: i32,
+    limits: &[Option<u64>],
+) -> Result<(), Failure> {
+    if downtime_limit_ms.is_some_and(|ms| !(ms > 0.0 && ms <= 3_600_000.0)) {
+        return Err(operator(
+            "the downtime limit is out of range",
+            "use more than 0 ms and at most an hour",
+        ));
+    }
+    if !(-100..=100).contains(&priority) {
+        return Err(operator(
+            "the priority is out of range",
+            "use a priority from -100 to 100; 0 is what it is when left out",
+        ));
+    }
     if limits.contains(&Some(0)) {
-        return refuse(
+        return Err(operator(
             "a limit of zero lets nothing pass",
             "leave the limit out, or make it larger",
-        );
+        ));
     }
     Ok(())
 }
@@ -152,12 +164,12 @@ pub(crate) async fn migrate(
     service: Arc<Service>,
     id: MigrationId,
     migration: Arc<Migration>,
-    request: MigrationRequest,
+    mut request: MigrationRequest,
     mut requests: UnboundedReceiver<Request>,
     place: Place,
 ) {
     let _over = Over(Arc::clone(&migration));
-    if !wait::turn(&service, id, &migration, &request, &mut requests, place).await {
+    if !wait::turn(&service, id, &migration, &mut request, &mut requests, place).await {
         return;
     }
     let clock = Clock::start();
@@ -210,10 +222,27 @@ pub(crate) async fn migrate(
 }
 
 /// Waits until it is to end, and says which way.
-pub(super) async fn cancelled(requests: &mut UnboundedReceiver<Request>) -> Request {
+async fn cancelled(requests: &mut UnboundedReceiver<Request>) -> Request {
+    loop {
+        match asked(requests).await {
+            Request::Change(_, reply) => {
+                let beginning =
+                    operator("the migration is just beginning", "try again in a moment");
+                // Whoever asked may have left.
+                let _ = reply.send(Err(beginning));
+            }
+            ends => return ends,
+        }
+    }
+}
+
+/// What is asked of a migration before its session: to end, or to change.
+pub(super) async fn asked(requests: &mut UnboundedReceiver<Request>) -> Request {
     loop {
         match requests.recv().await {
-            Some(asked @ (Request::Cancel | Request::Shutdown)) => return asked,
+            Some(asked @ (Request::Cancel | Request::Shutdown | Request::Change(..))) => {
+                return asked;
+            }
             Some(_) => {}
             None => return Request::Shutdown,
         }

@@ -125,7 +125,8 @@ pub(crate) async fn hold(
             Some(
                 Request::Poison(_, reply)
                 | Request::StartPostcopy(reply)
-                | Request::Recover(_, reply),
+                | Request::Recover(_, reply)
+                | Request::Change(_, reply),
             ) => {
                 // Whoever asked may have left.
                 let _ = reply.send(Err(in_doubt()));

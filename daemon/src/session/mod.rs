@@ -6,6 +6,7 @@
 mod answer;
 pub(crate) mod arrive;
 pub(crate) mod begin;
+pub(crate) mod change;
 mod destination;
 pub(crate) mod held;
 mod link;

@@ -12,11 +12,11 @@ use pagecopy::engine::journal::Side;
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
 
-use super::{CANCELLED, begin, end_early, tell};
-use crate::api::types::MigrationRequest;
+use super::{CANCELLED, begin, change, end_early, tell};
+use crate::api::types::{ChangeRequest, MigrationRequest};
 use crate::failure::{Failure, Shown, host, operator};
 use crate::log;
-use crate::migrations::{Migration, Request};
+use crate::migrations::{Decided, Migration, Request};
 use crate::queue::Full;
 use crate::queue::turns::Place;
 use crate::service::Service;
@@ -139,7 +139,7 @@ pub(super) async fn turn(
     service: &Service,
     id: MigrationId,
     migration: &Migration,
-    request: &MigrationRequest,
+    request: &mut MigrationRequest,
     requests: &mut UnboundedReceiver<Request>,
     place: Place,
 ) -> bool {
@@ -149,10 +149,20 @@ pub(super) async fn turn(
         let text = format!("waits for its turn: number {number} of those that wait");
         tell(migration, &Report::Notice { text });
     }
-    let asked = tokio::select! {
-        biased;
-        () = place.turn() => None,
-        asked = begin::cancelled(requests) => Some(asked),
+    let asked = loop {
+        let asked = tokio::select! {
+            biased;
+            () = place.turn() => break None,
+            asked = begin::asked(requests) => asked,
+        };
+        match asked {
+            Request::Change(change, reply) => {
+                let decided = change_one(service, migration, request, &place, &change);
+                // Whoever asked may have left.
+                let _ = reply.send(decided);
+            }
+            ends => break Some(ends),
+        }
     };
     match asked {
         None => migration.hold(place),
@@ -172,6 +182,31 @@ pub(super) async fn turn(
         return false;
     }
     true
+}
+
+/// Changes one that waits: on the disk first.
+fn change_one(
+    service: &Service,
+    migration: &Migration,
+    request: &mut MigrationRequest,
+    place: &Place,
+    change: &ChangeRequest,
+) -> Decided {
+    let waiting = Waiting {
+        id: migration.shown().id,
+        request: change::changed(request, change),
+    };
+    let kept = service.store.pending.insert(waiting.clone());
+    kept.map_err(|error| not_kept(&error))?;
+    *request = waiting.request;
+    place.prioritise(request.priority);
+    migration.set_priority(request.priority);
+    tracing::info!(id = %waiting.id, ?change, "a migration that waits is changed");
+    let now = place.number();
+    Ok(now.map_or_else(
+        || "it begins as asked".to_owned(),
+        |number| format!("it waits, number {number} of those that do, and will begin as asked"),
+    ))
 }
 
 /// It waits no more: its journal has begun, or it has ended.

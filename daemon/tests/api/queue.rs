@@ -236,3 +236,54 @@ fn those_that_wait_outlive_the_daemon_and_begin_under_the_id_that_was_told() {
     let kept = std::fs::read_to_string(daemon.dir.join("state/pending.json")).unwrap();
     assert_eq!(kept, "[]");
 }
+
+#[test]
+fn one_that_waits_is_changed_and_stays_so_over_a_restart() {
+    let mut daemon = Daemon::with("queue-set", "max-concurrent = 1\n");
+    let mute = Mute::listen(&daemon.dir);
+    let first = daemon.begin(&mute, "first", 0);
+    mute.wait_begun(1);
+    let [old, young] = ["old", "young"].map(|vm| daemon.begin(&mute, vm, 0));
+    let set = daemon.cli(&[
+        "set",
+        &young,
+        "--priority",
+        "7",
+        "--bandwidth-limit",
+        "5MB/s",
+    ]);
+    assert_eq!(set.status.code(), Some(0), "{set:?}");
+    let said = String::from_utf8_lossy(&set.stdout).into_owned();
+    assert!(said.contains("number 1"), "{said}");
+    assert_eq!(
+        [&young, &old].map(|id| daemon.place(id)),
+        [Some(1), Some(2)]
+    );
+    assert_eq!(daemon.shown(&young)["priority"], 7);
+
+    let patch = |id: &str, body: &str| {
+        let path = format!("/v1/migrations/{id}");
+        daemon.ask("PATCH", &path, &[super::harness::JSON], body)
+    };
+    assert_eq!(patch(&young, r#"{"bandwidth_limit":null}"#).status, 200);
+    for (id, body, status, kind) in [
+        (&young, "{}", 400, "refused"),
+        (&young, r#"{"priority":101}"#, 400, "refused"),
+        (&young, r#"{"speed":1}"#, 422, "invalid"),
+        (&first, r#"{"priority":1}"#, 409, "conflict"),
+    ] {
+        assert_problem(&patch(id, body), status, kind);
+    }
+    let ended = daemon.begin(&mute, "ended", 0);
+    daemon.cancel(&ended);
+    eventually(|| daemon.shown(&ended)["state"] == "cancelled");
+    assert_problem(&patch(&ended, r#"{"priority":1}"#), 409, "conflict");
+
+    daemon.signal(rustix::process::Signal::KILL);
+    daemon.child.wait().unwrap();
+    mute.hang_up();
+    daemon.child = start(&daemon.dir);
+    mute.wait_begun(1);
+    assert_eq!([&young, &old].map(|id| daemon.place(id)), [None, Some(1)]);
+    assert_eq!(daemon.shown(&young)["priority"], 7);
+}

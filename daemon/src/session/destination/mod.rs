@@ -190,7 +190,7 @@ impl Session {
                         self.operator = Some(reply);
                         Some(Input::Poison { peer_fenced })
                     }
-                    Some(Request::StartPostcopy(reply) | Request::Recover(_, reply)) => {
+                    Some(Request::StartPostcopy(reply) | Request::Recover(_, reply) | Request::Change(_, reply)) => {
                         // Whoever asked may have left.
                         let _ = reply.send(Err(at_the_source()));
                         None

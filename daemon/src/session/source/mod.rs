@@ -1,6 +1,7 @@
 //! The source's session.
 
 mod holes;
+mod limits;
 mod serve;
 mod unreached;
 mod work;
@@ -28,6 +29,7 @@ use self::holes::Holes;
 use self::serve::Served;
 use super::telling;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
+use crate::api::types::ChangeRequest;
 use crate::dial::{Target, Unreached, dial_control};
 use crate::failure::{Shown, operator};
 use crate::lane::control::Control;
@@ -137,6 +139,8 @@ pub(crate) struct Session {
     resume_failed: bool,
     /// The operator who waits to hear what becomes of his decision.
     operator: Option<oneshot::Sender<Decided>>,
+    /// What he wants to be changed, if that is it.
+    changing: Option<ChangeRequest>,
 }
 
 impl Session {
@@ -176,6 +180,7 @@ impl Session {
             quit: false,
             resume_failed: false,
             operator: None,
+            changing: None,
         };
         let mut channels = parts.channels.into_iter();
         if let Some(control) = channels.next() {
@@ -273,6 +278,7 @@ impl Session {
                         }
                         Input::Recover
                     }),
+                    Some(Request::Change(change, reply)) => self.change(change, reply),
                     Some(Request::Poison(_, reply)) => {
                         // Whoever asked may have left.
                         let _ = reply.send(Err(not_here()));
@@ -433,6 +439,9 @@ impl Session {
     }
 
     fn decided(&mut self, decided: Decided) {
+        if let Some(change) = self.changing.take().filter(|_| decided.is_ok()) {
+            self.changed(&change);
+        }
         let id = self.migration.shown().id;
         match &decided {
             Ok(done) => tracing::warn!(%id, done, "decided"),

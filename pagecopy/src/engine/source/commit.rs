@@ -42,7 +42,7 @@ impl Commit {
                 return Ok(InDoubt::begin(core, failure));
             }
             Input::Cancel => refuse_cancel(core),
-            Input::Resolve(_) | Input::StartPostcopy | Input::Recover => core.nothing_to_resolve(
+            Input::Resolve(_) | Input::StartPostcopy | Input::Recover | Input::Change(_) => core.nothing_to_resolve(
                 "not in doubt: the destination has been told to run the guest and may still answer",
                 "wait for its answer",
             ),
@@ -152,7 +152,7 @@ impl Moved {
                 self.early = Some(message);
                 return Ok(Phase::Moved(self));
             }
-            Input::Resolve(_) | Input::StartPostcopy | Input::Recover => {
+            Input::Resolve(_) | Input::StartPostcopy | Input::Recover | Input::Change(_) => {
                 core.nothing_to_resolve("the guest runs at the destination", "nothing");
                 return Ok(Phase::Moved(self));
             }

@@ -125,6 +125,18 @@ impl Convergence {
         }
     }
 
+    /// Other limits, from now on. What was measured under a smaller one says nothing about what the link carries: it is measured
+    /// anew.
+    pub(super) fn limits(&mut self, downtime: Duration, bandwidth: Option<u64>) {
+        self.limit = downtime;
+        if self.bandwidth_limit != bandwidth {
+            self.bandwidth_limit = bandwidth;
+            self.goodput = Goodput::Unmeasured;
+            // A best round of before was best under another limit.
+            self.best = None;
+        }
+    }
+
     /// What both sides can, and the operator wants.
     pub(super) fn allow(&mut self, postcopy: Policy) {
         self.postcopy = postcopy;
@@ -515,6 +527,28 @@ mod tests {
             100 * MS,
         );
         assert!((convergence.goodput() - 0.75e9).abs() < 1.0);
+    }
+
+    #[test]
+    fn other_limits_are_in_force_at_once() {
+        let mut convergence = convergence(|options| options.bandwidth_limit = Some(1_000_000));
+        assert_eq!(
+            convergence.decide(&end(1, 20_000_000)).0,
+            Decision::NextRound
+        );
+        convergence.limits(50 * MS, None);
+        assert!(convergence.goodput() > 1e6);
+        convergence.sent(
+            Sent {
+                raw_bytes: 1_000_000_000,
+                ..Sent::default()
+            },
+            1000 * MS,
+        );
+        convergence.limits(40 * MS, None);
+        assert!((convergence.goodput() - 1e9).abs() < 1.0, "still measured");
+        let (decision, _) = convergence.decide(&end(2, 20_000_000));
+        assert_eq!(decision, Decision::SwitchOver);
     }
 
     #[test]

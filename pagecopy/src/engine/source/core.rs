@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::convergence::{Convergence, Policy};
 use super::heat::Pages;
-use super::interface::{Input, Mode, Output, Setup};
+use super::interface::{Change, Input, Mode, Output, Setup};
 use super::reasons::by_peer;
 use super::sender::Sender;
 use crate::engine::doubt::refuse;
@@ -185,6 +185,10 @@ impl Core {
                 self.start_postcopy();
                 Ok(None)
             }
+            Input::Change(change) => {
+                self.change(change);
+                Ok(None)
+            }
             Input::Recover => {
                 self.nothing_to_resolve("this migration is under way", "wait for it");
                 Ok(None)
@@ -210,6 +214,27 @@ impl Core {
     pub(super) fn link_lost(&mut self) {
         self.link.lost();
         self.has_data = false;
+    }
+
+    /// The operator wants other limits. Once the guest is switched over there is nothing left that they would bound.
+    fn change(&mut self, change: Change) {
+        if self.out.state() == State::Completing {
+            return self.nothing_to_resolve(
+                "the guest is being handed over at this moment",
+                "nothing: what it was to be limited by is over",
+            );
+        }
+        let options = &mut self.setup.options;
+        if let Some(limit) = change.downtime_limit {
+            options.downtime_limit = limit;
+        }
+        if let Some(limit) = change.bandwidth_limit {
+            options.bandwidth_limit = limit;
+            self.sender.limit(limit, self.now);
+        }
+        self.convergence
+            .limits(options.downtime_limit, options.bandwidth_limit);
+        self.decided(Ok("the migration goes on under its new limits"));
     }
 
     /// The operator does not want to wait for the rounds.

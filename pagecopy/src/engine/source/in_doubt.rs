@@ -115,7 +115,7 @@ impl InDoubt {
             }
             Input::Resolve(resolution) => self.resolve(core, resolution),
             Input::Cancel => refuse_cancel(core),
-            Input::StartPostcopy | Input::Recover => core.nothing_to_resolve(
+            Input::StartPostcopy | Input::Recover | Input::Change(_) => core.nothing_to_resolve(
                 "this migration is in doubt: the destination is asked on and on",
                 "wait, or decide by `pagecopy resolve`",
             ),

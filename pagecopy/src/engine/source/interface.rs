@@ -61,6 +61,15 @@ pub struct Options {
     pub quit_source: bool,
 }
 
+/// Limits that the operator may change while pages are sent; what is `None` stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// Switch over when the predicted downtime is at most this.
+    pub downtime_limit: Option<Duration>,
+    /// Bytes a second for pages; `Some(None)` is unlimited.
+    pub bandwidth_limit: Option<Option<u64>>,
+}
+
 /// All that an engine starts from.
 #[derive(Clone, Debug)]
 pub struct Setup {
@@ -217,6 +226,8 @@ pub enum Input {
     StartPostcopy,
     /// The operator wants the destination of a paused post-copy dialled now. Answer: [`Output::Decided`].
     Recover,
+    /// The operator wants other limits from now on. Answer: [`Output::Decided`].
+    Change(Change),
     /// The operator decides an `InDoubt` migration. Answer: [`Output::Decided`], after the destination was asked.
     Resolve(Resolution),
 }
@@ -285,7 +296,7 @@ pub enum Output {
     /// that was started anew cannot open the RAM files: it tells the destination so (`Lost`), and people may see to that, or
     /// let go. Should the destination answer `Whole`, that is an input.
     ConnectAll,
-    /// Answer to [`Input::Resolve`], `StartPostcopy`, `Recover`: what is done, or why it is refused.
+    /// Answer to [`Input::Resolve`], `StartPostcopy`, `Recover`, `Change`: what is done, or why it is refused.
     Decided(Result<String, Failure>),
     /// Tell people.
     Report(Report),

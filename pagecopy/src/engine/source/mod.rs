@@ -28,7 +28,7 @@ mod switchover;
 mod tests;
 
 pub use interface::{
-    After, Batch, Input, Mode, Options, Output, Populated, Pushed, Resolution, Setup,
+    After, Batch, Change, Input, Mode, Options, Output, Populated, Pushed, Resolution, Setup,
 };
 
 use self::core::{Core, Intent};
@@ -174,7 +174,11 @@ impl Phase {
             Phase::Releasing(phase) => phase.handle(core, input),
             Phase::Rollback(phase) => phase.handle(core, input),
             Phase::Ended => {
-                if let Input::Resolve(_) | Input::StartPostcopy | Input::Recover = input {
+                if let Input::Resolve(_)
+                | Input::StartPostcopy
+                | Input::Recover
+                | Input::Change(_) = input
+                {
                     core.nothing_to_resolve(
                         "this migration has ended",
                         "see `pagecopy status` for how",

@@ -57,7 +57,7 @@ impl Rollback {
                 core.out
                     .notice(format!("the journal could not be closed: {}", failure.what));
             }
-            Input::Resolve(_) | Input::StartPostcopy | Input::Recover => {
+            Input::Resolve(_) | Input::StartPostcopy | Input::Recover | Input::Change(_) => {
                 core.nothing_to_resolve("the guest is being taken back here", "nothing");
             }
             _ => {}

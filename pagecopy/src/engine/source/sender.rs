@@ -58,6 +58,11 @@ impl Sender {
         }
     }
 
+    /// Another limit, from now on.
+    pub(super) fn limit(&mut self, bandwidth_limit: Option<u64>, now: Time) {
+        self.pacer = Pacer::new(bandwidth_limit, now);
+    }
+
     /// The destination takes pages encoded like this.
     pub(super) fn encode(&mut self, encodings: Encodings) {
         self.encodings = encodings;

@@ -148,6 +148,10 @@ impl Serving {
             Input::StartPostcopy => {
                 core.nothing_to_resolve("it has begun: the guest runs at the destination", "nothing");
             }
+            Input::Change(_) => core.nothing_to_resolve(
+                "the guest runs at the destination, which fetches the rest under the limits that it was given",
+                "wait until it lacks nothing",
+            ),
             Input::Cancel => refuse_cancel(core),
             Input::QemuFailed(failure) => core.out.notice(format!(
                 "this host's QEMU has ended; the guest's memory is served on from its files: {}",
@@ -468,7 +472,7 @@ impl Releasing {
                 refuse_cancel(core);
                 return Ok(Phase::Releasing(self));
             }
-            Input::Resolve(_) | Input::Recover | Input::StartPostcopy => {
+            Input::Resolve(_) | Input::Recover | Input::StartPostcopy | Input::Change(_) => {
                 core.nothing_to_resolve("this migration is ending", "nothing");
                 return Ok(Phase::Releasing(self));
             }

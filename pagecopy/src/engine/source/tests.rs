@@ -146,6 +146,30 @@ fn position(outputs: &[Output], wanted: &Output) -> usize {
 }
 
 #[test]
+fn limits_may_change_until_the_guest_is_handed_over() {
+    let change = super::Change {
+        downtime_limit: Some(Duration::from_millis(5)),
+        bandwidth_limit: Some(None),
+    };
+    for steps in 0..=path().len() {
+        let (mut source, _) = after(steps);
+        let before = phase(&source);
+        source.handle(NOW.after(Duration::from_millis(60)), Input::Change(change));
+        let decided = outputs(&mut source)
+            .into_iter()
+            .find_map(|output| match output {
+                Output::Decided(decided) => Some(decided.is_ok()),
+                _ => None,
+            });
+        let taken = ["Greeting", "Attaching", "Round"].contains(&before.as_str());
+        assert_eq!(decided, Some(taken), "{before}");
+        assert_eq!(phase(&source), before);
+        let limit = source.core.setup.options.downtime_limit;
+        assert_eq!(limit == Duration::from_millis(5), taken, "{before}");
+    }
+}
+
+#[test]
 fn each_step_asks_for_what_it_needs() {
     assert_eq!(sent(&after(0).1), ["Hello"]);
     assert!(after(1).1.contains(&Output::Attach));
