@@ -12,7 +12,7 @@ use crate::units::{millis, parse_duration, parse_rate, parse_size};
 
 const EXIT_STATUS: &str = "Exit status of migrate:\n  \
     0  the guest runs at the destination\n  \
-    1  failed; the guest runs on at the source\n  \
+    1  failed; the guest runs on at the source, unless it had gone first (post-copy): then the last line says what came of it\n  \
     2  the arguments are wrong\n  \
     3  cancelled; the guest runs on at the source\n  \
     4  in doubt: the destination may run the guest; see `pagecopy resolve`";

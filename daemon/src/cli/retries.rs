@@ -1,14 +1,14 @@
 //! Trying a migration again that has failed, where that is safe and may help.
 //!
-//! It is safe after `failed`, which is said only when the guest runs at the source and the destination will never run it: the next
-//! attempt is a migration of its own, with an id of its own, and is refused like any other if its destination is not as it should
-//! be. After a doubt, a post-copy or an answer that did not come nothing is tried: nobody here knows where the guest is. It may help
-//! where the network, the other host or the guest's writes were to blame; what is wrong with the request, with QEMU or with this host
-//! will be so again.
+//! It is safe after the `failed` of a guest that had not gone first (post-copy): that is said only when the guest runs at the
+//! source and the destination will never run it. The next attempt is a migration of its own, with an id of its own, and is
+//! refused like any other if its destination is not as it should be. After a doubt, a post-copy or an answer that did not come
+//! nothing is tried: nobody here knows where the guest is. It may help where the network, the other host or the guest's writes
+//! were to blame; what is wrong with the request, with QEMU or with this host will be so again.
 
 use std::time::Duration;
 
-use pagecopy::engine::event::State;
+use pagecopy::engine::event::{State, Way};
 use serde_json::{Value, json};
 
 use crate::failure::Fault;
@@ -72,6 +72,7 @@ impl Retries {
 fn may_help(finished: &Finished) -> bool {
     let transient = [Fault::Network, Fault::PeerHost, Fault::Guest];
     finished.status == State::Failed
+        && finished.figures.way() == Way::Precopy
         && finished
             .fault
             .is_some_and(|fault| transient.contains(&fault))
@@ -119,6 +120,9 @@ mod tests {
             assert_eq!(next.is_some(), again, "{status:?} {fault:?}");
             assert_eq!(event["event"] == "finished", !again);
         }
+        let mut gone_first = ended(State::Failed, Fault::PeerHost);
+        gone_first.figures.lacking_bytes = Some(4096);
+        assert_eq!(after(&mut Retries::new(9), &gone_first).0, None);
         let mut interrupted = Retries::new(9);
         let mut event = json!({ "event": "finished" });
         interrupted.after(&ended(State::Failed, Fault::Network), true, &mut event);
