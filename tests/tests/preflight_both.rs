@@ -422,6 +422,45 @@ fn a_migration_does_not_begin_where_both_sides_differ() {
     assert_moved(&mut source, &mut more);
 }
 
+/// Of several destinations the guest goes to one that can take it, and is told why not to the other; where none can, it stays.
+#[test]
+fn of_several_destinations_the_best_is_taken() {
+    let world = World::plain();
+    let mut source = world.guest("source", &machine());
+    let mut destination = world.waiting("destination", &machine());
+    let (received, nobody) = (
+        world.cli(Side::B).receive("vm", destination.socket()),
+        |port: u16| format!("{}:{port}", Side::B.address()),
+    );
+    received.unwrap();
+    let migrate = |to: &str| {
+        let migration = world
+            .cli(Side::A)
+            .migrate_socket("vm", source.socket(), to, &[]);
+        migration.finish()
+    };
+    let stays = migrate(&format!("{},{}", nobody(9), nobody(10)));
+    assert!(!stays.status.success());
+    assert!(stays.errors.contains("none of the 2"), "{}", stays.errors);
+    assert_eq!(stays.events.len(), 1, "{:?}", stays.events);
+    assert!(stays.events[0]["to"].is_null(), "{:?}", stays.events);
+    let moves = migrate(&format!("{},{}", nobody(9), to_b()));
+    moves.completed();
+    let chosen = &moves.events[0];
+    assert_eq!(chosen["event"], "chosen");
+    assert_eq!(chosen["to"], to_b());
+    let ranked = &chosen["ranked"];
+    assert_eq!(ranked[0]["to"], to_b());
+    assert!(
+        ranked[0]["predicted_ms"].as_f64().unwrap() > 0.0,
+        "{ranked}"
+    );
+    assert_eq!(ranked[1]["verdict"], "fail");
+    let why = ranked[1]["why"].as_str().unwrap();
+    assert!(why.starts_with("network"), "{why}");
+    assert_moved(&mut source, &mut destination);
+}
+
 /// The first that arrives has reserved more than half of what is free: the second hears so, and comes with `--force`, since it fits but
 /// for the margin.
 #[test]

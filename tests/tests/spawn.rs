@@ -31,6 +31,21 @@ fn begin(world: &World, source: &Qemu, options: &[&str]) -> Migration {
     world.cli(Side::A).migrate("vm", source, Side::B, options)
 }
 
+/// Nobody waits at the one that starts it: that is no reason against it.
+#[test]
+fn of_several_destinations_one_that_starts_it_is_taken() {
+    let (world, host) = hosts(Version::V10_0, SpawnAs::Root);
+    let mut source = world.guest("source", &machine());
+    let (address, qmp) = (Side::B.address(), source.socket().to_owned());
+    let to = format!("{address}:9,{address}:7700");
+    let cli = world.cli(Side::A);
+    let moved = cli.migrate_socket("vm", &qmp, &to, &["--spawn"]).finish();
+    moved.completed();
+    assert_eq!(moved.events[0]["to"], format!("{address}:7700"));
+    host.arrived().assert_runs();
+    assert_left(&mut source);
+}
+
 /// The migration is refused with `words`, and the guest does not notice; nothing is left at the destination.
 fn refused(world: &World, host: &SpawnHost, source: &mut Qemu, words: &[&str]) {
     let begun = Instant::now();

@@ -84,6 +84,9 @@ pub enum Command {
         /// The other host's pagecopyd
         #[arg(long, value_name = "HOST:PORT")]
         to: String,
+        /// No QEMU waits there: one would be started (migrate --spawn)
+        #[arg(long)]
+        spawn: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -216,9 +219,15 @@ pub struct MigrateArguments {
     /// QMP socket of the QEMU that runs the guest
     #[arg(long, value_name = "SOCKET")]
     pub qmp: PathBuf,
-    /// The other host's pagecopyd; HOST is a name, an IPv4 address, or an IPv6 address in brackets
-    #[arg(long, value_name = "HOST:PORT")]
-    pub to: String,
+    /// The other host's pagecopyd; HOST is a name, an IPv4 address, or an IPv6 address in brackets. Of several the guest goes to the
+    /// one that preflight ranks best
+    #[arg(
+        long,
+        value_name = "HOST:PORT,...",
+        value_delimiter = ',',
+        required = true
+    )]
+    pub to: Vec<String>,
     /// How it moves.
     #[command(flatten)]
     pub how: How,
@@ -319,9 +328,9 @@ pub struct How {
 }
 
 impl MigrateArguments {
-    /// The request to the daemon.
-    pub fn request(&self) -> MigrationRequest {
-        self.how.clone().request(&self.vm, &self.qmp, &self.to)
+    /// The request to the daemon, to one of the destinations.
+    pub fn request(&self, to: &str) -> MigrationRequest {
+        self.how.clone().request(&self.vm, &self.qmp, to)
     }
 }
 
@@ -378,7 +387,7 @@ mod tests {
         let words = MIGRATE.iter().chain(more);
         let arguments = Arguments::try_parse_from(words).map_err(|error| error.to_string())?;
         match arguments.command {
-            Command::Migrate(arguments) => Ok(arguments.request()),
+            Command::Migrate(arguments) => Ok(arguments.request(&arguments.to[0])),
             other => Err(format!("{other:?}")),
         }
     }

@@ -5,6 +5,7 @@ use pagecopy::preflight::Span;
 use serde_json::{Value, json};
 
 use super::arguments::MigrateArguments;
+use super::choose::choose;
 use super::client::{CliError, Client};
 use super::exit_status;
 use super::progress::Progress;
@@ -70,7 +71,10 @@ async fn follow(
     retries: &mut Retries,
 ) -> Result<Finished, CliError> {
     let (as_json, vm) = (arguments.json, arguments.vm.clone());
-    let begun = client.post("/v1/migrations", &arguments.request()).await?;
+    let to = choose(client, arguments).await?;
+    let begun = client
+        .post("/v1/migrations", &arguments.request(&to))
+        .await?;
     let Begun { id } = serde_json::from_value(begun).map_err(|error| misunderstood(&error))?;
     let id = seen.id.insert(id.to_string()).clone();
     let mut events = client.events(&id).await?;

@@ -1,6 +1,7 @@
 //! The command line `pagecopy`: a client of the daemon's API.
 
 mod arguments;
+mod choose;
 mod client;
 mod evacuate;
 mod migrate;
@@ -36,9 +37,13 @@ pub async fn run(arguments: Arguments) -> u8 {
     let done = match arguments.command {
         Command::Migrate(arguments) => return migrate::migrate(&client, arguments).await,
         Command::Evacuate(arguments) => return evacuate::evacuate(&client, arguments).await,
-        Command::Preflight { vm, qmp, to, json } => {
-            return preflight::preflight(&client, vm, qmp, to, json).await;
-        }
+        Command::Preflight {
+            vm,
+            qmp,
+            to,
+            spawn,
+            json,
+        } => return preflight::preflight(&client, vm, qmp, to, spawn, json).await,
         Command::Receive { vm, qmp } => receive(&client, vm, qmp).await,
         Command::DirtyRate {
             vm,

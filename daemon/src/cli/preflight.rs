@@ -43,12 +43,14 @@ pub(super) async fn preflight(
     vm: String,
     qmp: PathBuf,
     to: String,
+    spawn: bool,
     json: bool,
 ) -> u8 {
     let request = PreflightRequest {
         vm,
         qmp: std::path::absolute(&qmp).unwrap_or(qmp),
         to,
+        spawn,
     };
     match looked_at(client, &request, json).await {
         Ok(Verdict::Pass) => 0,

@@ -47,6 +47,9 @@ pub struct PreflightRequest {
     pub qmp: PathBuf,
     /// The other daemon: `HOST:PORT`.
     pub to: String,
+    /// No QEMU waits there: one would be started (`spawn` of a migration).
+    #[serde(default)]
+    pub spawn: bool,
 }
 
 /// The answer to `POST /v1/preflight`.
@@ -102,7 +105,7 @@ pub(crate) async fn run(
             failure.what.clone(),
             failure.remedy.clone(),
         )),
-        Ok(asked) => lines.extend(of_both(&own.facts, asked)),
+        Ok(asked) => lines.extend(of_both(&own.facts, asked, request.spawn)),
     }
     let link = asked.ok().map(|asked| asked.link);
     let mut predicted = None;
@@ -159,8 +162,14 @@ async fn sample(
 }
 
 /// What the destination told, what both are compared in, and what is between them.
-fn of_both(own: &Facts, asked: &Asked) -> Vec<Line> {
+fn of_both(own: &Facts, asked: &Asked, spawn: bool) -> Vec<Line> {
     let mut lines = asked.facts.lines.clone();
+    if spawn && asked.facts.qemu.is_none() {
+        lines
+            .iter_mut()
+            .filter(|line| line.check == own::RECEIVER)
+            .for_each(|line| *line = spawned());
+    }
     // It speaks of itself, whatever it says.
     lines
         .iter_mut()
@@ -183,6 +192,12 @@ fn of_both(own: &Facts, asked: &Asked) -> Vec<Line> {
     );
     lines.push(Line::pass("network", Whose::Network, found));
     lines
+}
+
+/// What is said of a QEMU that is yet to be started.
+fn spawned() -> Line {
+    let found = "no QEMU waits; one would be started, if the spawn-policy there allows it, which is asked when the guest moves";
+    Line::pass(own::RECEIVER, Whose::Destination, found)
 }
 
 #[allow(clippy::cast_precision_loss)] // As for every measured rate.

@@ -18,6 +18,9 @@ use crate::units::show_bytes;
 /// How long QEMU may take when a migration waits for what it says.
 const COMPARE_LIMIT: Duration = Duration::from_secs(5);
 
+/// The line of the QEMU that waits for the guest.
+pub(super) const RECEIVER: &str = "receiver";
+
 /// What a side has found out about itself.
 pub(crate) struct Own {
     /// To be compared.
@@ -140,10 +143,10 @@ pub(crate) async fn destination(service: &Service, vm: &str, ram: u64) -> Own {
     let side = Whose::Destination;
     let mut own = Own::new(service, side);
     match waits(service, vm).await {
-        Err(failure) => own.check("receiver", side, "", Err(failure)),
+        Err(failure) => own.check(RECEIVER, side, "", Err(failure)),
         Ok(qmp) => {
             let takes = discover::takes_a_guest(&qmp).await;
-            own.check("receiver", side, "a QEMU waits for the guest", takes);
+            own.check(RECEIVER, side, "a QEMU waits for the guest", takes);
             let capabilities = settings::check(&qmp).await;
             own.check("capabilities", side, &settings::needed(), capabilities);
             own.look_at_memory(&qmp, side).await;

@@ -94,6 +94,7 @@ async fn predict(client: &Client, to: &str, leaving: &mut Leaving) -> Link {
         vm: leaving.vm.clone(),
         qmp: leaving.qmp.clone(),
         to: to.to_owned(),
+        spawn: false,
     };
     let answer = client.post("/v1/preflight", &request).await.ok();
     let found = answer.and_then(|answer| serde_json::from_value::<Preflight>(answer).ok());
