@@ -376,7 +376,8 @@ fn a_destination_that_answers_and_reads_nothing() {
 /// The source's operator lets go of a guest whose destination is ended: as soon as the daemon has noticed that.
 fn let_go(world: &World, id: &str) {
     eventually(PATIENCE, || {
-        let done = world.cli(Side::A).run(&["resolve", id, "--abandon"]);
+        let words = ["resolve", id, "--abandon", "--peer-fenced"];
+        let done = world.cli(Side::A).run(&words);
         match done.status.success() {
             true => Ok(()),
             false => Err(String::from_utf8_lossy(&done.stderr).into_owned()),
