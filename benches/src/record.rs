@@ -153,7 +153,7 @@ pub const FIGURES: &[Figure] = &[
     figure("wire_mb", "Bytes on the wire", "MB",
         "sent by both ends of the link, headers included"),
     figure("daemon_mb", "Memory of a daemon", "MB",
-        "of its own (RssAnon), the greater of both daemons, at most, looked at each 5 ms over the total time"),
+        "of its own (RssAnon), the greater of both daemons, at most, looked at each 10 ms over the total time"),
     figure("touch_p99_us", "Page touch, 99th percentile", "µs",
         "the guest's own measure of how long a page takes that it reads again after a while: over the whole migration, or with post-copy from its first beat at the destination"),
     figure("touch_p999_us", "Page touch, 99.9th percentile", "µs", "the same"),

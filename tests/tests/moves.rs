@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use tests::real::{
-    Backing, Hugepages, Machine, Peak, Qemu, Ram, Role, Side, Version, World, assert_moved,
+    Backing, Hugepages, Machine, Qemu, Ram, Role, Side, Version, Watch, World, assert_moved,
     outside_downtime, skipped,
 };
 
@@ -123,10 +123,9 @@ fn heavy_guest_for_which_a_daemon_holds_little_memory() {
     let machine = Machine::new(Version::V10_0, 1024, "rate=100 set=256");
     for mode in ["precopy", "postcopy"] {
         let world = World::tls();
-        let daemons = [Side::A, Side::B].map(|side| world.daemon(side).pid());
-        let peak = Peak::watch(&daemons);
+        let watches = [Side::A, Side::B].map(|side| Watch::over(world.daemon(side).pid()));
         world.move_and_check(&machine, &["--mode", mode]);
-        let held = peak.end();
+        let held = watches.map(Watch::most);
         println!("{mode}: {} at the source; {}", held[0], held[1]);
         for held in held {
             assert!(held.memory_kib <= (64 << 10) + (1 << 20) / 4096, "{held}");

@@ -3,13 +3,6 @@
 use std::fmt;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
-
-/// How often a [`Peak`] looks: a thousandth of a processor for each process, and nothing of ours is held for less.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// What a process held at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,38 +54,5 @@ impl fmt::Display for Levels {
             "{} KiB, {} descriptors, {} threads",
             self.memory_kib, self.descriptors, self.threads
         )
-    }
-}
-
-/// What processes hold at most, while something goes on.
-pub struct Peak {
-    ended: Arc<AtomicBool>,
-    watcher: JoinHandle<Vec<Levels>>,
-}
-
-impl Peak {
-    /// Looks at these processes from now on. They may not end meanwhile.
-    pub fn watch(pids: &[u32]) -> Peak {
-        let ended = Arc::new(AtomicBool::new(false));
-        let (until, pids) = (Arc::clone(&ended), pids.to_vec());
-        let watcher = thread::spawn(move || {
-            let mut highest = vec![Levels::default(); pids.len()];
-            loop {
-                for (pid, highest) in pids.iter().zip(&mut highest) {
-                    *highest = Levels::highest(&[*highest, Levels::of(*pid)]);
-                }
-                if until.load(Ordering::Relaxed) {
-                    return highest;
-                }
-                thread::sleep(LOOK_EVERY);
-            }
-        });
-        Peak { ended, watcher }
-    }
-
-    /// The highest of each process.
-    pub fn end(self) -> Vec<Levels> {
-        self.ended.store(true, Ordering::Relaxed);
-        self.watcher.join().expect("the processes live")
     }
 }

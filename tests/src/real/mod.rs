@@ -42,7 +42,7 @@ pub use hostile::{Conduct, Ended, HostileDestination, HostileSource, Mallory, he
 pub use hugepages::Hugepages;
 pub use kernel::{hardware_kvm, kernel_tls};
 pub use leftovers::{Footprint, assert_nothing_left_in, nothing_left_in};
-pub use levels::{Levels, Peak};
+pub use levels::Levels;
 pub use linux::{Download, LinuxGuest, LinuxState, Ping, Pinged, Switch};
 pub use net::{Net, Side};
 pub use overlay::{has_overlay, overlay_script};

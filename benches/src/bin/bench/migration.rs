@@ -8,7 +8,7 @@ use benches::series::{MARGIN_MS, Progress};
 use benches::ways::{Mover, Way};
 use benches::work::Work;
 use tests::real::{
-    Levels, Machine, Net, Peak, Qemu, Role, Scratch, Side, Trust, Version, World, assert_moved,
+    Levels, Machine, Net, Qemu, Role, Scratch, Side, Trust, Version, Watch, World, assert_moved,
     certified, cpu_seconds, outside_downtime,
 };
 
@@ -78,12 +78,12 @@ pub(crate) fn run(way: &Way, link: Link, work: Work, plan: &Plan) -> Result<Run,
     let cpu = || pids.iter().map(|pid| cpu_seconds(*pid)).sum::<f64>();
     drop(warm::memory(plan.mib));
     source.serial.touches(); // counted from here on
-    let held = (way.mover() == Mover::Ours).then(|| Peak::watch(&daemons));
+    let held = (way.mover() == Mover::Ours).then(|| daemons.map(Watch::over));
     let (cpu_before, bytes_before, begun) = (cpu(), world.net.bytes_carried(), Instant::now());
     carry_out(way, plan, &world, &mut source, &mut destination)?;
     let total = begun.elapsed();
     let (cpu_used, bytes) = (cpu() - cpu_before, world.net.bytes_carried() - bytes_before);
-    let held = held.map(|held| Levels::highest(&held.end()).memory_kib);
+    let held = held.map(|held| Levels::highest(&held.map(Watch::most)).memory_kib);
     destination.serial.wait_beats(1);
     let downtime = outside_downtime(&source.serial, &destination.serial);
     let touches = destination.serial.touches();
