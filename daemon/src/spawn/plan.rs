@@ -336,6 +336,9 @@ impl Planner<'_> {
 
     /// Looks at one property. A new value where it is a path.
     fn property(&mut self, key: &str, value: &str) -> Result<Option<String>, Failure> {
+        if key.contains('/') {
+            return Err(refuse(format!("{key} is no property's name"), REPORT));
+        }
         let name = key.rsplit('.').next().unwrap_or(key);
         if let Some((_, why)) = DENIED.iter().find(|(denied, _)| *denied == name)
             && !(SWITCHES.contains(&name) && matches!(value, "off" | "no" | "false"))

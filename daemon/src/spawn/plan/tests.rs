@@ -244,6 +244,10 @@ fn no_path_is_opened_that_the_policy_does_not_name() {
             "driver=virtio-net-pci,property=romfile,value=/etc/shadow",
         ],
         ["-global", "driver=virtio-net-pci,property=fd,value=5"],
+        [
+            "-global",
+            "driver=virtio-net-pci,property=x/images/y,value=5",
+        ],
         ["-machine", "q35,firmware=/etc/shadow"],
         ["-machine", "q35,dumpdtb=x"],
         ["-smbios", "file=/etc/shadow"],
