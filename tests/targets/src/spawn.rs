@@ -69,11 +69,12 @@ fn check(plan: &Plan) {
 
 /// A word without the paths in it that were looked at above: what parts a word may be part of a path.
 fn without_opened(word: &str, plan: &Plan) -> String {
-    let paths = plan.opened.iter().map(|(path, _)| path.to_string_lossy());
+    let opened = plan.opened.iter().map(|(path, _)| path.to_string_lossy());
     // In a list of options a comma is written twice.
-    let mut paths: Vec<String> = paths.map(|path| path.replace(',', ",,")).collect();
-    paths.sort_by_key(|path| std::cmp::Reverse(path.len()));
-    paths
+    let written = opened.flat_map(|path| [path.replace(',', ",,"), path.into_owned()]);
+    let mut written: Vec<String> = written.collect();
+    written.sort_by_key(|path| std::cmp::Reverse(path.len()));
+    written
         .iter()
         .fold(word.to_owned(), |word, path| word.replace(path, ""))
 }
