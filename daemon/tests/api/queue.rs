@@ -287,3 +287,63 @@ fn one_that_waits_is_changed_and_stays_so_over_a_restart() {
     assert_eq!([&young, &old].map(|id| daemon.place(id)), [None, Some(1)]);
     assert_eq!(daemon.shown(&young)["priority"], 7);
 }
+
+/// Descriptors, threads and KiB of memory of a process.
+fn levels(pid: u32) -> [usize; 3] {
+    let count = |what: &str| {
+        std::fs::read_dir(format!("/proc/{pid}/{what}"))
+            .unwrap()
+            .count()
+    };
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let resident = resident.unwrap().trim().trim_end_matches(" kB");
+    [count("fd"), count("task"), resident.parse().unwrap()]
+}
+
+#[test]
+fn two_hundred_at_once_go_through_the_queue_and_leave_nothing_behind() {
+    let mut daemon = Daemon::start("queue-many");
+    // Nobody reads what it logs, and a pipe holds 64 KiB: it would stand still.
+    let mut log = daemon.child.stderr.take().unwrap();
+    std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+    let mute = Mute::listen(&daemon.dir);
+    let pid = daemon.child.id();
+    let before = levels(pid);
+    let mut after = Vec::new();
+    for round in 0..6 {
+        let first = ["one", "two"].map(|vm| daemon.begin(&mute, vm, 0));
+        mute.wait_begun(2);
+        let waiting: Vec<String> = (0..198)
+            .map(|number| {
+                let begun = daemon.begin_in_vain(&format!("vm{number}"));
+                assert_eq!(begun.status, 201, "{begun:?}");
+                begun.json()["id"].as_str().unwrap().to_owned()
+            })
+            .collect();
+        assert_eq!(daemon.place(&waiting[197]), Some(198));
+        // Who waits holds no descriptor and no thread; a few belong to what is being asked just now.
+        let [fds, threads, _] = levels(pid);
+        assert!(fds <= before[0] + 16, "{fds} descriptors after {before:?}");
+        assert!(
+            threads <= before[1] + 16,
+            "{threads} threads after {before:?}"
+        );
+        first.iter().for_each(|id| daemon.cancel(id));
+        for id in &waiting {
+            eventually(|| daemon.shown(id)["state"] == "failed");
+        }
+        let kept = std::fs::read_to_string(daemon.dir.join("state/pending.json")).unwrap();
+        assert_eq!(kept, "[]", "round {round}");
+        mute.hang_up();
+        after.push(levels(pid));
+    }
+    // The first three fill what is kept: the ended ones and the latest events.
+    let [_, _, first, .., last] = after[..] else {
+        panic!("{after:?}");
+    };
+    println!("descriptors, threads, KiB: {before:?} before, {after:?} after 200 each");
+    assert!(last[0] <= first[0] + 4, "descriptors: {after:?}");
+    assert!(last[1] <= first[1] + 8, "threads: {after:?}");
+    assert!(last[2] <= first[2] + 4096, "KiB: {after:?}");
+}
