@@ -8,6 +8,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pagecopy::engine::event::{Figures, Report, Way};
+use pagecopy::limits::MIN_PAGE_SIZE;
+use pagecopy::memory::BlockSpec;
 use pagecopy::preflight::{FirstRound, Predicted, Seen, Span, predict};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -18,8 +20,6 @@ use crate::session::begin::{DOWNTIME_LIMIT, MAX_ROUNDS};
 
 /// How long what a preflight has predicted holds: a guest does something else after a while.
 const FRESH: Duration = Duration::from_secs(600);
-/// Bytes of a page.
-const PAGE: f64 = 4096.0;
 /// By how much rounds that follow may go slower and faster than the first.
 const GOODPUT_ROOM: [f64; 2] = [0.6, 1.3];
 /// How much faster than in the first round the guest may write.
@@ -65,6 +65,8 @@ pub(crate) struct Foresight {
     fixed: Duration,
     limit: Duration,
     max_rounds: u32,
+    /// Bytes of each page that is counted.
+    page: u64,
     predicted: Mutex<Option<(When, Predicted)>>,
 }
 
@@ -90,8 +92,16 @@ impl Foresight {
                 .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
                 .unwrap_or(DOWNTIME_LIMIT),
             max_rounds: request.max_rounds.unwrap_or(MAX_ROUNDS),
+            page: MIN_PAGE_SIZE,
             predicted: Mutex::default(),
         })
+    }
+
+    /// Of a guest with these RAMBlocks. None where pages of several sizes are counted as if they were alike.
+    pub(crate) fn of_memory(self, specs: &[BlockSpec]) -> Option<Foresight> {
+        let page = specs.first()?.page_size;
+        let alike = specs.iter().all(|spec| spec.page_size == page);
+        alike.then_some(Foresight { page, ..self })
     }
 
     /// Takes what the engine reports: the end of round 0 says what the rest will take, unless a preflight has said it.
@@ -116,19 +126,19 @@ impl Foresight {
     fn seen(&self, ms: f64, pages_sent: u64, pages_dirty: u64) -> Seen {
         let seconds = (ms / 1e3).max(1e-6);
         let [slow, fast] = GOODPUT_ROOM;
-        let goodput = pages_sent as f64 * PAGE / seconds;
-        let rate = pages_dirty as f64 * PAGE / seconds;
-        let bytes = pages_sent.saturating_mul(4096);
+        let [bytes, dirtied] =
+            [pages_sent, pages_dirty].map(|pages| pages.saturating_mul(self.page));
+        let [goodput, rate] = [bytes, dirtied].map(|bytes| bytes as f64 / seconds);
         Seen {
             first: Some(FirstRound {
                 elapsed: self.begun.elapsed(),
                 bytes,
-                dirtied: pages_dirty.saturating_mul(4096),
+                dirtied,
             }),
             populated: bytes,
             dirty_bytes_s: rate,
             peak_bytes_s: rate * PEAK,
-            working_set: pages_dirty.saturating_mul(4096),
+            working_set: dirtied,
             sampled: Duration::try_from_secs_f64(seconds).unwrap_or_default(),
             goodput: Span {
                 low: goodput * slow,
@@ -151,7 +161,7 @@ impl Foresight {
             span,
             actual: actual.filter(|_| completed),
         };
-        let bytes = figures.pages_sent as f64 * PAGE;
+        let bytes = figures.pages_sent.saturating_mul(self.page) as f64;
         Some(Outcome {
             when,
             total_ms: against(predicted.total_ms, Some(figures.total_ms)),
@@ -247,6 +257,23 @@ mod tests {
         assert!(outcome.bytes.span.likely >= 25_600.0 * 4096.0);
         let failed = foresight.outcome(&figures(), false).unwrap();
         assert_eq!(failed.total_ms.actual, None);
+    }
+
+    #[test]
+    fn huge_pages_are_counted_as_what_they_hold() {
+        let spec = |page_size| BlockSpec {
+            name: "ram".to_owned(),
+            size: 1 << 30,
+            page_size,
+        };
+        let huge = foresight().of_memory(&[spec(2 << 20)]).unwrap();
+        huge.hear(&round(0, 256));
+        let outcome = huge.outcome(&figures(), true).unwrap();
+        let huge_page = f64::from(2 << 20);
+        assert_eq!(outcome.bytes.actual, Some(25_700.0 * huge_page));
+        assert!(outcome.bytes.span.likely >= 25_600.0 * huge_page);
+        let both = [spec(4096), spec(2 << 20)];
+        assert!(foresight().of_memory(&both).is_none());
     }
 
     #[test]

@@ -173,13 +173,11 @@ pub(crate) async fn migrate(
         return;
     }
     let clock = Clock::start();
-    if let Some(foresight) = Foresight::of(&request, &service) {
-        migration.foresee(foresight);
-    }
+    let foresight = Foresight::of(&request, &service);
     // Looking changes nothing and may be broken off at any moment; what follows may not.
     let looked = tokio::select! {
         looked = look(&service, id, &migration, &request) => looked,
-        _ = cancelled(&mut requests) => Err(operator(CANCELLED, "nothing: the guest runs on here")),
+        () = cancelled(&mut requests) => Err(operator(CANCELLED, "nothing: the guest runs on here")),
     };
     let prepared = match looked {
         Ok(looked) => looked.prepare(&service, id, &request).await,
@@ -190,6 +188,9 @@ pub(crate) async fn migrate(
         Ok(prepared) => prepared,
         Err(failure) => return super::end_early(id, &migration, &failure),
     };
+    if let Some(foresight) = foresight.and_then(|it| it.of_memory(&prepared.memory.specs)) {
+        migration.foresee(foresight);
+    }
     let setup = prepared.setup;
     let share = service
         .budget
@@ -221,18 +222,12 @@ pub(crate) async fn migrate(
     }
 }
 
-/// Waits until it is to end, and says which way.
-async fn cancelled(requests: &mut UnboundedReceiver<Request>) -> Request {
-    loop {
-        match asked(requests).await {
-            Request::Change(_, reply) => {
-                let beginning =
-                    operator("the migration is just beginning", "try again in a moment");
-                // Whoever asked may have left.
-                let _ = reply.send(Err(beginning));
-            }
-            ends => return ends,
-        }
+/// Waits until it is to end.
+async fn cancelled(requests: &mut UnboundedReceiver<Request>) {
+    while let Request::Change(_, reply) = asked(requests).await {
+        let beginning = operator("the migration is just beginning", "try again in a moment");
+        // Whoever asked may have left.
+        let _ = reply.send(Err(beginning));
     }
 }
 

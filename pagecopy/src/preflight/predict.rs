@@ -235,23 +235,18 @@ mod tests {
         }
     }
 
+    fn assert_likely(predicted: &Predicted, span: Span, range: std::ops::Range<f64>) {
+        assert!(range.contains(&span.likely), "{predicted:?}");
+    }
+
     #[test]
     fn a_quiet_guest_takes_as_long_as_its_memory_does() {
         let predicted = predict(&seen());
         assert_ordered(&predicted);
         assert!(predicted.converges);
-        assert!(
-            (1000.0..1200.0).contains(&predicted.total_ms.likely),
-            "{predicted:?}"
-        );
-        assert!(
-            (10.0..60.0).contains(&predicted.downtime_ms.likely),
-            "{predicted:?}"
-        );
-        assert!(
-            (1.0e9..1.1e9).contains(&predicted.bytes.likely),
-            "{predicted:?}"
-        );
+        assert_likely(&predicted, predicted.total_ms, 1000.0..1200.0);
+        assert_likely(&predicted, predicted.downtime_ms, 10.0..60.0);
+        assert_likely(&predicted, predicted.bytes, 1.0e9..1.1e9);
     }
 
     #[test]
@@ -281,18 +276,9 @@ mod tests {
         let predicted = predict(&known);
         assert_ordered(&predicted);
         // 4 ms for what is left, and the fixed part of the downtime.
-        assert!(
-            (1705.0..1760.0).contains(&predicted.total_ms.likely),
-            "{predicted:?}"
-        );
-        assert!(
-            (10.0..30.0).contains(&predicted.downtime_ms.likely),
-            "{predicted:?}"
-        );
-        assert!(
-            (904.0e6..910.0e6).contains(&predicted.bytes.likely),
-            "{predicted:?}"
-        );
+        assert_likely(&predicted, predicted.total_ms, 1705.0..1760.0);
+        assert_likely(&predicted, predicted.downtime_ms, 10.0..30.0);
+        assert_likely(&predicted, predicted.bytes, 904.0e6..910.0e6);
     }
 
     #[test]
