@@ -335,7 +335,7 @@ impl MigrateArguments {
 }
 
 impl How {
-    /// The request to the daemon. The daemon's working directory is another one: the path is made absolute.
+    /// The request to the daemon.
     pub fn request(self, vm: &str, qmp: &Path, to: &str) -> MigrationRequest {
         let (postcopy_after_rounds, postcopy_after_ms) = match self.postcopy_after {
             Some(PostcopyAfter::Rounds(rounds)) => (Some(rounds), None),
@@ -347,7 +347,7 @@ impl How {
         };
         MigrationRequest {
             vm: vm.to_owned(),
-            qmp: std::path::absolute(qmp).unwrap_or_else(|_| qmp.to_owned()),
+            qmp: super::absolute(qmp),
             to: to.to_owned(),
             spawn: self.spawn,
             mode: self.mode,

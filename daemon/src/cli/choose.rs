@@ -4,14 +4,14 @@
 //! is out; one of which nothing is warned comes before one of which something is; among equals the guest goes where it will
 //! likely be soonest, and then to the one that was named first.
 
-use std::io::{self, Write};
-
 use pagecopy::preflight::{Line, Verdict};
 use serde_json::{Value, json};
 
+use super::absolute;
 use super::arguments::MigrateArguments;
 use super::client::{CliError, Client};
-use super::migrate::misunderstood;
+use super::preflight;
+use super::tell::Tell;
 use crate::preflight::{Preflight, PreflightRequest};
 
 /// A destination, and what was found on the way to it.
@@ -57,15 +57,11 @@ pub(super) async fn choose(
 async fn look(client: &Client, arguments: &MigrateArguments, to: &str) -> Candidate {
     let request = PreflightRequest {
         vm: arguments.vm.clone(),
-        qmp: std::path::absolute(&arguments.qmp).unwrap_or_else(|_| arguments.qmp.clone()),
+        qmp: absolute(&arguments.qmp),
         to: to.to_owned(),
         spawn: arguments.how.spawn,
     };
-    let answer = client.post("/v1/preflight", &request).await;
-    let found = answer.and_then(|answer| {
-        serde_json::from_value::<Preflight>(answer).map_err(|error| misunderstood(&error))
-    });
-    match found {
+    match preflight::ask(client, &request).await {
         Ok(found) => Candidate::of(to, found),
         Err(error) => Candidate {
             to: to.to_owned(),
@@ -121,29 +117,22 @@ fn rank(candidates: &mut [Candidate]) {
     });
 }
 
-/// Says which it is, and why. A reader that has left is no reason to leave the guest.
+/// Says which it is, and why.
 fn tell(candidates: &[Candidate], arguments: &MigrateArguments) {
     let chosen = candidates
         .first()
         .filter(|best| best.verdict != Verdict::Fail);
-    let text = if arguments.json {
+    let head = match chosen {
+        Some(best) => format!("{} goes to {}:", arguments.vm, best.to),
+        None => format!("{} stays:", arguments.vm),
+    };
+    let lines = candidates.iter().map(Candidate::as_line);
+    let text: Vec<String> = [head].into_iter().chain(lines).collect();
+    Tell::new(arguments.json).event(&text.join("\n"), || {
         let to = chosen.map(|best| &best.to);
         let ranked: Vec<Value> = candidates.iter().map(Candidate::as_json).collect();
-        json!({ "event": "chosen", "vm": arguments.vm, "to": to, "ranked": ranked }).to_string()
-    } else {
-        let head = match chosen {
-            Some(best) => format!("{} goes to {}:", arguments.vm, best.to),
-            None => format!("{} stays:", arguments.vm),
-        };
-        let lines = candidates.iter().map(Candidate::as_line);
-        [head]
-            .into_iter()
-            .chain(lines)
-            .collect::<Vec<_>>()
-            .join("\n")
-    };
-    let mut out = io::stdout().lock();
-    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+        json!({ "event": "chosen", "vm": arguments.vm, "to": to, "ranked": ranked })
+    });
 }
 
 #[cfg(test)]

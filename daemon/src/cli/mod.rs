@@ -10,9 +10,10 @@ mod progress;
 mod retries;
 mod set;
 mod show;
+mod tell;
 mod watch;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pagecopy::engine::event::State;
 use serde_json::Value;
@@ -82,6 +83,11 @@ pub async fn run(arguments: Arguments) -> u8 {
     }
 }
 
+/// A path as the daemon takes it, whose working directory is another one.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
 /// The exit status of a migration that ended so.
 pub fn exit_status(state: State) -> u8 {
     match state {
@@ -93,7 +99,7 @@ pub fn exit_status(state: State) -> u8 {
 }
 
 async fn receive(client: &Client, vm: String, qmp: PathBuf) -> Result<(), CliError> {
-    let qmp = std::path::absolute(&qmp).unwrap_or(qmp);
+    let qmp = absolute(&qmp);
     client
         .post(
             "/v1/receivers",

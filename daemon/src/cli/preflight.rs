@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use pagecopy::preflight::{Line, Predicted, Verdict};
 
+use super::absolute;
 use super::client::{CliError, Client};
 use super::migrate::misunderstood;
 use crate::preflight::dirty_rate::{DirtyRate, DirtyRateRequest};
@@ -21,7 +22,7 @@ pub(super) async fn dirty_rate(
 ) -> Result<(), CliError> {
     let request = DirtyRateRequest {
         vm,
-        qmp: std::path::absolute(&qmp).unwrap_or(qmp),
+        qmp: absolute(&qmp),
         for_ms: u64::try_from(length.as_millis()).unwrap_or(u64::MAX),
     };
     let answer = client.post("/v1/dirty-rate", &request).await?;
@@ -48,7 +49,7 @@ pub(super) async fn preflight(
 ) -> u8 {
     let request = PreflightRequest {
         vm,
-        qmp: std::path::absolute(&qmp).unwrap_or(qmp),
+        qmp: absolute(&qmp),
         to,
         spawn,
     };
@@ -61,6 +62,15 @@ pub(super) async fn preflight(
             1
         }
     }
+}
+
+/// Has the daemon look.
+pub(super) async fn ask(
+    client: &Client,
+    request: &PreflightRequest,
+) -> Result<Preflight, CliError> {
+    let answer = client.post("/v1/preflight", request).await?;
+    serde_json::from_value(answer).map_err(|error| misunderstood(&error))
 }
 
 async fn looked_at(

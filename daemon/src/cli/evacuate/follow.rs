@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::super::arguments::{EvacuateArguments, How};
 use super::super::client::{CliError, Client};
-use super::Tell;
+use super::super::tell::Tell;
 use super::plan::Leaving;
 use crate::api::types::Begun;
 use crate::migrations::{Finished, Shown};

@@ -9,14 +9,16 @@ mod table;
 
 use std::collections::BTreeSet;
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use pagecopy::engine::event::State;
-use serde_json::{Value, json};
+use serde_json::json;
 
+use super::absolute;
 use super::arguments::EvacuateArguments;
 use super::client::{CliError, Client};
 use super::migrate::misunderstood;
+use super::tell::Tell;
 use crate::guests::{GuestFound, GuestSocket, GuestsRequest};
 use plan::Leaving;
 
@@ -25,36 +27,9 @@ const AT_ONCE: usize = 100;
 /// Exit status where the arguments are wrong.
 const WRONG: u8 = 2;
 
-/// What is told, and how.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Tell {
-    as_json: bool,
-}
-
-impl Tell {
-    /// Something for people only.
-    fn note(self, text: &str) {
-        eprintln!("pagecopy: {text}");
-    }
-
-    /// A line for people, and an event for programs. A reader that has left is no reason to leave the guests.
-    fn event(self, line: &str, event: impl FnOnce() -> Value) {
-        use io::Write;
-        let mut out = io::stdout().lock();
-        let _ = match self.as_json {
-            true => writeln!(out, "{}", event()),
-            false if line.is_empty() => Ok(()),
-            false => writeln!(out, "{line}"),
-        };
-        let _ = out.flush();
-    }
-}
-
 /// Moves the guests; returns the exit status.
 pub(super) async fn evacuate(client: &Client, arguments: EvacuateArguments) -> u8 {
-    let tell = Tell {
-        as_json: arguments.json,
-    };
+    let tell = Tell::new(arguments.json);
     let leaving = match leaving(client, &arguments, tell).await {
         Ok(leaving) => leaving,
         Err((status, error)) => {
@@ -137,7 +112,7 @@ async fn found(
 ) -> Result<Vec<GuestFound>, (u8, CliError)> {
     let requests = match &arguments.guests {
         None => vec![GuestsRequest {
-            folder: arguments.qmp_dir.clone().map(absolute),
+            folder: arguments.qmp_dir.as_deref().map(absolute),
             guests: None,
         }],
         Some(file) => read(file)
@@ -160,11 +135,6 @@ async fn found(
         found.extend(some);
     }
     Ok(found)
-}
-
-/// The daemon's working directory is another one.
-fn absolute(path: PathBuf) -> PathBuf {
-    std::path::absolute(&path).unwrap_or(path)
 }
 
 /// The guests in a file.
@@ -200,7 +170,7 @@ fn listed(text: &str) -> Result<Vec<GuestSocket>, String> {
         }
         guests.push(GuestSocket {
             vm: vm.to_owned(),
-            qmp: absolute(qmp.into()),
+            qmp: absolute(Path::new(qmp)),
         });
     }
     Ok(guests)

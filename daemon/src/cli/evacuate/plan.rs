@@ -6,8 +6,9 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::super::client::Client;
+use super::super::preflight;
 use crate::guests::GuestFound;
-use crate::preflight::{Preflight, PreflightRequest};
+use crate::preflight::PreflightRequest;
 
 /// What a link carries where none could be measured, in bytes a second: 1 Gbit/s. It orders guests by their memory.
 const GUESSED: f64 = 125e6;
@@ -96,9 +97,7 @@ async fn predict(client: &Client, to: &str, leaving: &mut Leaving) -> Link {
         to: to.to_owned(),
         spawn: false,
     };
-    let answer = client.post("/v1/preflight", &request).await.ok();
-    let found = answer.and_then(|answer| serde_json::from_value::<Preflight>(answer).ok());
-    let Some(found) = found else {
+    let Ok(found) = preflight::ask(client, &request).await else {
         return Link::Unseen;
     };
     leaving.predicted_ms = found.predicted.map(|predicted| predicted.total_ms.likely);
