@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use tests::real::{
-    Machine, Manner, PATIENCE, Qemu, Role, RunAs, Scratch, Side, Steps, Version, World,
-    assert_moved, assert_stayed, certified, eventually, let_it_last,
+    Held, Machine, Manner, Migration, PATIENCE, Qemu, Role, RunAs, Scratch, Side, Steps, Version,
+    World, assert_moved, assert_stayed, certified, eventually, let_it_last,
 };
 
 /// Long enough for the source's word to be there before the destination goes on; what is tested holds without it, too.
@@ -33,6 +33,22 @@ fn held_at(step: &str) -> (World, Steps) {
     (World::of(scratch, &manners), steps)
 }
 
+/// Its operator cancels it at the source; the destination, which is `held`, hears that before it goes on, and ends it, too.
+fn give_up(world: &World, migration: Migration, held: Held) {
+    let id = world.cli(Side::A).id_of("vm");
+    let told = world.cli(Side::A).run(&["cancel", &id]);
+    assert!(told.status.success(), "{told:?}");
+    migration.finish().not_completed("cancelled");
+    let_it_last(ON_ITS_WAY);
+    held.go();
+    eventually(PATIENCE, || {
+        let shown = world.cli(Side::B).find(&id).unwrap_or_default();
+        let over = shown["finished"].is_object();
+        over.then_some(()).ok_or_else(|| shown.to_string())
+    })
+    .unwrap_or_else(|shown| panic!("it does not end: {shown}"));
+}
+
 /// Its disk may be slow to take the first record. The source is answered meanwhile, for longer than it would wait for one that is
 /// gone, and what it says meanwhile is heard: given up, nothing is left of it.
 #[test]
@@ -51,19 +67,8 @@ fn a_destination_that_takes_its_time_to_begin_is_there() {
             assert_moved(&mut source, &mut destination);
             continue;
         }
-        let id = world.cli(Side::A).id_of("vm");
         let from = Instant::now();
-        let told = world.cli(Side::A).run(&["cancel", &id]);
-        assert!(told.status.success(), "{told:?}");
-        migration.finish().not_completed("cancelled");
-        let_it_last(ON_ITS_WAY);
-        held.go();
-        eventually(PATIENCE, || {
-            let shown = world.cli(Side::B).find(&id).unwrap_or_default();
-            let over = shown["finished"].is_object();
-            over.then_some(()).ok_or_else(|| shown.to_string())
-        })
-        .unwrap_or_else(|shown| panic!("it does not end: {shown}"));
+        give_up(&world, migration, held);
         assert_stayed(&mut source, Some(&mut destination), from);
         world.moves_next(Side::A, "vm", &mut source, &mut destination);
     }
@@ -84,19 +89,9 @@ fn nothing_is_left_of_it() {
         let postcopy = ["--mode", "postcopy"];
         let migration = world.begin(Side::A, "vm", &source, &destination, &postcopy);
         let held = steps.wait(PATIENCE).unwrap();
-        let id = world.cli(Side::A).id_of("vm");
+        println!("{step}");
         let from = Instant::now();
-        let told = world.cli(Side::A).run(&["cancel", &id]);
-        assert!(told.status.success(), "{step}: {told:?}");
-        migration.finish().not_completed("cancelled");
-        let_it_last(ON_ITS_WAY);
-        held.go();
-        eventually(PATIENCE, || {
-            let shown = world.cli(Side::B).find(&id).unwrap_or_default();
-            let over = shown["finished"].is_object();
-            over.then_some(()).ok_or_else(|| shown.to_string())
-        })
-        .unwrap_or_else(|shown| panic!("{step}: it does not end: {shown}"));
+        give_up(&world, migration, held);
         println!("{step}: given up");
         // One that was loading has had its device state, and ends.
         if step.contains("Load") {

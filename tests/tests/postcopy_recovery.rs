@@ -59,6 +59,17 @@ impl Gone {
         self.world.cli(side).find(&self.id)
     }
 
+    /// How it ended.
+    fn end(&self, side: Side) -> Value {
+        self.shown(side).unwrap()["finished"].clone()
+    }
+
+    /// The command that began it says that it has failed.
+    fn fails(&mut self) {
+        let migration = self.migration.take().unwrap();
+        migration.finish().not_completed("failed");
+    }
+
     fn wait_state(&self, side: Side, state: &str) {
         eventually(PATIENCE, || {
             let shown = self.shown(side).unwrap_or_default();
@@ -358,10 +369,7 @@ fn a_source_that_lets_go_of_what_it_has_lost() {
     // It is not forgotten.
     gone.world.restart(Side::A);
     gone.wait_state(Side::A, "failed");
-    assert_eq!(
-        gone.shown(Side::A).unwrap()["finished"]["fault"],
-        "operator"
-    );
+    assert_eq!(gone.end(Side::A)["fault"], "operator");
 }
 
 /// A destination whose host has lost everything and comes back: its guest has ended, which the source hears, and keeps nothing for it.
@@ -376,16 +384,12 @@ fn a_destination_host_that_was_started_anew() {
     gone.wait_state(Side::B, "failed");
     gone.wait_state(Side::A, "failed");
     for side in [Side::A, Side::B] {
-        let end = gone.shown(side).unwrap()["finished"].clone();
+        let end = gone.end(side);
         assert_eq!(end["fault"], "qemu", "{end}");
         let remedy = end["remedy"].as_str().unwrap();
         assert!(remedy.contains("start it anew") || remedy.contains("start the guest anew"));
     }
-    gone.migration
-        .take()
-        .unwrap()
-        .finish()
-        .not_completed("failed");
+    gone.fails();
     gone.assert_nothing_served();
     gone.assert_nothing_kept();
 }
@@ -403,11 +407,7 @@ fn a_destination_qemu_that_ends_while_the_link_is_cut() {
     gone.wait_state(Side::B, "failed");
     gone.world.net.mend();
     gone.wait_state(Side::A, "failed");
-    gone.migration
-        .take()
-        .unwrap()
-        .finish()
-        .not_completed("failed");
+    gone.fails();
     gone.assert_nothing_served();
     for anew in [false, true] {
         for side in [Side::A, Side::B] {
@@ -415,7 +415,7 @@ fn a_destination_qemu_that_ends_while_the_link_is_cut() {
                 gone.world.restart(side);
                 gone.wait_state(side, "failed");
             }
-            let end = gone.shown(side).unwrap()["finished"].clone();
+            let end = gone.end(side);
             assert_eq!(end["fault"], "qemu", "{end}");
             assert!(
                 end["error"].as_str().unwrap().contains("has ended"),
@@ -467,16 +467,12 @@ fn a_destination_that_is_gone_for_good() {
     let done = resolve(&gone, &["--abandon", "--peer-fenced"]).unwrap();
     assert!(done.contains("let go of"), "{done}");
     gone.wait_state(Side::A, "failed");
-    gone.migration
-        .take()
-        .unwrap()
-        .finish()
-        .not_completed("failed");
+    gone.fails();
     gone.assert_nothing_served();
     // Nor does a daemon that is started anew run it, or forget what went.
     gone.world.restart(Side::A);
     gone.wait_state(Side::A, "failed");
-    let end = gone.shown(Side::A).unwrap()["finished"].clone();
+    let end = gone.end(Side::A);
     assert_eq!(end["fault"], "operator", "{end}");
     assert!(
         end["error"].as_str().unwrap().contains("the guest is lost"),
