@@ -96,6 +96,7 @@ impl Lane {
                 }
             }
             let idle = match self.role {
+                Role::Demand if flights.len() < DEMANDS => self.shared.until_probe(),
                 Role::Demand => LOOK_EVERY,
                 Role::Rest => self.shared.idle(),
             };

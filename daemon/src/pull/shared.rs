@@ -200,13 +200,22 @@ impl Shared {
     /// So many bytes that nobody waited for came at once.
     pub(super) fn on_reply(&self, asked: Instant, bytes: u64) {
         let now = self.time(Instant::now());
-        let due = lock(&self.pace).as_mut().is_some_and(|pace| {
-            pace.on_reply(now, self.time(asked), bytes);
-            pace.probe_due(now)
-        });
-        if due {
+        let sooner = lock(&self.pace)
+            .as_mut()
+            .is_some_and(|pace| pace.on_reply(now, self.time(asked), bytes));
+        if sooner {
             self.wake_demand();
         }
+    }
+
+    /// How long the channel for what somebody waits for may sleep when nothing comes: until its next probe.
+    pub(super) fn until_probe(&self) -> Duration {
+        let now = self.time(Instant::now());
+        let probe = lock(&self.pace)
+            .as_mut()
+            .and_then(|pace| pace.probe_in(now));
+        let wait = probe.map(|wait| self.limit.wait().map_or(wait, |limit| limit.max(wait)));
+        wait.map_or(super::LOOK_EVERY, |wait| wait.min(super::LOOK_EVERY))
     }
 
     fn time(&self, at: Instant) -> Time {

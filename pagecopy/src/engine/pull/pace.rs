@@ -4,14 +4,18 @@
 //! Demand faults have a channel of their own and go first in every queue of both hosts, but not in those of the network
 //! between them: what was asked for before lies there before them. So the background keeps these queues short. What a page
 //! fault would find there is measured by what takes the same way: now and then a single page is fetched on the channel of
-//! the demand faults, a *probe*, and those faults themselves are probes too. What the quickest of a few probes takes longer
-//! than the shortest ever did is the queue, as in TCP Vegas. The window of bytes on their way is doubled at first and then
-//! grown while that wait is short, and shrunk when it is long:
+//! the demand faults, a *probe*, and those faults themselves are probes too. What most of a few probes take longer than the
+//! shortest ever did is the queue, as in TCP Vegas. The window of bytes on their way is doubled at first and then grown while
+//! that wait is short, and shrunk when it is long:
 //!
 //! ```text
 //!   no wait        ─── short ───┤ keep ├─── long ───▶ a probe's wait behind the background
 //!   double, later grow                     shrink until the wait is in the middle
 //! ```
+//!
+//! Replies come in bursts, for a network card and its driver carry 64 KiB as one, and so do the requests that follow them.
+//! What is asked for between two bursts finds no queue, however long it is otherwise. So a probe is sent at any moment, not
+//! when a reply has come, and neither the quickest nor the slowest of them counts, but the one in the middle.
 //!
 //! A page that is touched while it is on its way with others comes with them. So a reply of the background may not take
 //! long either, which limits the window where there is no queue to see: between processors of one host, say.
@@ -19,6 +23,7 @@
 //! Once in a while the window is small for a moment, so that the queue empties and the shortest probe is measured anew: the
 //! path may have become another.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::engine::Time;
@@ -47,8 +52,12 @@ const REPLY_WINDOW_BYTES: u64 = 256 << 10;
 const PROBE_EVERY: Duration = Duration::from_millis(1);
 /// …which fetches this share of what the background does at most, where pages are large.
 const PROBE_SHARE: u64 = 16;
-/// From so many probes the quickest is taken.
-const PROBES: u32 = 4;
+/// Of so many probes at least, and so many at most, the one in the middle counts.
+const PROBES: [usize; 2] = [5, 31];
+/// The golden ratio's part: its multiples are spread over a turn as evenly as can be.
+const TURN: f64 = 0.618_033_988_749_895;
+/// So long a stretch of time tells what the way carries: in a shorter one a limit may let a burst through.
+const STRETCH: Duration = Duration::from_millis(10);
 /// How often the shortest probe is measured anew.
 const MEASURE_EVERY: Duration = Duration::from_secs(10);
 
@@ -64,9 +73,11 @@ pub struct Pace {
     doubles: bool,
     measuring: Measuring,
     measured_at: Time,
-    /// The most bytes a second that came in an epoch since then.
-    fastest: f64,
+    carried: Carried,
     probed: Probed,
+    /// When the next probe is sent, and at which part of the time of a reply it was put.
+    planned: Option<Time>,
+    turn: f64,
     epoch: Epoch,
 }
 
@@ -93,14 +104,23 @@ struct Probed {
     bytes_since: u64,
 }
 
-/// A window's worth of replies, and some probes.
+/// What the way has carried.
 #[derive(Clone, Copy, Debug, Default)]
+struct Carried {
+    /// Since then so many bytes.
+    since: Time,
+    bytes: u64,
+    /// The most bytes a second that came in one stretch of time since the shortest probe was measured.
+    fastest: f64,
+}
+
+/// A window's worth of replies, and some probes.
+#[derive(Clone, Debug, Default)]
 struct Epoch {
     /// What was asked for since then belongs to it.
     begun: Time,
     bytes: u64,
-    probes: u32,
-    quickest_probe: Option<Duration>,
+    probes: VecDeque<Duration>,
     quickest_reply: Option<Duration>,
     /// The window was used up: what was measured is about the window, and not about who asked for less.
     used_up: bool,
@@ -118,8 +138,10 @@ impl Pace {
             doubles: true,
             measuring: Measuring::No,
             measured_at: Time(0),
-            fastest: 0.0,
+            carried: Carried::default(),
             probed: Probed::default(),
+            planned: None,
+            turn: 0.0,
             epoch: Epoch::default(),
         };
         // The first probes shall find no queue.
@@ -149,30 +171,17 @@ impl Pace {
         Some(request)
     }
 
-    /// Whether to fetch a single page now on the channel of the demand faults.
-    pub fn probe_due(&self, now: Time) -> bool {
-        match self.probed.at {
-            None => true,
-            // Nothing before it that it would wait for.
-            Some(_) if self.measuring != Measuring::No => self.probed.answered,
-            Some(at) => {
-                // More of them at first: the window is to grow fast.
-                let least = if self.doubles {
-                    Duration::ZERO
-                } else {
-                    PROBE_EVERY
-                };
-                let every = self.base.map_or(least, |base| least.max(base / PROBES));
-                now.since(at) >= every
-                    && self.probed.bytes_since >= self.page_bytes.saturating_mul(PROBE_SHARE)
-            }
-        }
+    /// When to fetch a single page on the channel of the demand faults; `None`: not before something has come.
+    pub fn probe_in(&mut self, now: Time) -> Option<Duration> {
+        self.plan_probe(now);
+        self.planned.map(|at| at.since(now))
     }
 
-    /// The same, and then it is being fetched from now on.
+    /// Whether that is now; then it is being fetched from now on.
     pub fn probe(&mut self, now: Time) -> bool {
-        let due = self.probe_due(now);
+        let due = self.probe_in(now) == Some(Duration::ZERO);
         if due {
+            self.planned = None;
             self.probed = Probed {
                 at: Some(now),
                 ..Probed::default()
@@ -181,27 +190,64 @@ impl Pace {
         due
     }
 
+    /// Puts the next probe somewhere between two replies, if it is time for one. True: it was not put before.
+    fn plan_probe(&mut self, now: Time) -> bool {
+        if self.planned.is_some() || !self.probe_due(now) {
+            return false;
+        }
+        let between = match (self.measuring, self.epoch.quickest_reply) {
+            (Measuring::No, Some(reply)) if !self.doubles => reply,
+            // Nothing before it that it would wait for, or the window is to grow fast.
+            _ => Duration::ZERO,
+        };
+        self.turn = (self.turn + TURN).fract();
+        self.planned = Some(now.after(between.mul_f64(self.turn)));
+        true
+    }
+
+    fn probe_due(&self, now: Time) -> bool {
+        match self.probed.at {
+            None => true,
+            Some(_) if self.measuring != Measuring::No => self.probed.answered,
+            Some(at) => {
+                // More of them at first: the window is to grow fast.
+                let least = if self.doubles {
+                    Duration::ZERO
+                } else {
+                    PROBE_EVERY
+                };
+                let every = self.base.map_or(least, |base| least.max(base / 4));
+                now.since(at) >= every
+                    && self.probed.bytes_since >= self.page_bytes.saturating_mul(PROBE_SHARE)
+            }
+        }
+    }
+
     /// A single page has come on the channel of the demand faults.
     pub fn on_probe(&mut self, now: Time, sent_at: Time) {
         let took = now.since(sent_at);
         self.base = shorter(self.base, took);
         self.probed.answered |= self.probed.at.is_some_and(|at| sent_at >= at);
         if sent_at >= self.epoch.begun {
-            self.epoch.probes += 1;
-            self.epoch.quickest_probe = shorter(self.epoch.quickest_probe, took);
+            let [_, most] = PROBES;
+            self.epoch.probes.truncate(most - 1);
+            self.epoch.probes.push_front(took);
         }
         self.end_epoch(now);
     }
 
-    /// A request of the background was answered whole.
-    pub fn on_reply(&mut self, now: Time, sent_at: Time, bytes: u64) {
+    /// A request of the background was answered whole. True: [`probe_in`](Self::probe_in) has become sooner by that.
+    pub fn on_reply(&mut self, now: Time, sent_at: Time, bytes: u64) -> bool {
         self.probed.bytes_since += bytes;
         // An older one tells of the window before.
         if sent_at >= self.epoch.begun {
             self.epoch.bytes += bytes;
             self.epoch.quickest_reply = shorter(self.epoch.quickest_reply, now.since(sent_at));
         }
+        self.carried.note(now, bytes);
+        let planned = self.plan_probe(now);
         self.end_epoch(now);
+        planned
     }
 
     /// Bytes that may be on their way.
@@ -211,30 +257,23 @@ impl Pace {
 
     /// Adjusts the window when enough has come.
     fn end_epoch(&mut self, now: Time) {
-        let Epoch {
-            bytes,
-            probes,
-            quickest_probe: Some(probe),
-            quickest_reply: Some(reply),
-            used_up,
-            ..
-        } = self.epoch
-        else {
+        let Some(reply) = self.epoch.quickest_reply else {
             return;
         };
+        let [few, _] = PROBES;
         // A large page has its probes seldom.
         let enough = if self.page_bytes > MIN_WINDOW_BYTES {
             1
         } else {
-            PROBES
+            few
         };
-        if bytes < self.window || probes < enough {
+        let probes = self.epoch.probes.make_contiguous();
+        if self.epoch.bytes < self.window || probes.len() < enough {
             return;
         }
-        let took = now.since(self.epoch.begun).as_secs_f64();
-        if took > 0.0 {
-            self.fastest = self.fastest.max(bytes as f64 / took);
-        }
+        let middle = probes.len() / 2;
+        let (_, probe, _) = probes.select_nth_unstable(middle);
+        let (probe, used_up) = (*probe, self.epoch.used_up);
         self.adjust(now, probe, reply, used_up);
         self.epoch = Epoch {
             begun: now,
@@ -248,7 +287,7 @@ impl Pace {
             Measuring::Now { window } => {
                 self.base = Some(probe);
                 self.measured_at = now;
-                self.fastest = 0.0;
+                self.carried.fastest = 0.0;
                 self.measuring = Measuring::No;
                 self.window = window;
             }
@@ -293,10 +332,21 @@ impl Pace {
     fn bounded(&self, window: u64) -> u64 {
         // What the link carries within such a time makes no longer queue; where a wait is longer all the same, a host is busy,
         // and would be more so with smaller requests.
-        let no_queue = whole(self.fastest * QUEUE.as_secs_f64()).min(REPLY_WINDOW_BYTES);
+        let no_queue = whole(self.carried.fastest * QUEUE.as_secs_f64()).min(REPLY_WINDOW_BYTES);
         let page = self.page_bytes.saturating_mul(self.channels);
         let least = MIN_WINDOW_BYTES.max(page).max(no_queue);
         window.clamp(least.min(MAX_WINDOW_BYTES), MAX_WINDOW_BYTES)
+    }
+}
+
+impl Carried {
+    fn note(&mut self, now: Time, bytes: u64) {
+        self.bytes += bytes;
+        let took = now.since(self.since);
+        if took >= STRETCH {
+            self.fastest = self.fastest.max(self.bytes as f64 / took.as_secs_f64());
+            (self.since, self.bytes) = (now, 0);
+        }
     }
 }
 
@@ -321,7 +371,6 @@ fn whole(bytes: f64) -> u64 {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::collections::VecDeque;
 
     use super::*;
     use crate::engine::pacing::Pacer;
@@ -337,6 +386,8 @@ mod tests {
         noise: u64,
         /// A host is busy for up to so long with a reply.
         jitter: Duration,
+        /// What is sent at one moment arrives as one.
+        bursts: bool,
     }
 
     impl Link {
@@ -348,6 +399,7 @@ mod tests {
                 limit: Pacer::new(None, Time(0)),
                 noise: 1,
                 jitter: Duration::ZERO,
+                bursts: false,
             }
         }
 
@@ -378,6 +430,25 @@ mod tests {
         most_window: u64,
     }
 
+    fn probe(pace: &mut Pace, link: &mut Link, pages: &mut VecDeque<(Time, Time)>, now: Time) {
+        if link.limit.may_send(now) && pace.probe(now) {
+            link.limit.spend(4096);
+            pages.push_back((link.read(now, 4096), now));
+        }
+    }
+
+    /// What was sent at one moment, after so many others, arrives as one for each 64 KiB.
+    fn gather(replies: &mut VecDeque<(Time, Time, u64)>, sent_before: usize) {
+        let (mut here, mut room) = (Time(0), 0);
+        for (arrives, _, bytes) in replies.range_mut(sent_before..).rev() {
+            if *bytes > room {
+                (here, room) = (*arrives, 64 << 10);
+            }
+            room = room.saturating_sub(*bytes);
+            *arrives = here;
+        }
+    }
+
     /// Keeps the link busy from `from` to `until`; every now and then a page is waited for.
     fn drive(pace: &mut Pace, link: &mut Link, from: Time, until: Time) -> Seen {
         let alone = Link::new(link.bytes_s * 8.0 / 1e9, link.round_trip).read(Time(0), 4096);
@@ -390,6 +461,11 @@ mod tests {
         let mut next_fault = from.after(every);
         let mut most_window = 0;
         while now < until {
+            if link.bursts {
+                // On another channel, which is served first.
+                probe(pace, link, &mut pages, now);
+            }
+            let sent_before = replies.len();
             while link.limit.may_send(now)
                 && let Some(bytes) = pace.may_request(in_flight)
             {
@@ -400,13 +476,16 @@ mod tests {
                 in_flight += bytes;
             }
             most_window = most_window.max(pace.window_bytes());
-            if link.limit.may_send(now) && pace.probe(now) {
-                link.limit.spend(4096);
-                pages.push_back((link.read(now, 4096), now));
+            if link.bursts {
+                gather(&mut replies, sent_before);
+            } else {
+                probe(pace, link, &mut pages, now);
             }
+            let probe_at = pace.probe_in(now).map(|wait| now.after(wait));
+            let probe_at = probe_at.filter(|_| link.limit.may_send(now));
             let page_here = pages.front().map(|(here, _)| *here);
             let reply_here = replies.front().map(|(here, ..)| *here);
-            let comes = [page_here, reply_here, link.limit.next()];
+            let comes = [page_here, reply_here, link.limit.next(), probe_at];
             let soonest = comes.into_iter().flatten().min();
             if soonest.is_none_or(|soonest| next_fault < soonest) {
                 now = next_fault;
@@ -420,11 +499,14 @@ mod tests {
                 now = here;
                 pace.on_probe(now, sent_at);
             } else if reply_here == soonest {
-                let (here, sent_at, bytes) = replies.pop_front().unwrap();
-                now = here;
-                in_flight -= bytes;
-                done += bytes;
-                pace.on_reply(now, sent_at, bytes);
+                now = replies.front().unwrap().0;
+                while let Some((_, sent_at, bytes)) =
+                    replies.pop_front_if(|(here, ..)| *here == now)
+                {
+                    in_flight -= bytes;
+                    done += bytes;
+                    pace.on_reply(now, sent_at, bytes);
+                }
             } else {
                 now = soonest.unwrap();
             }
@@ -497,6 +579,18 @@ mod tests {
             let seen = drive(&mut pace, &mut link, Time(2 * SECOND), Time(6 * SECOND));
             assert!(seen.used > 0.9, "{seen:?}");
             assert!(seen.p99 < (seen.alone + link.jitter) * 3, "{seen:?}");
+        }
+    }
+
+    #[test]
+    fn it_holds_when_replies_come_in_bursts() {
+        for mut link in links() {
+            link.bursts = true;
+            let mut pace = unknown();
+            drive(&mut pace, &mut link, Time(0), Time(2 * SECOND));
+            let seen = drive(&mut pace, &mut link, Time(2 * SECOND), Time(6 * SECOND));
+            assert!(seen.used > 0.95, "{seen:?}");
+            assert!(seen.p99 < seen.alone * 3, "{seen:?}");
         }
     }
 
