@@ -10,64 +10,58 @@
 //! mapped (`fault_us`, and its stages), and the guest's, of its first touches of pages, with all that lies between the two:
 //! the kernel, QEMU, and processors that are busy.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use ::tests::real::{Machine, PATIENCE, Side, Touches, Version, World, assert_moved};
+use clap::Parser;
 use serde_json::{Value, json};
 
 use crate::{Sample, medians, to_json};
 
-const USAGE: &str =
-    "bench --faults [--pairs N] [--mib N] [--rate MB/s] [--set MiB] [--link-mbit N] [--json FILE]";
 /// What a fault may take under load, in terms of what it takes alone.
 const PROMISE: f64 = 3.0;
 /// Next to nothing.
 const ALONE: &str = "1KB/s";
 
+/// What a page fault of a post-copy takes with and without the background.
+#[derive(Debug, Parser)]
+#[command(name = "bench --faults")]
 struct Options {
+    /// That it is this that is wanted.
+    #[arg(long, hide = true)]
+    faults: bool,
+    /// Post-copies with the background, and as many without.
+    #[arg(long, default_value_t = 3)]
     pairs: usize,
+    /// The guest's RAM, in MiB.
+    #[arg(long, default_value_t = 512)]
     mib: u64,
+    /// What it writes, in MB/s.
+    #[arg(long, default_value_t = 20)]
     rate: u32,
+    /// How much of its memory it writes to, in MiB.
+    #[arg(long, default_value_t = 256)]
     set: u32,
+    /// Mbit/s that the link lets through.
+    #[arg(long, default_value_t = 1000)]
     link_mbit: u32,
-    json: Option<String>,
+    /// Where to write the medians, too.
+    #[arg(long)]
+    json: Option<PathBuf>,
 }
 
-impl Options {
-    fn parse(words: impl Iterator<Item = String>) -> Result<Options, String> {
-        let mut options = Options {
-            pairs: 3,
-            mib: 512,
-            rate: 20,
-            set: 256,
-            link_mbit: 1000,
-            json: None,
-        };
-        let mut words = words.filter(|word| word != "--faults");
-        while let Some(word) = words.next() {
-            let value = words.next().ok_or(format!("{word} wants a value"))?;
-            let bad = |_| format!("{word} {value}: not a number");
-            match word.as_str() {
-                "--pairs" => options.pairs = value.parse().map_err(bad)?,
-                "--mib" => options.mib = value.parse().map_err(bad)?,
-                "--rate" => options.rate = value.parse().map_err(bad)?,
-                "--set" => options.set = value.parse().map_err(bad)?,
-                "--link-mbit" => options.link_mbit = value.parse().map_err(bad)?,
-                "--json" => options.json = Some(value),
-                _ => return Err(format!("unknown option {word}")),
-            }
-        }
-        Ok(options)
-    }
-}
-
-/// Runs the benchmark with these arguments.
+/// Runs the benchmark with these arguments, of which the first is the program.
 pub fn run(words: impl Iterator<Item = String>) -> ExitCode {
-    match Options::parse(words).and_then(|options| compare(&options)) {
+    let options = match Options::try_parse_from(words) {
+        Ok(options) => options,
+        Err(error) => error.exit(),
+    };
+    match compare(&options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}\nusage: {USAGE}");
+            eprintln!("error: {error}");
             ExitCode::FAILURE
         }
     }
@@ -103,7 +97,8 @@ fn compare(options: &Options) -> Result<(), String> {
     };
     let report =
         json!({ "under_load": to_json(&loaded), "alone": to_json(&alone), "p99_times": ours });
-    std::fs::write(path, format!("{report:#}\n")).map_err(|error| format!("{path}: {error}"))
+    std::fs::write(path, format!("{report:#}\n"))
+        .map_err(|error| format!("{}: {error}", path.display()))
 }
 
 fn times(loaded: &Sample, alone: &Sample, name: &str) -> f64 {
@@ -205,10 +200,12 @@ mod tests {
     #[test]
     fn options_are_named_when_they_are_wrong() {
         let parse = |words: &[&str]| {
-            Options::parse(words.iter().map(|word| (*word).to_owned()))
+            let words = [&["bench", "--faults"], words].concat();
+            Options::try_parse_from(words)
                 .map(|options| (options.pairs, options.link_mbit))
+                .map_err(|error| error.to_string())
         };
-        assert_eq!(parse(&["--faults", "--pairs", "2"]), Ok((2, 1000)));
+        assert_eq!(parse(&["--pairs", "2"]), Ok((2, 1000)));
         assert_eq!(parse(&["--link-mbit", "400"]), Ok((3, 400)));
         for wrong in [&["--pairs", "x"][..], &["--what", "1"], &["--set"]] {
             let Err(error) = parse(wrong) else {

@@ -7,7 +7,7 @@
 //! `-S` that resumes by itself.
 //!
 //! What comes out is one JSON file and one page for people, both written again after each run. With `--faults`, see
-//! [`benches::faults`].
+//! [`benches::faults`], and with `--predictions` [`benches::predictions`].
 
 mod args;
 mod limits;
@@ -30,8 +30,12 @@ use clap::Parser;
 use self::args::Args;
 
 fn main() -> ExitCode {
-    if std::env::args().any(|word| word == "--faults") {
-        return benches::faults::run(std::env::args().skip(1));
+    let wants = |mode: &str| std::env::args().any(|word| word == mode);
+    if wants("--faults") {
+        return benches::faults::run(std::env::args());
+    }
+    if wants("--predictions") {
+        return benches::predictions::run(std::env::args());
     }
     let args = Args::parse();
     match dispatch(&args) {

@@ -324,7 +324,9 @@ impl DestinationSide {
         let Some(pull) = self.pull() else { return };
         match pull.reads.remove(&id) {
             Some((sent_at, PAGE, 0)) => pull.pace.on_probe(now, sent_at),
-            Some((sent_at, bytes, 1..)) => pull.pace.on_reply(now, sent_at, bytes),
+            Some((sent_at, bytes, 1..)) => {
+                pull.pace.on_reply(now, sent_at, bytes);
+            }
             _ => {}
         }
         let Some(Arrival { runs, held }) = pull.puller.arrived(id) else {
