@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Deserializer};
 
 use crate::api::types::Compress;
+use crate::dial::check_host_port;
 use crate::failure::{Failure, Fault};
 use crate::limits::MAX_DELTA_CACHE;
 use crate::preflight;
@@ -63,6 +64,9 @@ pub struct Config {
     pub spawn_policy: Option<PathBuf>,
     /// The folder of the guests' QMP sockets, each called after its guest; for whoever wants all guests of this host.
     pub qmp_dir: Option<PathBuf>,
+    /// The daemons that guests of this host may go to where nobody names one: each `HOST:PORT`.
+    #[serde(default)]
+    pub destinations: Vec<String>,
     /// Migrations that may leave this host at a time; the others wait.
     #[serde(
         default = "queue::config::default_concurrent",
@@ -176,6 +180,10 @@ impl Config {
                 self.listen
             ));
         }
+        for to in &self.destinations {
+            check_host_port(to)
+                .map_err(|failure| format!("destinations: {}; {}", failure.what, failure.remedy))?;
+        }
         self.hooks.iter().try_for_each(Hook::check)?;
         if let Some(access) = &self.access {
             access.check(self)?;
@@ -264,6 +272,19 @@ mod tests {
         let tls = config.tls.unwrap();
         assert_eq!(tls.ca, Path::new("/etc/pagecopy/ca.pem"));
         assert_eq!(tls.allow, ["b.example"]);
+    }
+
+    #[test]
+    fn destinations_are_hosts_with_ports() {
+        let with = |destinations: &str| {
+            let head = format!("{PLAIN}destinations = {destinations}\n");
+            parse(&format!("{head}{TLS}")).map(|config| config.destinations)
+        };
+        assert_eq!(with("['b:1', '[::1]:2']").unwrap(), ["b:1", "[::1]:2"]);
+        let wrong = with("['b:1', 'c']").unwrap_err();
+        for part in ["destinations", "\"c\" has no port", "HOST:PORT"] {
+            assert!(wrong.contains(part), "{part} is not in: {wrong}");
+        }
     }
 
     #[test]

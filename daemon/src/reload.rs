@@ -17,11 +17,12 @@ use crate::failure::{Failure, Shown, operator};
 use crate::service::Service;
 
 /// The keys that take effect at once.
-const AT_ONCE: [&str; 11] = [
+const AT_ONCE: [&str; 12] = [
     "access",
     "tls",
     "bandwidth-limit",
     "qmp-dir",
+    "destinations",
     "max-concurrent",
     "max-pending",
     "allow-postcopy",
@@ -135,6 +136,7 @@ impl InForce {
             tls,
             bandwidth_limit,
             qmp_dir,
+            destinations,
             max_concurrent,
             max_pending,
             allow_postcopy,
@@ -149,6 +151,7 @@ impl InForce {
             tls,
             bandwidth_limit,
             qmp_dir,
+            destinations,
             max_concurrent,
             max_pending,
             allow_postcopy,

@@ -7,7 +7,6 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Instant;
 
-use rustix::process::Signal;
 use serde_json::Value;
 use tests::real::{
     Backing, Machine, Qemu, Side, SmallFs, Version, World, assert_moved, assert_nothing_left_in,
@@ -470,18 +469,7 @@ fn of_several_destinations_the_best_is_taken() {
 #[test]
 fn two_guests_do_not_count_on_the_same_memory() {
     let world = World::plain();
-    let free = std::fs::read_to_string("/proc/meminfo").unwrap();
-    let free = free
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))
-        .unwrap();
-    let free: u64 = free.trim().strip_suffix(" kB").unwrap().parse().unwrap();
-    let daemon = world.daemon(Side::B);
-    let text = std::fs::read_to_string(daemon.config()).unwrap();
-    let margin = format!("{}KiB", free * 6 / 10);
-    std::fs::write(daemon.config(), text.replace("64MiB", &margin)).unwrap();
-    daemon.signal(Signal::HUP);
-    daemon.assert_logs(&["reloaded", "memory-margin"]);
+    world.keep_free(Side::B, 60);
     let first = world.guest("first", &machine());
     let mut second = world.guest("second", &machine());
     let to_first = world.waiting("to-first", &machine());

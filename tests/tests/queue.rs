@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::path::PathBuf;
+
 use tests::real::{
     Machine, PATIENCE, Qemu, Side, Version, World, assert_moved, assert_stayed, eventually,
     listens_at,
@@ -12,6 +14,16 @@ const SLOW: [&str; 2] = ["--bandwidth-limit", "2MB/s"];
 
 fn machine() -> Machine {
     Machine::new(Version::V10_0, 48, "rate=5 set=8")
+}
+
+/// A file with these guests in it, for an evacuation.
+fn listed(world: &World, guests: &[(&str, &Qemu)]) -> PathBuf {
+    let lines = guests
+        .iter()
+        .map(|(vm, qemu)| format!("{vm}={}\n", qemu.socket().display()));
+    let file = world.folder(Side::A).join("guests");
+    std::fs::write(&file, lines.collect::<String>()).unwrap();
+    file
 }
 
 /// A guest and the QEMU that waits for it.
@@ -73,13 +85,8 @@ fn a_host_is_emptied_past_a_failure_and_again() {
     // Nothing waits for it.
     let mut stays = world.guest("stays-source", &small);
     let begun = std::time::Instant::now();
-    let sockets = [("large", &two[0]), ("small", &one[0]), ("stays", &stays)];
-    let list: String = sockets
-        .iter()
-        .map(|(vm, qemu)| format!("{vm}={}\n", qemu.socket().display()))
-        .collect();
-    let file = world.folder(Side::A).join("guests");
-    std::fs::write(&file, list).unwrap();
+    let guests = [("large", &two[0]), ("small", &one[0]), ("stays", &stays)];
+    let file = listed(&world, &guests);
     let cli = world.cli(Side::A);
     let to = listens_at(Side::B);
     let file = file.to_str().unwrap();
@@ -173,5 +180,86 @@ fn what_failed_for_want_of_a_destination_is_tried_again() {
     assert!(!attempts.is_empty() && attempts.len() < 20, "{end}");
     assert_eq!(attempts[0]["fault"], "network", "{end}");
     assert_ne!(attempts[0]["id"], end["id"], "a migration of its own");
+    assert_moved(&mut source, &mut destination);
+}
+
+/// While the first arrives, what it and its margin take is more than half of what is free there: the second, which would have fitted
+/// alone, is sent where there is room for it.
+#[test]
+fn of_a_host_that_is_emptied_no_two_guests_go_where_there_is_room_for_one() {
+    let world = World::plain();
+    world.keep_free(Side::B, 60);
+    let mut one = pair(
+        &world,
+        "one",
+        &Machine::new(Version::V10_0, 48, "rate=1 set=8"),
+    );
+    let larger = Machine::new(Version::V10_0, 160, "rate=1 set=100");
+    let [mut two, mut at_b] = pair(&world, "two", &larger);
+    let mut at_a = world.waiting("two-at-a", &larger);
+    world.cli(Side::A).receive("two", at_a.socket()).unwrap();
+    let file = listed(&world, &[("two", &two), ("one", &one[0])]);
+    let cli = world.cli(Side::A);
+    let slow = ["--bandwidth-limit", "8MB/s"];
+    let evacuated = cli.evacuate(&file, &[Side::B, Side::A], &slow).finish();
+    let (events, end) = (&evacuated.events, evacuated.events.last().unwrap());
+    assert_eq!(
+        evacuated.status.code(),
+        Some(0),
+        "{end} {}",
+        evacuated.errors
+    );
+    assert_eq!([&end["moved"], &end["failed"]], [2, 0], "{end}");
+    let (to_a, to_b) = (listens_at(Side::A), listens_at(Side::B));
+    let chosen: Vec<_> = events
+        .iter()
+        .filter(|event| event["event"] == "chosen")
+        .collect();
+    assert_eq!(chosen.len(), 2, "{chosen:?}");
+    assert_eq!([&chosen[0]["vm"], &chosen[0]["to"]], ["one", &to_b]);
+    assert_eq!([&chosen[1]["vm"], &chosen[1]["to"]], ["two", &to_a]);
+    let other = &chosen[1]["ranked"][1];
+    assert_eq!([&other["to"], &other["verdict"]], [to_b.as_str(), "fail"]);
+    let why = other["why"].as_str().unwrap();
+    assert!(why.contains("for guests that arrive"), "{why}");
+    let gone = end["guests"].as_array().unwrap();
+    let gone = gone.iter().find(|guest| guest["vm"] == "two").unwrap();
+    assert_eq!(gone["to"], to_a);
+    let [source, destination] = &mut one;
+    assert_moved(source, destination);
+    assert_moved(&mut two, &mut at_a);
+    assert_eq!(at_b.serial.beats(), 0, "a second guest ran");
+    assert!(at_b.is_running());
+}
+
+#[test]
+fn an_evacuation_tries_again_what_failed_for_want_of_a_destination() {
+    let mut world = World::tls();
+    let machine = machine();
+    let [mut source, mut destination] = pair(&world, "vm", &machine);
+    let file = listed(&world, &[("vm", &source)]);
+    world.daemon_mut(Side::B).kill();
+    let options = ["--retries", "20"];
+    let evacuation = world.cli(Side::A).evacuate(&file, &[Side::B], &options);
+    let failed = evacuation.wait_event("an attempt has failed", PATIENCE, |event| {
+        event["event"] == "attempt-failed"
+    });
+    assert_eq!([&failed["vm"], &failed["fault"]], ["vm", "network"]);
+    world.restart(Side::B);
+    let evacuated = evacuation.finish();
+    let end = evacuated.events.last().unwrap();
+    assert_eq!(
+        evacuated.status.code(),
+        Some(0),
+        "{end} {}",
+        evacuated.errors
+    );
+    assert_eq!([&end["moved"], &end["failed"]], [1, 0], "{end}");
+    let guest = &end["guests"][0];
+    let attempts = guest["attempts"].as_array().unwrap();
+    assert!(!attempts.is_empty() && attempts.len() < 20, "{end}");
+    assert_eq!(attempts[0]["id"], failed["id"]);
+    assert_ne!(guest["id"], failed["id"], "a migration of its own");
+    assert!(guest["error"].is_null(), "{guest}");
     assert_moved(&mut source, &mut destination);
 }

@@ -9,8 +9,8 @@ use std::time::Instant;
 use rustix::process::Signal;
 use serde_json::json;
 use tests::real::{
-    Machine, Migration, QEMU_ID, Qemu, RunAs, Scratch, Side, SpawnAs, SpawnHost, Version, World,
-    assert_stayed,
+    Machine, Migration, PATIENCE, QEMU_ID, Qemu, RunAs, Scratch, Side, SpawnAs, SpawnHost, Version,
+    World, assert_stayed, eventually,
 };
 
 const SLOWLY: [&str; 3] = ["--spawn", "--bandwidth-limit", "50MB/s"];
@@ -54,6 +54,46 @@ fn refused(world: &World, host: &SpawnHost, source: &mut Qemu, words: &[&str]) {
         .failed_with(words);
     assert_stayed(source, None, begun);
     host.assert_nothing_left();
+}
+
+/// One that waits for its turn is begun by the next daemon as it was asked for: its QEMU is started then, and not before.
+#[test]
+fn one_that_waits_is_started_when_its_turn_comes_after_a_restart() {
+    let (mut world, host) = hosts(Version::V10_0, SpawnAs::Root);
+    let config = world.daemon(Side::A).config().to_owned();
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, format!("max-concurrent = 1\n{text}")).unwrap();
+    world.restart(Side::A);
+    let mut source = world.guest("source", &machine());
+    let (mut first, mut to_first) = (
+        world.guest("first", &machine()),
+        world.waiting("to-first", &machine()),
+    );
+    let begun = Instant::now();
+    let slow = ["--bandwidth-limit", "2MB/s"];
+    let running = world.begin(Side::A, "first", &first, &to_first, &slow);
+    running.wait_mid_round();
+    let waiting = begin(&world, &source, &["--spawn", "--verify"]);
+    waiting.wait_event("it waits", PATIENCE, |event| event["state"] == "pending");
+    let id = world.cli(Side::A).id_of("vm");
+    assert!(host.pids().is_empty(), "before its turn");
+
+    world.restart(Side::A);
+    drop((running, waiting));
+    let cli = world.cli(Side::A);
+    let moved = eventually(PATIENCE, || {
+        let shown = cli.status(&id);
+        match shown["state"].as_str() {
+            Some("completed") => Ok(()),
+            _ => Err(shown.to_string()),
+        }
+    });
+    assert_eq!(moved, Ok(()));
+    let finished = &cli.status(&id)["finished"];
+    assert!(finished["verify_ms"].as_f64().is_some(), "{finished}");
+    host.arrived().assert_runs();
+    assert_left(&mut source);
+    assert_stayed(&mut first, Some(&mut to_first), begun);
 }
 
 fn assert_left(source: &mut Qemu) {

@@ -10,6 +10,7 @@ use super::problem::{ApiError, Problems};
 use crate::guests::{self, GuestFound, GuestsRequest};
 use crate::service::Service;
 
+/// Which guests there are on this host, and how they are.
 #[utoipa::path(
     post, path = "/v1/guests", tag = "preflight", operation_id = "look_at_guests", request_body = GuestsRequest,
     responses((status = 200, description = "By their names.", body = Vec<GuestFound>), Problems)

@@ -38,6 +38,7 @@ pub(super) struct Journal {
     records: Vec<String>,
 }
 
+/// What has happened to a migration and what was decided.
 #[utoipa::path(
     get, path = "/v1/migrations/{id}/journal", tag = "migrations", operation_id = "read_journal",
     params(("id" = Uuid, Path, description = "The migration's id."), Which),

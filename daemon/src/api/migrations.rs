@@ -29,6 +29,7 @@ const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 /// Bytes of a key.
 const MAX_KEY: usize = 255;
 
+/// Begins a migration, or has it wait for its turn.
 #[utoipa::path(
     post, path = "/v1/migrations", tag = "migrations", operation_id = "begin_migration", request_body = MigrationRequest,
     params(("Idempotency-Key" = Option<String>, Header, description = "A word of the caller's for this request. Sent again with the \
@@ -95,6 +96,7 @@ fn wrong_key(why: &str) -> ApiError {
     )
 }
 
+/// All migrations that this daemon knows.
 #[utoipa::path(
     get, path = "/v1/migrations", tag = "migrations", operation_id = "list_migrations",
     responses((status = 200, description = "In the order in which they began.", body = Vec<Shown>), Problems)
@@ -103,6 +105,7 @@ pub(super) async fn list(State(service): State<Arc<Service>>) -> Json<Vec<Shown>
     Json(service.all_shown())
 }
 
+/// One migration.
 #[utoipa::path(
     get, path = "/v1/migrations/{id}", tag = "migrations", operation_id = "show_migration",
     params(("id" = Uuid, Path, description = "The migration's id.")),
@@ -115,6 +118,7 @@ pub(super) async fn show(
     Ok(Json(service.shown(&*find(&service, &id)?)))
 }
 
+/// Changes the limits or the priority of a migration.
 #[utoipa::path(
     patch, path = "/v1/migrations/{id}", tag = "migrations", operation_id = "change_migration",
     params(("id" = Uuid, Path, description = "The migration's id.")), request_body = ChangeRequest,
@@ -134,6 +138,7 @@ pub(super) async fn change(
     ask(&migration, |reply| Request::Change(request, reply)).await
 }
 
+/// Ends a migration; the guest stays where it is.
 #[utoipa::path(
     post, path = "/v1/migrations/{id}/cancel", tag = "migrations", operation_id = "cancel_migration",
     params(("id" = Uuid, Path, description = "The migration's id.")),
@@ -174,6 +179,7 @@ fn ended(id: &str) -> ApiError {
     ))
 }
 
+/// Has the guest go before its memory now.
 #[utoipa::path(
     post, path = "/v1/migrations/{id}/start-postcopy", tag = "migrations", operation_id = "start_postcopy",
     params(("id" = Uuid, Path, description = "The migration's id.")),
@@ -187,6 +193,7 @@ pub(super) async fn start_postcopy(
     ask(&migration, Request::StartPostcopy).await
 }
 
+/// Dials the destination of a paused post-copy now.
 #[utoipa::path(
     post, path = "/v1/migrations/{id}/recover", tag = "migrations", operation_id = "recover_migration",
     params(("id" = Uuid, Path, description = "The migration's id.")), request_body = RecoverRequest,
@@ -220,6 +227,7 @@ async fn ask(
     }
 }
 
+/// Decides a migration that is in doubt or paused.
 #[utoipa::path(
     post, path = "/v1/migrations/{id}/resolve", tag = "migrations", operation_id = "resolve_migration",
     params(("id" = Uuid, Path, description = "The migration's id.")), request_body = ResolveRequest,

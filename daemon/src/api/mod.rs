@@ -6,6 +6,7 @@
 //! [`Problem`]: problem::Problem
 
 pub mod access;
+mod destinations;
 mod events;
 mod guard;
 mod guests;
@@ -74,6 +75,7 @@ fn routes() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(receivers::add, receivers::list))
         .routes(routes!(receivers::remove))
         .routes(routes!(guests::look))
+        .routes(routes!(destinations::list))
         .routes(routes!(preflight::dirty_rate))
         .routes(routes!(preflight::preflight))
         .routes(routes!(events::of_all))

@@ -6,9 +6,13 @@ use axum::Extension;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use serde_json::{Value, json};
-use utoipa::OpenApi;
+use utoipa::openapi::security::SecurityScheme;
+use utoipa::{Modify, OpenApi};
 
 use super::problem::Problem;
+
+/// What callers over TCP show.
+const CERTIFICATE: &str = "certificate";
 
 /// What is not said at a handler.
 #[derive(OpenApi)]
@@ -20,7 +24,17 @@ use super::problem::Problem;
                        `operate`; without one, whoever can open the socket may do everything. Every error is a \
                        problem of RFC 9457 with `remedy` and `fault`."
     ),
+    servers(
+        (url = "http://localhost", description = "On the unix socket `api`: `curl --unix-socket /run/pagecopy/api.sock http://localhost/…`."),
+        (
+            url = "https://{address}", description = "Where the configuration has `access.listen`.",
+            variables(("address" = (default = "host-a:7071", description = "HOST:PORT of a pagecopyd.")))
+        ),
+    ),
     components(schemas(Problem)),
+    modifiers(&Certificates),
+    // On the unix socket the kernel says who calls.
+    security((), ("certificate" = [])),
     tags(
         (name = "migrations", description = "Guests that leave or arrive here."),
         (name = "preflight", description = "What is looked at before a guest moves."),
@@ -29,6 +43,23 @@ use super::problem::Problem;
     )
 )]
 pub(super) struct Description;
+
+/// Adds how callers over TCP are known.
+struct Certificates;
+
+impl Modify for Certificates {
+    fn modify(&self, description: &mut utoipa::openapi::OpenApi) {
+        let scheme = SecurityScheme::MutualTls {
+            description: Some(
+                "A certificate that the peers' authority has signed, and to one of whose DNS names the configuration gives a role."
+                    .to_owned(),
+            ),
+            extensions: None,
+        };
+        let components = description.components.get_or_insert_default();
+        components.add_security_scheme(CERTIFICATE, scheme);
+    }
+}
 
 /// The description, as it is sent.
 pub(super) type Text = Arc<str>;

@@ -11,6 +11,7 @@ use crate::preflight::dirty_rate::{self, DirtyRate, DirtyRateRequest};
 use crate::preflight::{self, Preflight, PreflightRequest};
 use crate::service::Service;
 
+/// Samples how fast a guest writes its memory; moves nothing.
 #[utoipa::path(
     post, path = "/v1/dirty-rate", tag = "preflight", operation_id = "sample_dirty_rate", request_body = DirtyRateRequest,
     responses((status = 200, description = "How fast the guest writes its memory. Comes when the time is over.", body = DirtyRate), Problems)
@@ -23,6 +24,7 @@ pub(super) async fn dirty_rate(
     Ok(Json(dirty_rate::sample(&service, request).await?))
 }
 
+/// Looks at all that a migration depends on, on both hosts; moves nothing.
 #[utoipa::path(
     post, path = "/v1/preflight", tag = "preflight", operation_id = "preflight", request_body = PreflightRequest,
     responses((status = 200, description = "What a migration would find, also where it would fail. Comes after about a second.", body = Preflight),

@@ -12,6 +12,7 @@ use super::types::ReceiverRequest;
 use crate::service::Service;
 use crate::store::Receiver;
 
+/// Makes a QEMU that waits the destination for a guest.
 #[utoipa::path(
     post, path = "/v1/receivers", tag = "receivers", operation_id = "add_receiver", request_body = ReceiverRequest,
     responses((status = 201, description = "Its QEMU waits for the guest."), Problems)
@@ -30,6 +31,7 @@ pub(super) async fn add(
     Ok(StatusCode::CREATED)
 }
 
+/// The QEMUs that wait for guests.
 #[utoipa::path(
     get, path = "/v1/receivers", tag = "receivers", operation_id = "list_receivers",
     responses((status = 200, description = "By the name of the guest.", body = Vec<Receiver>), Problems)
@@ -38,6 +40,7 @@ pub(super) async fn list(State(service): State<Arc<Service>>) -> Json<Vec<Receiv
     Json(service.store.receivers.list())
 }
 
+/// Has no QEMU wait for a guest any more.
 #[utoipa::path(
     delete, path = "/v1/receivers/{vm}", tag = "receivers", operation_id = "remove_receiver",
     params(("vm" = String, Path, description = "The guest's name.")),

@@ -69,7 +69,7 @@ pub enum Command {
     /// Move a running guest to another host, and wait until it has moved
     #[command(after_help = EXIT_STATUS)]
     Migrate(MigrateArguments),
-    /// Move all guests of this host, or some, to another, the shortest to move first, and wait until they have moved
+    /// Move all guests of this host, or some, to another or to several, the shortest to move first, and wait until they have moved
     #[command(after_help = EVACUATE_STATUS)]
     Evacuate(EvacuateArguments),
     /// Look at everything that a migration depends on, on both hosts, without migrating
@@ -219,22 +219,12 @@ pub struct MigrateArguments {
     /// QMP socket of the QEMU that runs the guest
     #[arg(long, value_name = "SOCKET")]
     pub qmp: PathBuf,
-    /// The other host's pagecopyd; HOST is a name, an IPv4 address, or an IPv6 address in brackets. Of several the guest goes to the
-    /// one that preflight ranks best
-    #[arg(
-        long,
-        value_name = "HOST:PORT,...",
-        value_delimiter = ',',
-        required = true
-    )]
-    pub to: Vec<String>,
+    /// Where to.
+    #[command(flatten)]
+    pub to: To,
     /// How it moves.
     #[command(flatten)]
     pub how: How,
-    /// Try again so often, after 1, 2, 4 ... 60 s, where it fails by the network, the other host or the guest's writes and the guest
-    /// runs on here
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100))]
-    pub retries: u32,
     /// Print one JSON event a line
     #[arg(long)]
     pub json: bool,
@@ -243,9 +233,9 @@ pub struct MigrateArguments {
 /// Arguments of `evacuate`.
 #[derive(Debug, clap::Args)]
 pub struct EvacuateArguments {
-    /// The other host's pagecopyd
-    #[arg(long, value_name = "HOST:PORT")]
-    pub to: String,
+    /// Where to.
+    #[command(flatten)]
+    pub to: To,
     /// Only these guests [default: all]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub vms: Vec<String>,
@@ -264,6 +254,24 @@ pub struct EvacuateArguments {
     /// Print one JSON event a line, the last with what came of each
     #[arg(long)]
     pub json: bool,
+}
+
+/// Where guests go, and how often that is tried.
+#[derive(Clone, Debug, clap::Args)]
+pub struct To {
+    /// The other host's pagecopyd; HOST is a name, an IPv4 address, or an IPv6 address in brackets. Of several a guest goes to the
+    /// one that preflight ranks best; auto is for those in the daemon's configuration (destinations)
+    #[arg(
+        long = "to",
+        value_name = "HOST:PORT,...|auto",
+        value_delimiter = ',',
+        required = true
+    )]
+    pub all: Vec<String>,
+    /// Try again so often, after 1, 2, 4 ... 60 s, where it fails by the network, the other host or the guest's writes and the guest
+    /// runs on here
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub retries: u32,
 }
 
 /// How a guest moves.
@@ -387,7 +395,7 @@ mod tests {
         let words = MIGRATE.iter().chain(more);
         let arguments = Arguments::try_parse_from(words).map_err(|error| error.to_string())?;
         match arguments.command {
-            Command::Migrate(arguments) => Ok(arguments.request(&arguments.to[0])),
+            Command::Migrate(arguments) => Ok(arguments.request(&arguments.to.all[0])),
             other => Err(format!("{other:?}")),
         }
     }
@@ -507,9 +515,12 @@ mod tests {
         };
         let all = parse(&["--spawn", "--mode", "hybrid", "--vms", "a,b", "--vms", "c"]).unwrap();
         assert_eq!(all.vms, ["a", "b", "c"]);
-        let request = all.how.request("a", Path::new("/q"), &all.to);
+        let request = all.how.request("a", Path::new("/q"), &all.to.all[0]);
         assert_eq!((request.vm.as_str(), request.to.as_str()), ("a", "b:7070"));
         assert!(request.spawn && request.mode == Mode::Hybrid);
+        let more = parse(&["--to", "c:7070,d:7070", "--retries", "3"]).unwrap();
+        assert_eq!(more.to.all, ["b:7070", "c:7070", "d:7070"]);
+        assert_eq!((more.to.retries, all.to.retries), (3, 0));
         assert!(parse(&["--qmp-dir", "/run", "--guests", "list"]).is_err());
         assert!(parse(&["--mode", "warp"]).is_err());
     }

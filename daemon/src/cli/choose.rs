@@ -4,15 +4,39 @@
 //! is out; one of which nothing is warned comes before one of which something is; among equals the guest goes where it will
 //! likely be soonest, and then to the one that was named first.
 
+use std::path::Path;
+
 use pagecopy::preflight::{Line, Verdict};
 use serde_json::{Value, json};
 
 use super::absolute;
-use super::arguments::MigrateArguments;
+use super::arguments::How;
 use super::client::{CliError, Client};
+use super::migrate::misunderstood;
 use super::preflight;
 use super::tell::Tell;
+use crate::preflight::memory::CHECK as MEMORY;
 use crate::preflight::{Preflight, PreflightRequest};
+
+/// For those that the configuration of this host names.
+const AUTO: &str = "auto";
+
+/// A guest that is to go to one of these.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted<'a> {
+    pub(super) vm: &'a str,
+    pub(super) qmp: &'a Path,
+    pub(super) to: &'a [String],
+    pub(super) how: &'a How,
+}
+
+/// Where a guest goes.
+#[derive(Debug)]
+pub(super) enum Choice {
+    To(String),
+    /// Nobody can take it, and why not.
+    Nowhere(CliError),
+}
 
 /// A destination, and what was found on the way to it.
 #[derive(Debug)]
@@ -25,65 +49,104 @@ struct Candidate {
     why: Option<(String, String)>,
 }
 
+/// The destinations that were named, by themselves or in the configuration of this host.
+///
+/// # Errors
+/// The daemon does not answer, or its configuration names none.
+pub(super) async fn named(client: &Client, to: &[String]) -> Result<Vec<String>, CliError> {
+    match to {
+        [only] if only == AUTO => {}
+        all if all.iter().any(|one| one == AUTO) => {
+            return Err(CliError::new(
+                "--to auto is given beside other destinations",
+                "give auto alone, or a list without it",
+            ));
+        }
+        all => return Ok(all.to_vec()),
+    }
+    let answer = client.get("/v1/destinations").await?;
+    let known: Vec<String> =
+        serde_json::from_value(answer).map_err(|error| misunderstood(&error))?;
+    if known.is_empty() {
+        return Err(CliError::new(
+            "--to auto: the configuration of this host names no destinations",
+            "set destinations in it and reload it, or name them with --to HOST:PORT,...",
+        ));
+    }
+    Ok(known)
+}
+
 /// The destination that the guest goes to. Where one alone is named nothing is asked.
 ///
 /// # Errors
-/// Nobody can take the guest, and why not.
+/// The daemon of this host does not answer: nothing is known.
 pub(super) async fn choose(
     client: &Client,
-    arguments: &MigrateArguments,
-) -> Result<String, CliError> {
-    if let [only] = arguments.to.as_slice() {
-        return Ok(only.clone());
+    wanted: Wanted<'_>,
+    told: Tell,
+) -> Result<Choice, CliError> {
+    if let [only] = wanted.to {
+        return Ok(Choice::To(only.clone()));
     }
     let mut candidates = Vec::new();
-    for to in &arguments.to {
-        candidates.push(look(client, arguments, to).await);
+    for to in wanted.to {
+        candidates.push(look(client, wanted, to).await?);
     }
     rank(&mut candidates);
-    tell(&candidates, arguments);
+    tell(&candidates, wanted.vm, told);
     match candidates.first() {
-        Some(best) if best.verdict != Verdict::Fail => Ok(best.to.clone()),
-        _ => Err(CliError::new(
+        Some(best) if best.verdict != Verdict::Fail => Ok(Choice::To(best.to.clone())),
+        _ => Ok(Choice::Nowhere(CliError::new(
             format!(
                 "none of the {} destinations can take the guest, which runs on here",
                 candidates.len()
             ),
             "see what fails at each, above; `pagecopy preflight --to HOST:PORT` says all of it",
-        )),
+        ))),
     }
 }
 
-async fn look(client: &Client, arguments: &MigrateArguments, to: &str) -> Candidate {
+async fn look(client: &Client, wanted: Wanted<'_>, to: &str) -> Result<Candidate, CliError> {
     let request = PreflightRequest {
-        vm: arguments.vm.clone(),
-        qmp: absolute(&arguments.qmp),
+        vm: wanted.vm.to_owned(),
+        qmp: absolute(wanted.qmp),
         to: to.to_owned(),
-        spawn: arguments.how.spawn,
+        spawn: wanted.how.spawn,
     };
     match preflight::ask(client, &request).await {
-        Ok(found) => Candidate::of(to, found),
-        Err(error) => Candidate {
+        Ok(found) => Ok(Candidate::of(to, found, wanted.how.force)),
+        Err(error) if error.status.is_none() => Err(error),
+        Err(error) => Ok(Candidate {
             to: to.to_owned(),
             verdict: Verdict::Fail,
             predicted_ms: None,
             why: Some((error.what, error.remedy)),
-        },
+        }),
+    }
+}
+
+/// What becomes of a migration by this line. The destination refuses one for which there is no room with the margin beside it, unless
+/// that is forced.
+fn verdict(line: &Line, force: bool) -> Verdict {
+    match line.verdict {
+        Verdict::Warn if line.check == MEMORY && !force => Verdict::Fail,
+        verdict => verdict,
     }
 }
 
 impl Candidate {
-    fn of(to: &str, found: Preflight) -> Candidate {
-        let worst = found
+    fn of(to: &str, found: Preflight, force: bool) -> Candidate {
+        let verdicts = found.lines.iter().map(|line| verdict(line, force));
+        let worst = verdicts.max().unwrap_or(found.verdict);
+        let why = found
             .lines
-            .into_iter()
-            .find(|line| line.verdict == found.verdict && line.verdict != Verdict::Pass);
-        let why = |line: Line| (format!("{}: {}", line.check, line.found), line.remedy);
+            .iter()
+            .find(|line| worst != Verdict::Pass && verdict(line, force) == worst);
         Candidate {
             to: to.to_owned(),
-            verdict: found.verdict,
+            verdict: worst,
             predicted_ms: found.predicted.map(|predicted| predicted.total_ms.likely),
-            why: worst.map(why),
+            why: why.map(|line| (line.what(), line.remedy.clone())),
         }
     }
 
@@ -118,20 +181,20 @@ fn rank(candidates: &mut [Candidate]) {
 }
 
 /// Says which it is, and why.
-fn tell(candidates: &[Candidate], arguments: &MigrateArguments) {
+fn tell(candidates: &[Candidate], vm: &str, told: Tell) {
     let chosen = candidates
         .first()
         .filter(|best| best.verdict != Verdict::Fail);
     let head = match chosen {
-        Some(best) => format!("{} goes to {}:", arguments.vm, best.to),
-        None => format!("{} stays:", arguments.vm),
+        Some(best) => format!("{vm} goes to {}:", best.to),
+        None => format!("{vm} stays:"),
     };
     let lines = candidates.iter().map(Candidate::as_line);
     let text: Vec<String> = [head].into_iter().chain(lines).collect();
-    Tell::new(arguments.json).event(&text.join("\n"), || {
+    told.event(&text.join("\n"), || {
         let to = chosen.map(|best| &best.to);
         let ranked: Vec<Value> = candidates.iter().map(Candidate::as_json).collect();
-        json!({ "event": "chosen", "vm": arguments.vm, "to": to, "ranked": ranked })
+        json!({ "event": "chosen", "vm": vm, "to": to, "ranked": ranked })
     });
 }
 
@@ -195,10 +258,34 @@ mod tests {
             goodput_bytes_per_s: None,
             dirty_rate: None,
         };
-        let line = Candidate::of("b:1", found).as_line();
+        let line = Candidate::of("b:1", found, false).as_line();
         assert_eq!(
             line,
             "  FAIL  b:1  no prediction; memory: none; what to do: add some"
         );
+    }
+
+    #[test]
+    fn who_would_be_refused_for_the_margin_alone_is_no_candidate_unless_that_is_forced() {
+        use pagecopy::preflight::Whose;
+        let found = || Preflight {
+            vm: "a".into(),
+            to: "b:1".into(),
+            verdict: Verdict::Warn,
+            lines: vec![
+                Line::warn("cpu", Whose::Both, "more", "name it"),
+                Line::warn(MEMORY, Whose::Destination, "no margin", "free some"),
+            ],
+            predicted: None,
+            round_trip_us: None,
+            goodput_bytes_per_s: None,
+            dirty_rate: None,
+        };
+        let refused = Candidate::of("b:1", found(), false);
+        assert_eq!(refused.verdict, Verdict::Fail);
+        assert!(refused.as_line().contains("memory: no margin"));
+        let forced = Candidate::of("b:1", found(), true);
+        assert_eq!(forced.verdict, Verdict::Warn);
+        assert!(forced.as_line().contains("cpu: more"));
     }
 }

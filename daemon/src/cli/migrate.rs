@@ -5,11 +5,12 @@ use pagecopy::preflight::Span;
 use serde_json::{Value, json};
 
 use super::arguments::MigrateArguments;
-use super::choose::choose;
+use super::choose::{Choice, Wanted, choose, named};
 use super::client::{CliError, Client};
 use super::exit_status;
 use super::progress::Progress;
 use super::retries::Retries;
+use super::tell::Tell;
 use crate::api::types::Begun;
 use crate::migrations::Finished;
 use crate::preflight::outcome::{Outcome, When};
@@ -18,7 +19,7 @@ use crate::units::{show_bytes, show_rate};
 /// Runs a migration to its end, and those after it that are tried in its place; returns the exit status.
 pub(super) async fn migrate(client: &Client, arguments: MigrateArguments) -> u8 {
     let json = arguments.json;
-    let mut retries = Retries::new(arguments.retries);
+    let mut retries = Retries::new(arguments.to.retries);
     loop {
         let mut seen = Seen::default();
         let ended = follow(client, &arguments, &mut seen, &mut retries).await;
@@ -71,7 +72,16 @@ async fn follow(
     retries: &mut Retries,
 ) -> Result<Finished, CliError> {
     let (as_json, vm) = (arguments.json, arguments.vm.clone());
-    let to = choose(client, arguments).await?;
+    let wanted = Wanted {
+        vm: &vm,
+        qmp: &arguments.qmp,
+        to: &named(client, &arguments.to.all).await?,
+        how: &arguments.how,
+    };
+    let to = match choose(client, wanted, Tell::new(as_json)).await? {
+        Choice::To(to) => to,
+        Choice::Nowhere(why) => return Err(why),
+    };
     let begun = client
         .post("/v1/migrations", &arguments.request(&to))
         .await?;

@@ -70,7 +70,11 @@ pub(super) async fn ask(
     request: &PreflightRequest,
 ) -> Result<Preflight, CliError> {
     let answer = client.post("/v1/preflight", request).await?;
-    serde_json::from_value(answer).map_err(|error| misunderstood(&error))
+    serde_json::from_value(answer).map_err(|error| CliError {
+        // It has answered.
+        status: Some(200),
+        ..misunderstood(&error)
+    })
 }
 
 async fn looked_at(

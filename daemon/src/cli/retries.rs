@@ -24,7 +24,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 pub(super) struct Retries {
     left: u32,
     pause: Duration,
-    /// Those that failed, as the last event tells them.
+    /// Those that failed and had another after them.
     failed: Vec<Value>,
     /// After how long there is another.
     pub(super) next: Option<Duration>,
@@ -42,18 +42,31 @@ impl Retries {
 
     /// An attempt has ended so. Its event says what came of those before; it is not the last one if there will be another.
     pub(super) fn after(&mut self, finished: &Finished, interrupted: bool, event: &mut Value) {
-        self.next = None;
-        if self.left > 0 && !interrupted && may_help(finished) {
-            self.left -= 1;
-            self.next = Some(self.pause);
-            self.pause = LONGEST_PAUSE.min(self.pause * 2);
+        self.next = self.again(finished, interrupted);
+        if self.next.is_some() {
             event["event"] = json!("attempt-failed");
         } else if !self.failed.is_empty() {
             event["attempts"] = json!(self.failed);
         }
+    }
+
+    /// An attempt has ended so: after how long there is another, if there is.
+    pub(super) fn again(&mut self, finished: &Finished, interrupted: bool) -> Option<Duration> {
+        if self.left == 0 || interrupted || !may_help(finished) {
+            return None;
+        }
+        self.left -= 1;
+        let pause = self.pause;
+        self.pause = LONGEST_PAUSE.min(self.pause * 2);
         self.failed.push(json!({
             "id": finished.id, "at_ms": finished.at_ms, "error": finished.error, "fault": finished.fault,
         }));
+        Some(pause)
+    }
+
+    /// The attempts that were not the last, as the last event tells them.
+    pub(super) fn failed(&self) -> &[Value] {
+        &self.failed
     }
 
     /// Says that there will be another.

@@ -13,6 +13,9 @@ use crate::qemu::{Block, Guest};
 use crate::service::Service;
 use crate::units::show_bytes;
 
+/// What the lines about it are called.
+pub(crate) const CHECK: &str = "memory";
+
 /// The RAMBlocks of the guests that arrive, by a number of their own.
 #[derive(Debug, Default)]
 pub(crate) struct Reservations(Mutex<BTreeMap<u64, Vec<Block>>>);
@@ -105,7 +108,7 @@ pub(super) fn lines(service: &Service, guest: Option<&Guest>, ram: u64) -> Vec<L
     let mut lines = vec![match available() {
         Ok(available) => free_memory(need, margin, spoken_for, available),
         Err(error) => Line::warn(
-            "memory",
+            CHECK,
             Whose::Destination,
             format!("how much is free cannot be read: {error}"),
             "let pagecopyd read /proc/meminfo",
@@ -143,16 +146,16 @@ fn free_memory(need: u64, margin: u64, spoken_for: SpokenFor, available: u64) ->
     );
     let wanted = need.saturating_add(margin).saturating_add(reserved);
     if need == 0 || available >= wanted {
-        return Line::pass("memory", Whose::Destination, found);
+        return Line::pass(CHECK, Whose::Destination, found);
     }
     let side = Whose::Destination;
     if available >= need.saturating_add(spoken_for.bytes) {
         let remedy = "free memory on the destination, choose another, lower memory-margin in its configuration, or go on without the \
              margin (migrate --force)";
-        return Line::warn("memory", side, found, remedy);
+        return Line::warn(CHECK, side, found, remedy);
     }
     let remedy = "free memory on the destination, or choose another";
-    Line::fail("memory", side, found, remedy)
+    Line::fail(CHECK, side, found, remedy)
 }
 
 /// Whether the file systems of RAM files have room: tmpfs takes half of the memory where nothing else is said.
@@ -167,7 +170,7 @@ fn file_systems(blocks: &[Block]) -> Vec<Line> {
         // One without a limit says that it has no blocks at all.
         (system.f_blocks > 0 && room < need).then(|| {
             Line::fail(
-                "memory",
+                CHECK,
                 Whose::Destination,
                 format!(
                     "the guest takes {} more, and the file system of {} has room for {}",

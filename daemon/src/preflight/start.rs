@@ -89,18 +89,10 @@ pub(crate) async fn may_begin(
 fn judge(lines: &[Line]) -> Result<Vec<String>, Failure> {
     let of = |verdict| lines.iter().filter(move |line| line.verdict == verdict);
     if let Some(line) = of(Verdict::Fail).next() {
-        let what = format!("{}: {}", line.check, line.found);
-        return Err(operator(what, line.remedy.clone()));
+        return Err(operator(line.what(), line.remedy.clone()));
     }
-    let told = of(Verdict::Warn).map(|line| {
-        let Line {
-            check,
-            found,
-            remedy,
-            ..
-        } = line;
-        format!("{check}: {found}; what to do: {remedy}")
-    });
+    let told =
+        of(Verdict::Warn).map(|line| format!("{}; what to do: {}", line.what(), line.remedy));
     Ok(told.collect())
 }
 

@@ -89,6 +89,22 @@ pub fn give_freed_memory_back() {
     }
 }
 
+/// Bytes that this process has allocated and not freed ([`mallinfo2(3)`]): what the C library keeps for later, and the holes between
+/// what lives, do not count. None with other C libraries than GNU's, which do not say.
+///
+/// [`mallinfo2(3)`]: https://man7.org/linux/man-pages/man3/mallinfo2.3.html
+pub fn allocated_bytes() -> Option<u64> {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: takes the allocator's own locks, and writes nothing of ours.
+        let told = unsafe { libc::mallinfo2() };
+        // In its heaps, and what was large enough for a mapping of its own.
+        u64::try_from(told.uordblks.saturating_add(told.hblkhd)).ok()
+    }
+    #[cfg(not(target_env = "gnu"))]
+    None
+}
+
 /// Has the calling thread get its turns on a processor soon, and short ones in return ([`sched_setattr(2)`]; since Linux
 /// 6.12, needs no privilege). For one that somebody waits for and that sleeps most of the time. Where it is refused, it is
 /// a thread like others.
@@ -170,6 +186,24 @@ mod tests {
         assert_eq!(found, own);
         let file = std::fs::File::open("/dev/null").unwrap();
         assert!(peer_groups(&file).is_err());
+    }
+
+    #[test]
+    fn what_is_allocated_is_counted_until_it_is_freed() {
+        let before = allocated_bytes().unwrap();
+        let held: Vec<Vec<u8>> = std::hint::black_box((0..64).map(|_| vec![1; MIB]).collect());
+        let during = allocated_bytes().unwrap();
+        drop(held);
+        let after = allocated_bytes().unwrap();
+        // Other tests of this process allocate meanwhile, and not that much.
+        assert!(
+            during >= before + 48 * (MIB as u64),
+            "{before}, then {during}"
+        );
+        assert!(
+            after + 48 * (MIB as u64) <= during,
+            "{during}, then {after}"
+        );
     }
 
     #[test]

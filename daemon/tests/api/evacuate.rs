@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::harness::{Daemon, fed, stderr};
 use super::problems::assert_problem;
-use super::queue::Mute;
+use super::queue::{Mute, eventually};
 
 const GREETING: &str = r#"{"QMP":{"version":{"qemu":{"micro":0,"minor":0,"major":10},"package":""},"capabilities":[]}}"#;
 
@@ -249,4 +249,77 @@ fn a_full_queue_is_waited_for_and_a_client_that_is_killed_leaves_its_guests_in_i
     assert_eq!(end["guests"][0]["status"], "cancelled");
     assert_eq!(end["guests"][1]["status"], "failed", "{end}");
     assert_eq!(done.status.code(), Some(1));
+}
+
+fn evacuate_to(daemon: &Daemon, to: &str, more: &[&str]) -> Output {
+    daemon.cli(&[&["evacuate", "--to", to], more].concat())
+}
+
+#[test]
+fn of_several_destinations_each_guest_has_its_own_and_stays_where_none_takes_it() {
+    let daemon = host("evacuate-several", "");
+    let done = evacuate_to(
+        &daemon,
+        "127.0.0.1:1,127.0.0.1:2",
+        &["--json", "--retries", "3"],
+    );
+    assert_eq!(done.status.code(), Some(1), "{}", stderr(&done));
+    let told = events(&done);
+    let chosen: Vec<&Value> = told
+        .iter()
+        .filter(|event| event["event"] == "chosen")
+        .collect();
+    let guests: Vec<&str> = chosen
+        .iter()
+        .map(|one| one["vm"].as_str().unwrap())
+        .collect();
+    assert_eq!(guests, ["small", "stopped", "large"]);
+    for one in chosen {
+        assert!(one["to"].is_null(), "{one}");
+        assert_eq!(one["ranked"].as_array().map(Vec::len), Some(2), "{one}");
+    }
+    let end = told.last().unwrap();
+    assert_eq!(end["to"], "127.0.0.1:1,127.0.0.1:2");
+    assert_eq!([&end["moved"], &end["failed"]], [&json!(0), &json!(3)]);
+    for guest in end["guests"].as_array().unwrap() {
+        let error = guest["error"].as_str().unwrap();
+        assert!(error.contains("none of the 2 destinations"), "{guest}");
+        assert!(guest["id"].is_null() && guest["remedy"].is_string());
+    }
+    assert_eq!(daemon.get("/v1/migrations").json(), json!([]));
+}
+
+#[test]
+fn the_destinations_of_the_configuration_are_those_of_auto() {
+    let daemon = host("evacuate-auto", "");
+    let none = evacuate_to(&daemon, "auto", &[]);
+    assert_eq!(none.status.code(), Some(1));
+    for part in ["names no destinations", "set destinations"] {
+        assert!(stderr(&none).contains(part), "{}", stderr(&none));
+    }
+    let both = evacuate_to(&daemon, "auto,127.0.0.1:1", &[]);
+    assert_eq!(both.status.code(), Some(1));
+    assert!(
+        stderr(&both).contains("give auto alone"),
+        "{}",
+        stderr(&both)
+    );
+
+    let file = daemon.dir.join("c.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let named = "destinations = ['127.0.0.1:1', '127.0.0.1:2']\n";
+    std::fs::write(&file, format!("{text}{named}")).unwrap();
+    daemon.signal(rustix::process::Signal::HUP);
+    let expected = json!(["127.0.0.1:1", "127.0.0.1:2"]);
+    eventually(|| daemon.get("/v1/destinations").json() == expected);
+    let plan = evacuate_to(&daemon, "auto", &["--dry-run", "--json"]);
+    assert_eq!(plan.status.code(), Some(0), "{}", stderr(&plan));
+    assert_eq!(events(&plan)[0]["to"], "127.0.0.1:1,127.0.0.1:2");
+    let socket = daemon.dir.join("guests/small.sock");
+    let socket = socket.to_str().unwrap();
+    let words = ["migrate", "--vm", "small", "--qmp", socket, "--to", "auto"];
+    let migrated = daemon.cli(&words);
+    assert_eq!(migrated.status.code(), Some(1));
+    let why = stderr(&migrated);
+    assert!(why.contains("none of the 2 destinations"), "{why}");
 }

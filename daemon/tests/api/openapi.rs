@@ -7,6 +7,10 @@ use serde_json::{Value, json};
 
 use super::harness::{Daemon, JSON, fed};
 
+/// Rules of the linter that do not hold here. Every operation describes its errors, all of them as `default`, for none has some that
+/// others do not have. And on the unix socket localhost is what the API is called.
+const NOT_HELD_TO: [&str; 2] = ["operation-4xx-response", "no-server-example.com"];
+
 /// OpenAPI 3.1 as a JSON Schema, by the OpenAPI Initiative (Apache-2.0): <https://spec.openapis.org/oas/3.1/schema/2022-10-07>.
 const OPENAPI: &str = include_str!("openapi-3.1.schema.json");
 
@@ -73,6 +77,37 @@ fn it_is_what_openapi_asks_for() {
     let openapi: Value = serde_json::from_str(OPENAPI).unwrap();
     let given = json!({ "openapi": openapi, "description": description });
     python(CHECK_DESCRIPTION, &given);
+}
+
+/// Redocly's linter has nothing to say by the rules that it recommends.
+#[test]
+fn a_public_linter_has_nothing_to_say() {
+    let daemon = Daemon::start("linter");
+    let description = daemon.get("/v1/openapi.json").body;
+    let lint = |name: &str, text: &str| {
+        let file = daemon.dir.join(name);
+        std::fs::write(&file, text).unwrap();
+        let mut command = Command::new("redocly");
+        // It would ask the network whether there is a newer one, and tell its makers how it is used.
+        command
+            .env("REDOCLY_SUPPRESS_UPDATE_NOTICE", "true")
+            .env("REDOCLY_TELEMETRY", "off")
+            .current_dir(&daemon.dir);
+        let words = ["lint", name, "--extends=recommended", "--format=json"];
+        let skipped = NOT_HELD_TO.map(|rule| format!("--skip-rule={rule}"));
+        let output = fed(command.args(words).args(skipped), "");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let said: Value =
+            serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+        (output.status.success(), said)
+    };
+    let (passed, said) = lint("good.json", &description);
+    assert_eq!(said["problems"], json!([]));
+    assert!(passed, "{said}");
+    let without = description.replacen("\"summary\"", "\"x-summary\"", 1);
+    let (passed, said) = lint("bad.json", &without);
+    assert!(!passed, "{said}");
+    assert_eq!(said["problems"][0]["ruleId"], "operation-summary", "{said}");
 }
 
 #[test]

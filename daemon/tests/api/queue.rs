@@ -47,7 +47,7 @@ impl Mute {
     }
 }
 
-fn eventually(mut holds: impl FnMut() -> bool) {
+pub(super) fn eventually(mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !holds() {
         assert!(Instant::now() < deadline, "not within 20 s");
@@ -286,4 +286,84 @@ fn one_that_waits_is_changed_and_stays_so_over_a_restart() {
     mute.wait_begun(1);
     assert_eq!([&young, &old].map(|id| daemon.place(id)), [None, Some(1)]);
     assert_eq!(daemon.shown(&young)["priority"], 7);
+}
+
+/// Descriptors, threads and allocated bytes of a daemon.
+fn levels(daemon: &Daemon) -> [u64; 3] {
+    let pid = daemon.child.id();
+    let count = |what: &str| {
+        let entries = std::fs::read_dir(format!("/proc/{pid}/{what}"));
+        entries.unwrap().count() as u64
+    };
+    let metrics = daemon.get("/metrics").body;
+    let mut lines = metrics.lines();
+    let allocated = lines.find_map(|line| line.strip_prefix("pagecopy_allocated_bytes "));
+    let allocated = allocated.and_then(|bytes| bytes.parse().ok());
+    [count("fd"), count("task"), allocated.expect("its gauge")]
+}
+
+/// Two that come to nothing before they are cancelled, and 198 behind them that fail when their turns come; until all of it is over.
+fn two_hundred(daemon: &Daemon, mute: &Mute, before: [u64; 3]) {
+    let first = ["one", "two"].map(|vm| daemon.begin(mute, vm, 0));
+    mute.wait_begun(2);
+    let waiting: Vec<String> = (0..198)
+        .map(|number| {
+            let begun = daemon.begin_in_vain(&format!("vm{number}"));
+            assert_eq!(begun.status, 201, "{begun:?}");
+            begun.json()["id"].as_str().unwrap().to_owned()
+        })
+        .collect();
+    assert_eq!(daemon.place(&waiting[197]), Some(198));
+    // Who waits holds no descriptor and no thread; a few belong to what is being asked just now.
+    let [fds, threads, _] = levels(daemon);
+    assert!(fds <= before[0] + 16, "{fds} descriptors after {before:?}");
+    assert!(
+        threads <= before[1] + 16,
+        "{threads} threads after {before:?}"
+    );
+    first.iter().for_each(|id| daemon.cancel(id));
+    for id in &first {
+        eventually(|| daemon.shown(id)["state"] == "cancelled");
+    }
+    for id in &waiting {
+        eventually(|| daemon.shown(id)["state"] == "failed");
+    }
+    let kept = std::fs::read_to_string(daemon.dir.join("state/pending.json")).unwrap();
+    assert_eq!(kept, "[]");
+    mute.hang_up();
+}
+
+/// What is kept of those that have ended fills in the first rounds: the latest 200, those that have ended since one was begun, and 1024
+/// events. From then on as much is freed as is allocated.
+#[test]
+fn two_hundred_at_once_go_through_the_queue_again_and_again_and_leave_nothing_behind() {
+    const WARM_UP: usize = 5;
+    const ROUNDS: usize = 5;
+    // 128 bytes a migration: tables grow to their sizes for a while, and connections are just ending.
+    const SLACK: u64 = 128 * 200 * ROUNDS as u64;
+    let mut daemon = Daemon::start("queue-many");
+    // Nobody reads what it logs, and a pipe holds 64 KiB: it would stand still.
+    let mut log = daemon.child.stderr.take().unwrap();
+    std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+    let mute = Mute::listen(&daemon.dir);
+    let before = levels(&daemon);
+    (0..WARM_UP).for_each(|_| two_hundred(&daemon, &mute, before));
+    let full = levels(&daemon);
+    (0..ROUNDS).for_each(|_| two_hundred(&daemon, &mute, before));
+    let after = levels(&daemon);
+    println!("descriptors, threads, bytes: {before:?} at first, {full:?} when full, {after:?}");
+    // What was asked last may be just ending, and so may threads that nobody has needed for ten seconds.
+    let mut last = after;
+    let level = |last: &[u64; 3]| {
+        last[0] <= before[0] && last[1] <= before[1] + 4 && last[2] <= full[2] + SLACK
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !level(&last) {
+        assert!(
+            Instant::now() < deadline,
+            "{before:?}, {full:?}, then {last:?}"
+        );
+        std::thread::sleep(Duration::from_millis(100));
+        last = levels(&daemon);
+    }
 }

@@ -126,6 +126,11 @@ impl Line {
             ..Line::warn(check, side, found, remedy)
         }
     }
+
+    /// What was looked at and what was found, for a person.
+    pub fn what(&self) -> String {
+        format!("{}: {}", self.check, self.found)
+    }
 }
 
 /// Bytes for people: whole units where they are whole.

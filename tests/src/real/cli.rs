@@ -73,6 +73,14 @@ impl Cli {
         Migration::start(command.arg(qmp).args(options))
     }
 
+    /// Starts to evacuate the guests in the file `guests` to the daemons of these hosts.
+    pub fn evacuate(&self, guests: &Path, to: &[Side], options: &[&str]) -> Migration {
+        let to: Vec<String> = to.iter().map(|side| listens_at(*side)).collect();
+        let to = to.join(",");
+        let mut command = self.command(&["evacuate", "--to", &to, "--json", "--guests"]);
+        Migration::start(command.arg(guests).args(options))
+    }
+
     /// `pagecopy status ID --json`, parsed.
     pub fn status(&self, id: &str) -> Value {
         let output = self.run(&["status", id, "--json"]);
@@ -132,7 +140,7 @@ struct Told {
 
 type Shared = Arc<(Mutex<Told>, Condvar)>;
 
-/// A `pagecopy migrate --json` under way.
+/// A `pagecopy migrate --json` under way, or `evacuate`.
 #[derive(Debug)]
 pub struct Migration {
     child: Child,

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+
 use super::{
     Certs, Cli, Daemon, Machine, Manner, Migration, Net, Outcome, PATIENCE, Qemu, Role, RunAs,
     Scratch, Side, Trust, assert_nothing_left_in, eventually, outside_downtime,
@@ -165,6 +167,22 @@ impl World {
             .finish()
             .completed();
         assert_moved(source, destination);
+    }
+
+    /// Has a host keep so many percent of its free memory beside each guest that arrives.
+    pub fn keep_free(&self, side: Side, percent: u64) {
+        let memory = std::fs::read_to_string("/proc/meminfo").expect("figures of the memory");
+        let free = memory
+            .lines()
+            .find_map(|line| line.strip_prefix("MemAvailable:"))
+            .and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok())
+            .expect("how much is free");
+        let daemon = self.daemon(side);
+        let text = std::fs::read_to_string(daemon.config()).expect("a configuration");
+        let margin = format!("{}KiB", free / 100 * percent);
+        std::fs::write(daemon.config(), text.replace("64MiB", &margin)).expect("a configuration");
+        daemon.signal(Signal::HUP);
+        daemon.assert_logs(&["reloaded", "memory-margin"]);
     }
 
     /// The folder with a host's configuration and state.

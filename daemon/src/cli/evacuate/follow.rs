@@ -2,112 +2,34 @@
 //!
 //! They are looked at by asking for the list again and again, which needs nothing of a connection: a daemon that is started anew
 //! has those that waited, and what the journals say of the others.
+//!
+//! Where several destinations are named, they are ranked for a guest when the one before it has begun: by then its destination has
+//! reserved the memory that it takes, so no two are sent where there is room for one. No more than one of them waits in the queue.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use pagecopy::engine::event::State;
-use serde::Serialize;
+use pagecopy::engine::journal::Side;
 use serde_json::{Value, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::super::arguments::{EvacuateArguments, How};
+use super::super::choose::{Choice, Wanted, choose};
 use super::super::client::{CliError, Client};
+use super::super::retries::Retries;
 use super::super::tell::Tell;
+use super::gone::Gone;
 use super::plan::Leaving;
 use crate::api::types::Begun;
 use crate::migrations::{Finished, Shown};
-use pagecopy::engine::journal::Side;
 
 /// How often it is asked how they are.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A daemon that is away for longer is not waited for.
 const AWAY_LIMIT: Duration = Duration::from_secs(120);
-
-/// What has become of a guest.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Gone {
-    /// Its name.
-    pub(super) vm: String,
-    /// Its migration, if there was one.
-    pub(super) id: Option<Uuid>,
-    /// The migration's state.
-    #[serde(rename = "status")]
-    pub(super) state: State,
-    /// How long it was thought to take, in milliseconds.
-    pub(super) predicted_ms: Option<f64>,
-    /// Its memory.
-    pub(super) ram_bytes: Option<u64>,
-    /// How long it took, once it had begun, in milliseconds.
-    pub(super) total_ms: Option<f64>,
-    /// How long the guest stood still.
-    pub(super) downtime_ms: Option<f64>,
-    /// Bytes on all channels.
-    pub(super) bytes_on_wire: Option<u64>,
-    /// Why it has not moved.
-    pub(super) error: Option<String>,
-    /// What to do about it.
-    pub(super) remedy: Option<String>,
-}
-
-impl Gone {
-    fn of(leaving: &Leaving) -> Gone {
-        Gone {
-            vm: leaving.vm.clone(),
-            id: leaving.id,
-            state: State::Pending,
-            predicted_ms: leaving.predicted_ms,
-            ram_bytes: leaving.ram_bytes,
-            total_ms: None,
-            downtime_ms: None,
-            bytes_on_wire: None,
-            error: None,
-            remedy: None,
-        }
-    }
-
-    #[cfg(test)]
-    pub(super) fn ended(state: State) -> Gone {
-        let found = crate::guests::GuestFound {
-            vm: "web1".to_owned(),
-            qmp: "/q".into(),
-            state: None,
-            ram_bytes: Some(1 << 30),
-            migration: None,
-            error: None,
-            remedy: None,
-        };
-        Gone {
-            state,
-            ..Gone::of(&Leaving::of(found))
-        }
-    }
-
-    /// Whether there is nothing more to wait for. One in doubt may yet be decided, by whoever asks the destination.
-    pub(super) fn is_over(&self) -> bool {
-        matches!(
-            self.state,
-            State::Completed | State::Failed | State::Cancelled | State::InDoubt
-        )
-    }
-
-    fn fail(&mut self, state: State, what: &str, remedy: &str) {
-        self.state = state;
-        self.error = Some(what.to_owned());
-        self.remedy = Some(remedy.to_owned()).filter(|remedy| !remedy.is_empty());
-    }
-
-    fn finish(&mut self, finished: &Finished) {
-        let figures = &finished.figures;
-        self.total_ms = Some(figures.total_ms).filter(|ms| *ms > 0.0);
-        self.downtime_ms = figures.downtime_ms;
-        self.bytes_on_wire = Some(finished.bytes_on_wire);
-        self.error.clone_from(&finished.error);
-        self.remedy.clone_from(&finished.remedy);
-    }
-}
 
 /// What comes of a guest's handing over.
 enum Asked {
@@ -117,51 +39,113 @@ enum Asked {
     Refused(CliError),
 }
 
-/// Moves all of them; returns when nothing more is to be waited for, or nobody wants to wait.
+/// Moves all of them to one of these; returns when nothing more is to be waited for, or nobody wants to wait.
 pub(super) async fn run(
     client: &Client,
     arguments: &EvacuateArguments,
+    to: &[String],
     leaving: Vec<Leaving>,
     tell: Tell,
 ) -> Vec<Gone> {
-    let gone = leaving.iter().map(Gone::of).collect();
+    let retries = arguments.to.retries;
     let mut evacuation = Evacuation {
         client,
         tell,
-        to: &arguments.to,
+        to,
         how: &arguments.how,
         // The daemon takes each once, even if its answer is lost and it is asked again.
         key: Uuid::new_v4(),
-        leaving,
-        gone,
-        handed: 0,
+        guests: leaving
+            .into_iter()
+            .map(|one| Guest::new(one, retries))
+            .collect(),
         away_since: None,
         is_full: false,
+        interrupted: false,
     };
     evacuation.follow().await;
-    evacuation.gone
+    let guests = evacuation.guests.into_iter();
+    guests.map(|guest| guest.gone).collect()
+}
+
+/// A guest that leaves.
+struct Guest {
+    leaving: Leaving,
+    gone: Gone,
+    retries: Retries,
+    /// When it is to be handed over; none when it was, or need not be.
+    due: Option<Instant>,
+}
+
+impl Guest {
+    fn new(leaving: Leaving, retries: u32) -> Guest {
+        Guest {
+            gone: Gone::of(&leaving),
+            leaving,
+            retries: Retries::new(retries),
+            due: Some(Instant::now()),
+        }
+    }
+
+    fn is_due(&self) -> bool {
+        self.due.is_some_and(|due| due <= Instant::now())
+    }
+
+    /// Whether it was handed over, and its destination may not have reserved its memory yet.
+    fn has_not_begun(&self) -> bool {
+        self.due.is_none() && matches!(self.gone.state, State::Pending | State::Preparing)
+    }
+
+    /// How it is now, by what the daemon shows of its migration.
+    fn see(&mut self, shown: Option<&Shown>) {
+        match shown {
+            Some(shown) => {
+                self.gone.state = shown.state;
+                match &shown.finished {
+                    Some(finished) if self.gone.is_over() => self.gone.finish(finished),
+                    _ => {}
+                }
+            }
+            None if self.gone.is_over() => {}
+            None => self.gone.fail(
+                State::Failed,
+                "pagecopyd does not know its migration any more: it was started anew before that had begun",
+                "the guest has stayed: migrate it again",
+            ),
+        }
+    }
+
+    /// Its migration has failed so. Says after how long there is another, if there is; that is none of the one before.
+    fn try_again(&mut self, finished: &Finished) -> Option<Duration> {
+        let pause = self.retries.again(finished, false)?;
+        self.due = Some(Instant::now() + pause);
+        self.leaving.id = None;
+        self.gone = Gone {
+            attempts: self.retries.failed().to_vec(),
+            ..Gone::of(&self.leaving)
+        };
+        Some(pause)
+    }
 }
 
 struct Evacuation<'a> {
     client: &'a Client,
     tell: Tell,
-    to: &'a str,
+    to: &'a [String],
     how: &'a How,
     key: Uuid,
-    leaving: Vec<Leaving>,
-    gone: Vec<Gone>,
-    /// So many were handed over, or need not be.
-    handed: usize,
+    guests: Vec<Guest>,
     away_since: Option<Instant>,
     /// That the queue is full has been told.
     is_full: bool,
+    /// Nobody else is to begin.
+    interrupted: bool,
 }
 
 impl Evacuation<'_> {
     async fn follow(&mut self) {
         // Without it Ctrl-C ends this program, and the guests go on.
         let mut interrupts = signal(SignalKind::interrupt()).ok();
-        let mut interrupted = false;
         loop {
             self.hand_over().await;
             self.look().await;
@@ -171,11 +155,11 @@ impl Evacuation<'_> {
             tokio::select! {
                 () = sleep(LOOK_EVERY) => {}
                 () = interrupt(&mut interrupts) => {
-                    if interrupted {
+                    if self.interrupted {
                         self.leave_alone("nobody waits for it any more");
                         return;
                     }
-                    interrupted = true;
+                    self.interrupted = true;
                     self.tell.note("cancelling (once more to leave them to pagecopyd)");
                     self.cancel().await;
                 }
@@ -185,29 +169,69 @@ impl Evacuation<'_> {
 
     /// Hands over as many as the daemon takes.
     async fn hand_over(&mut self) {
-        while let Some(leaving) = self.leaving.get(self.handed) {
-            let asked = match (&leaving.unasked, leaving.id) {
-                (Some((what, remedy)), _) => Asked::Refused(CliError::new(what, remedy)),
-                (None, Some(id)) => Asked::Taken(id),
-                (None, None) => self.ask(leaving).await,
-            };
-            let gone = &mut self.gone[self.handed];
+        for index in 0..self.guests.len() {
+            if !self.guests[index].is_due() {
+                continue;
+            }
+            if self.to.len() > 1 && self.guests.iter().any(Guest::has_not_begun) {
+                return;
+            }
+            let asked = self.asked(index).await;
+            let guest = &mut self.guests[index];
             match asked {
-                Asked::Taken(id) => gone.id = Some(id),
+                Asked::Taken(id) => guest.gone.id = Some(id),
                 Asked::Refused(error) => {
-                    gone.fail(State::Failed, &error.what, &error.remedy);
-                    tell_change(self.tell, gone);
+                    guest.gone.fail(State::Failed, &error.what, &error.remedy);
+                    tell_change(self.tell, &guest.gone);
                 }
                 Asked::Later(error) => return self.is_away(error),
             }
-            self.handed += 1;
+            guest.due = None;
         }
     }
 
-    async fn ask(&self, leaving: &Leaving) -> Asked {
+    async fn asked(&mut self, index: usize) -> Asked {
+        let Guest { leaving, gone, .. } = &self.guests[index];
+        if let Some((what, remedy)) = &leaving.unasked {
+            return Asked::Refused(CliError::new(what, remedy));
+        }
+        if let Some(id) = leaving.id {
+            return Asked::Taken(id);
+        }
+        // One that was chosen and not taken yet: under its key nothing else may be asked for.
+        let chosen = gone.to.clone().map(Choice::To);
+        let choice = match chosen {
+            Some(chosen) => Ok(chosen),
+            None => self.choose(leaving).await,
+        };
+        let to = match choice {
+            Ok(Choice::To(to)) => to,
+            Ok(Choice::Nowhere(why)) => return Asked::Refused(why),
+            Err(error) if error.status.is_none() => return Asked::Later(error),
+            Err(error) => return Asked::Refused(error),
+        };
+        self.guests[index].gone.to = Some(to.clone());
+        self.begin(index, &to).await
+    }
+
+    async fn choose(&self, leaving: &Leaving) -> Result<Choice, CliError> {
+        let wanted = Wanted {
+            vm: &leaving.vm,
+            qmp: &leaving.qmp,
+            to: self.to,
+            how: self.how,
+        };
+        choose(self.client, wanted, self.tell).await
+    }
+
+    async fn begin(&self, index: usize, to: &str) -> Asked {
+        let Guest {
+            leaving, retries, ..
+        } = &self.guests[index];
         let how = self.how.clone();
-        let request = how.request(&leaving.vm, &leaving.qmp, self.to);
-        let key = format!("evacuate-{}-{}", self.key, self.handed);
+        let request = how.request(&leaving.vm, &leaving.qmp, to);
+        let attempt = retries.failed().len();
+        let key = format!("evacuate-{}-{index}-{attempt}", self.key);
         let answer = self
             .client
             .post_once("/v1/migrations", &request, &key)
@@ -233,27 +257,20 @@ impl Evacuation<'_> {
         let all: Vec<Shown> = serde_json::from_value(list).unwrap_or_default();
         let from_here = all.into_iter().filter(|one| one.side == Side::Source);
         let all: BTreeMap<Uuid, Shown> = from_here.map(|one| (one.id, one)).collect();
-        for gone in &mut self.gone[..self.handed] {
-            let before = gone.state;
-            match gone.id.map(|id| all.get(&id)) {
-                // Refused.
-                None => {}
-                Some(Some(shown)) => {
-                    gone.state = shown.state;
-                    match &shown.finished {
-                        Some(finished) if gone.is_over() => gone.finish(finished),
-                        _ => {}
-                    }
-                }
-                Some(None) if gone.is_over() => {}
-                Some(None) => gone.fail(
-                    State::Failed,
-                    "pagecopyd does not know its migration any more: it was started anew before that had begun",
-                    "the guest has stayed: migrate it again",
-                ),
+        let (tell, interrupted) = (self.tell, self.interrupted);
+        for guest in self.guests.iter_mut().filter(|guest| guest.due.is_none()) {
+            // Without one it was refused.
+            let Some(id) = guest.gone.id else { continue };
+            let (before, shown) = (guest.gone.state, all.get(&id));
+            guest.see(shown);
+            if guest.gone.state == before {
+                continue;
             }
-            if gone.state != before {
-                tell_change(self.tell, gone);
+            let finished = shown.and_then(|shown| shown.finished.as_ref());
+            let again = finished.filter(|_| guest.gone.state == State::Failed && !interrupted);
+            match again.and_then(|finished| guest.try_again(finished)) {
+                Some(pause) => tell_attempt(tell, &guest.gone, pause),
+                None => tell_change(tell, &guest.gone),
             }
         }
     }
@@ -284,29 +301,23 @@ impl Evacuation<'_> {
 
     /// Says of those that have not ended what will become of them.
     fn leave_alone(&mut self, why: &str) {
-        for gone in self.gone.iter_mut().filter(|gone| !gone.is_over()) {
-            let (what, remedy) = match gone.id {
-                Some(id) => (
-                    format!("{why}; pagecopyd goes on with it"),
-                    format!("see `pagecopy status {id}`"),
-                ),
-                None => (
-                    format!("{why}; it was not begun"),
-                    "evacuate again".to_owned(),
-                ),
-            };
-            gone.fail(gone.state, &what, &remedy);
-        }
+        let all = self.guests.iter_mut().map(|guest| &mut guest.gone);
+        all.filter(|gone| !gone.is_over())
+            .for_each(|gone| gone.leave_alone(why));
     }
 
     /// Nobody else is handed over, and who can be cancelled is: the last first, so that none of them gets its turn meanwhile.
     async fn cancel(&mut self) {
-        for gone in &mut self.gone[self.handed..] {
-            gone.fail(State::Cancelled, "it was not begun", "evacuate again");
-            tell_change(self.tell, gone);
+        for guest in &mut self.guests {
+            if guest.due.take().is_some() {
+                guest
+                    .gone
+                    .fail(State::Cancelled, "it was not begun", "evacuate again");
+                tell_change(self.tell, &guest.gone);
+            }
         }
-        self.handed = self.gone.len();
-        for gone in self.gone.iter().rev().filter(|gone| !gone.is_over()) {
+        let under_way = self.guests.iter().map(|guest| &guest.gone).rev();
+        for gone in under_way.filter(|gone| !gone.is_over()) {
             if let Some(id) = gone.id {
                 let path = format!("/v1/migrations/{id}/cancel");
                 // One that cannot be cancelled any more is waited for.
@@ -316,7 +327,8 @@ impl Evacuation<'_> {
     }
 
     fn is_over(&self) -> bool {
-        self.handed == self.gone.len() && self.gone.iter().all(Gone::is_over)
+        let mut all = self.guests.iter();
+        all.all(|guest| guest.due.is_none() && guest.gone.is_over())
     }
 }
 
@@ -337,4 +349,21 @@ fn tell_change(tell: Tell, gone: &Gone) {
         &format!("{}: {}{why}", gone.vm, gone.state.word()),
         || json!({ "event": "state", "vm": gone.vm, "id": gone.id, "state": gone.state }),
     );
+}
+
+/// Its last attempt has failed, and there will be another.
+fn tell_attempt(tell: Tell, gone: &Gone, pause: Duration) {
+    let attempt = gone.attempts.last().unwrap_or(&Value::Null);
+    let why = attempt["error"].as_str().unwrap_or_default();
+    let line = format!(
+        "{}: failed: {why}; it runs on here, and is tried again in {} s",
+        gone.vm,
+        pause.as_secs()
+    );
+    tell.event(&line, || {
+        let mut event = attempt.clone();
+        event["event"] = json!("attempt-failed");
+        event["vm"] = json!(gone.vm);
+        event
+    });
 }

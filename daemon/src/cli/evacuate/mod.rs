@@ -4,6 +4,7 @@
 //! the shortest first, and follows them. The queue says how many leave at a time, and goes on without this program.
 
 mod follow;
+mod gone;
 mod plan;
 mod table;
 
@@ -16,6 +17,7 @@ use serde_json::json;
 
 use super::absolute;
 use super::arguments::EvacuateArguments;
+use super::choose;
 use super::client::{CliError, Client};
 use super::migrate::misunderstood;
 use super::tell::Tell;
@@ -30,32 +32,38 @@ const WRONG: u8 = 2;
 /// Moves the guests; returns the exit status.
 pub(super) async fn evacuate(client: &Client, arguments: EvacuateArguments) -> u8 {
     let tell = Tell::new(arguments.json);
-    let leaving = match leaving(client, &arguments, tell).await {
-        Ok(leaving) => leaving,
+    let found = async {
+        let to = choose::named(client, &arguments.to.all).await;
+        let to = to.map_err(|error| (1, error))?;
+        Ok((to, leaving(client, &arguments, tell).await?))
+    };
+    let (to, leaving) = match found.await {
+        Ok(found) => found,
         Err((status, error)) => {
+            let error: CliError = error;
             eprintln!("pagecopy: {error}");
             return status;
         }
     };
-    let leaving = plan::in_order(client, &arguments.to, leaving).await;
+    let leaving = plan::in_order(client, &to, leaving).await;
     tell.event(
         &table::plan(&leaving),
-        || json!({ "event": "planned", "to": arguments.to, "guests": leaving }),
+        || json!({ "event": "planned", "to": to.join(","), "guests": leaving }),
     );
     if arguments.dry_run {
         return 0;
     }
     let begun = std::time::Instant::now();
-    let gone = follow::run(client, &arguments, leaving, tell).await;
+    let gone = follow::run(client, &arguments, &to, leaving, tell).await;
     let took = begun.elapsed();
-    tell.event(&table::end(&gone, &arguments.to, took), || {
-        table::event(&gone, &arguments.to, took)
+    tell.event(&table::end(&gone, &to, took), || {
+        table::event(&gone, &to, took)
     });
     exit_status(&gone)
 }
 
 /// 0 when all have moved, 4 when one is in doubt, else 1.
-fn exit_status(gone: &[follow::Gone]) -> u8 {
+fn exit_status(gone: &[gone::Gone]) -> u8 {
     let mut status = 0;
     for one in gone {
         status = match one.state {
@@ -203,7 +211,7 @@ mod tests {
     #[test]
     fn one_in_doubt_says_more_than_one_that_failed() {
         let gone = |states: &[State]| {
-            let all: Vec<follow::Gone> = states.iter().map(|s| follow::Gone::ended(*s)).collect();
+            let all: Vec<gone::Gone> = states.iter().map(|s| gone::Gone::ended(*s)).collect();
             exit_status(&all)
         };
         assert_eq!(gone(&[]), 0);

@@ -51,31 +51,44 @@ impl Leaving {
     }
 }
 
-/// Has the daemon predict what each takes, two at a time (more of one host the destination does not take), and puts them in
-/// their order. Of a destination that cannot be asked nothing is predicted.
-pub(super) async fn in_order(client: &Client, to: &str, mut leaving: Vec<Leaving>) -> Vec<Leaving> {
+/// Has the daemon predict what each takes, two at a time (more of one host a destination does not take), and puts them in their
+/// order. Of several destinations the first that answers says it for all, since an order is all that is wanted here; where none can be
+/// asked nothing is predicted.
+pub(super) async fn in_order(
+    client: &Client,
+    to: &[String],
+    mut leaving: Vec<Leaving>,
+) -> Vec<Leaving> {
     let mut open: Vec<&mut Leaving> = leaving.iter_mut().filter(|one| one.is_open()).collect();
-    let mut goodput: Option<f64> = None;
+    let (mut to, mut goodput) = (to, None::<f64>);
     for pair in open.chunks_mut(2) {
-        let seen = match pair {
-            [one, two] => {
-                let (one, two) = tokio::join!(predict(client, to, one), predict(client, to, two));
-                vec![one, two]
+        while let [here, others @ ..] = to {
+            let seen = predict_pair(client, here, pair).await;
+            if seen.contains(&Link::Away) {
+                to = others;
+                continue;
             }
-            [one] => vec![predict(client, to, one).await],
-            _ => Vec::new(),
-        };
-        if seen.contains(&Link::Away) {
+            for link in seen {
+                if let Link::Carries(rate) = link {
+                    goodput = Some(goodput.unwrap_or(0.0).max(rate));
+                }
+            }
             break;
-        }
-        for link in seen {
-            if let Link::Carries(rate) = link {
-                goodput = Some(goodput.unwrap_or(0.0).max(rate));
-            }
         }
     }
     sort(&mut leaving, goodput.unwrap_or(GUESSED));
     leaving
+}
+
+async fn predict_pair(client: &Client, to: &str, pair: &mut [&mut Leaving]) -> Vec<Link> {
+    match pair {
+        [one, two] => {
+            let (one, two) = tokio::join!(predict(client, to, one), predict(client, to, two));
+            vec![one, two]
+        }
+        [one] => vec![predict(client, to, one).await],
+        _ => Vec::new(),
+    }
 }
 
 /// What was seen of the link, on the way to one guest's prediction.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use pagecopy::engine::event::State;
 use serde_json::{Value, json};
 
-use super::follow::Gone;
+use super::gone::Gone;
 use super::plan::Leaving;
 use crate::units::{millis, show_bytes};
 
@@ -24,12 +24,14 @@ pub(super) fn plan(leaving: &[Leaving]) -> String {
     table(["guest", "memory", "predicted"], rows)
 }
 
-/// What came of each, and of all.
-pub(super) fn end(gone: &[Gone], to: &str, took: Duration) -> String {
+/// What came of each, and of all; where each has gone, if there were several destinations.
+pub(super) fn end(gone: &[Gone], to: &[String], took: Duration) -> String {
     let rows = gone.iter().map(|one| {
+        let chosen = one.to.as_ref().filter(|_| to.len() > 1);
+        let result = one.state.word();
         [
             one.vm.clone(),
-            one.state.word().to_owned(),
+            chosen.map_or_else(|| result.to_owned(), |to| format!("{result}, {to}")),
             seconds(one.predicted_ms),
             seconds(one.total_ms),
             one.downtime_ms
@@ -50,15 +52,16 @@ pub(super) fn end(gone: &[Gone], to: &str, took: Duration) -> String {
     let table = table(heads, rows);
     let moved = gone.iter().filter(|one| one.state == State::Completed);
     let (moved, all, took) = (moved.count(), gone.len(), took.as_secs_f64());
+    let to = to.join(", ");
     format!("\n{table}\n{moved} of {all} guests have moved to {to} in {took:.1} s")
 }
 
 /// The last event.
-pub(super) fn event(gone: &[Gone], to: &str, took: Duration) -> Value {
+pub(super) fn event(gone: &[Gone], to: &[String], took: Duration) -> Value {
     let count = |state: State| gone.iter().filter(|one| one.state == state).count();
     let (moved, in_doubt) = (count(State::Completed), count(State::InDoubt));
     json!({
-        "event": "evacuated", "to": to, "total_ms": millis(took), "moved": moved, "in_doubt": in_doubt,
+        "event": "evacuated", "to": to.join(","), "total_ms": millis(took), "moved": moved, "in_doubt": in_doubt,
         "failed": gone.len() - moved - in_doubt, "guests": gone,
     })
 }
@@ -115,13 +118,26 @@ guest  result     predicted  took   downtime  sent
 web1   completed  1.8 s      2.0 s  40 ms     3.0 MiB
 db     failed     -          -      -         -        no QEMU waits
 1 of 2 guests have moved to b:7070 in 2.5 s";
-        assert_eq!(end(&gone, "b:7070", took), expected);
-        let event = event(&gone, "b:7070", took);
+        let to = ["b:7070".to_owned()];
+        assert_eq!(end(&gone, &to, took), expected);
+        let event = event(&gone, &to, took);
         assert_eq!(
             [&event["moved"], &event["failed"], &event["in_doubt"]],
             [1, 1, 0].map(|n| json!(n)).each_ref()
         );
         assert_eq!(event["guests"][1]["status"], "failed");
+        assert_eq!(event["to"], "b:7070");
         assert_eq!(plan(&[]), "no guest runs here");
+
+        let [mut moved, stayed] = gone;
+        moved.to = Some("c:7070".to_owned());
+        let several = ["b:7070", "c:7070"].map(str::to_owned);
+        let table = end(&[moved, stayed], &several, took);
+        assert!(
+            table.contains("\nweb1   completed, c:7070  1.8 s"),
+            "{table}"
+        );
+        assert!(table.contains("\ndb     failed             -"), "{table}");
+        assert!(table.ends_with("to b:7070, c:7070 in 2.5 s"), "{table}");
     }
 }
