@@ -17,7 +17,7 @@ use crate::failure::{Failure, Shown, operator};
 use crate::service::Service;
 
 /// The keys that take effect at once.
-const AT_ONCE: [&str; 11] = [
+const AT_ONCE: [&str; 12] = [
     "access",
     "tls",
     "bandwidth-limit",
@@ -25,6 +25,7 @@ const AT_ONCE: [&str; 11] = [
     "max-concurrent",
     "max-pending",
     "allow-postcopy",
+    "throttle",
     "compress",
     "delta-cache",
     "rdma",
@@ -138,6 +139,7 @@ impl InForce {
             max_concurrent,
             max_pending,
             allow_postcopy,
+            throttle,
             compress,
             delta_cache,
             rdma,
@@ -152,6 +154,7 @@ impl InForce {
             max_concurrent,
             max_pending,
             allow_postcopy,
+            throttle,
             compress,
             delta_cache,
             rdma,
