@@ -115,7 +115,7 @@ impl Slowed {
         let mut threads: Vec<_> = samples.iter().flatten().collect();
         let stood = threads.len();
         threads.dedup();
-        assert!(threads.len() == 1 && stood > 100, "{stood} {threads:?}");
+        assert!(threads.len() == 1 && stood > 50, "{stood} {threads:?}");
         Slowed {
             world,
             source,
