@@ -83,12 +83,14 @@ const POSTCOPY: [bool; 2] = [false, true];
 const TLS_POSTCOPY: [bool; 2] = [true, true];
 
 const PRE: &[&str] = &["--mode", "precopy"];
+const SLOWED: &[&str] = &["--mode", "precopy", "--throttle", "auto"];
 const POST: &[&str] = &["--mode", "postcopy"];
 const HYBRID: &[&str] = &["--mode", "hybrid", "--postcopy-after", "1"];
 
 #[rustfmt::skip] // a table
 const BASES: &[Base] = &[
     ours("tcp", "pagecopy, tcp", PLAIN, PRE),
+    ours("throttle", "pagecopy, tcp, throttle", PLAIN, SLOWED),
     ours("tls", "pagecopy, tls", TLS, PRE),
     ours("postcopy", "pagecopy, postcopy", POSTCOPY, POST),
     ours("hybrid", "pagecopy, hybrid", POSTCOPY, HYBRID),

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer};
 
-use crate::api::types::Compress;
+use crate::api::types::{Compress, Throttle};
 use crate::dial::check_host_port;
 use crate::failure::{Failure, Fault};
 use crate::limits::MAX_DELTA_CACHE;
@@ -42,6 +42,9 @@ pub struct Config {
     /// Whether a migration of mode `auto` may let the guest go before its memory where it would fail otherwise.
     #[serde(default)]
     pub allow_postcopy: bool,
+    /// Whether guests are slowed that write too much, where `migrate` does not say.
+    #[serde(default)]
+    pub throttle: Throttle,
     /// How pages are encoded where `migrate` does not say.
     #[serde(default)]
     pub compress: Compress,

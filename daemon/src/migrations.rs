@@ -89,6 +89,9 @@ pub struct Shown {
     pub priority: i32,
     /// While it waits for its turn: its place among those that do, from 1.
     pub place: Option<u32>,
+    /// At the source: percent of its time for which the guest is kept from writing now.
+    #[serde(default)]
+    pub throttle_percent: u32,
     /// Why it is paused, while it is.
     pub reason: Option<String>,
     /// The last progress event.
@@ -164,6 +167,7 @@ impl Migration {
             mode: Way::Precopy,
             priority: 0,
             place: None,
+            throttle_percent: 0,
             reason: None,
             progress: None,
             faults: None,
@@ -248,6 +252,9 @@ impl Migration {
                 inner.shown.reason = None;
             }
             Report::Switched { mode, .. } => inner.shown.mode = *mode,
+            Report::Throttle { throttle_percent } => {
+                inner.shown.throttle_percent = *throttle_percent;
+            }
             Report::Paused { reason } => inner.shown.reason = Some(reason.clone()),
             Report::Progress { .. } | Report::Postcopy { .. } => {
                 inner.shown.progress = Some(value.clone());
@@ -291,6 +298,7 @@ impl Migration {
         inner.shown.state = finished.status;
         inner.shown.reason = None;
         inner.shown.faults = None;
+        inner.shown.throttle_percent = 0;
         inner.shown.finished = Some(finished);
         // A late reader of a resolved migration must not stop at its doubt.
         inner

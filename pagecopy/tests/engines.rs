@@ -109,6 +109,68 @@ fn a_guest_that_is_too_busy_stays_with_a_verdict() {
     }
 }
 
+/// 40,000 pages at 100 MB/s, of which it writes 8 GB/s at full speed.
+fn too_fast(change: impl FnOnce(&mut source::Options)) -> Pair {
+    let mut pair = Pair::new(40_000, |setup| {
+        setup.options.downtime_limit = Duration::from_millis(60);
+        setup.options.bandwidth_limit = Some(100_000_000);
+        setup.options.throttle = true;
+        change(&mut setup.options);
+    });
+    pair.writes_per_ms = 2000;
+    pair
+}
+
+#[test]
+fn a_guest_that_is_too_busy_is_slowed_as_far_as_it_takes() {
+    let mut pair = too_fast(|_| {});
+    pair.run(STEPS);
+    let figures = &pair.result().figures;
+    assert_eq!(pair.result().state, State::Completed, "{:?}", pair.result());
+    assert!(figures.downtime_ms.unwrap() < 70.0, "{figures:?}");
+    assert_eq!(pair.source_pages, pair.destination_pages);
+    // More and more, and let go of once it stood still.
+    let (last, slowed) = pair.throttled.split_last().unwrap();
+    assert_eq!(*last, 0, "{:?}", pair.throttled);
+    assert!(slowed.iter().all(|percent| (1..=99).contains(percent)));
+    assert_eq!(Some(&figures.throttle_percent), slowed.iter().max());
+    assert!(figures.throttle_percent > 90, "{figures:?}");
+}
+
+#[test]
+fn a_guest_that_is_slowed_is_let_go_of_however_it_ends() {
+    for trouble in TROUBLES {
+        let mut pair = too_fast(|_| {});
+        while pair.throttled.is_empty() {
+            assert!(pair.step(), "{trouble:?}");
+        }
+        pair.trouble(trouble);
+        pair.run(STEPS);
+        assert_eq!(
+            pair.throttled.last(),
+            Some(&0),
+            "{trouble:?}: {:?}",
+            pair.throttled
+        );
+    }
+}
+
+#[test]
+fn nobody_is_slowed_who_converges_or_may_go_first() {
+    let mut converges = too_fast(|_| {});
+    converges.writes_per_ms = 15;
+    let postcopy = |options: &mut source::Options| {
+        options.mode = source::Mode::Auto { postcopy: true };
+    };
+    let limit_of_devices = |options: &mut source::Options| {
+        options.downtime_limit = Duration::from_millis(10);
+    };
+    for mut pair in [converges, too_fast(postcopy), too_fast(limit_of_devices)] {
+        pair.run(STEPS);
+        assert_eq!(pair.throttled, [0; 0]);
+    }
+}
+
 #[test]
 fn verify_agrees_and_says_what_it_cost() {
     let mut pair = Pair::new(5000, |setup| setup.options.verify = true);

@@ -228,6 +228,8 @@ fn assert_happened(survey: &Survey) {
         (AskedUnfenced(Side::Destination, Wish::LetGo), 2),
         (AskedFenced(Side::Destination, Wish::RunHere), 1),
         (WentAsDelta, 1_500),
+        (Throttled, 500),
+        (ThrottledAndMoved, 100),
         (WentFirst, 10_000),
         (WentByHand, 500),
         (BecameWhole, 5_000),
@@ -583,5 +585,6 @@ mistakes! {
     finds_a_delta_against_a_version_that_is_gone: StaleVersion,
     finds_a_delta_against_a_version_that_was_lost: LostVersion,
     finds_a_guest_that_waits_for_a_source_that_it_does_not_need: HeldWithoutNeed,
+    finds_a_guest_that_is_slowed_for_good: ThrottledForGood,
     finds_a_guest_said_to_be_whole_that_has_ended: ForgottenEnd,
 }

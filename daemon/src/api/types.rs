@@ -43,6 +43,20 @@ pub enum Compress {
     Auto,
 }
 
+/// Whether the guest is slowed where pre-copy falls behind.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum, ToSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Throttle {
+    /// Never
+    #[default]
+    Off,
+    /// Its vCPUs that write stand still for a share of their time, no larger than it takes: where rounds of pre-copy do not become
+    /// shorter and the guest may not go first
+    Auto,
+}
+
 /// What pages go over.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum, ToSchema,
@@ -100,6 +114,9 @@ pub struct MigrationRequest {
     pub postcopy_bandwidth_limit: Option<u64>,
     /// How pages are encoded; as the daemon's configuration says when absent.
     pub compress: Option<Compress>,
+    /// Whether the guest is slowed where pre-copy falls behind; as the daemon's configuration says when absent. Not with `hybrid` and
+    /// `postcopy`; with `auto`, where the guest may not go first.
+    pub throttle: Option<Throttle>,
     /// Bytes of memory for the versions of pages that deltas are made from; as the daemon's configuration says when absent.
     pub delta_cache: Option<u64>,
     /// From -100 to 100: among those that wait the most urgent begins first, and of a host's bandwidth 100 is given four times as

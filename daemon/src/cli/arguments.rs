@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 use super::set::Changes;
-use crate::api::types::{Compress, MigrationRequest, Mode, Transport};
+use crate::api::types::{Compress, MigrationRequest, Mode, Throttle, Transport};
 use crate::rdma::Pin;
 use crate::units::{millis, parse_duration, parse_rate, parse_size};
 
@@ -313,6 +313,10 @@ pub struct How {
     /// Memory for the versions of pages that deltas are made from, such as 64MiB [default: 24MiB, or the daemon's configuration]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub delta_cache: Option<u64>,
+    /// Slow the guest where it writes more than the link carries: its vCPUs that write stand still for a share of their time, no larger
+    /// than it takes. Not with --mode hybrid or postcopy, nor with auto where the guest may go first [default: off, or the daemon's configuration]
+    #[arg(long, value_enum)]
+    pub throttle: Option<Throttle>,
     /// From -100 to 100: the most urgent of those that wait begins first, and has a larger share of the host's bandwidth
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true,
         value_parser = clap::value_parser!(i32).range(-100..=100))]
@@ -368,6 +372,7 @@ impl How {
             downtime_limit_ms: self.downtime_limit.map(millis),
             bandwidth_limit: self.bandwidth_limit,
             postcopy_bandwidth_limit: self.postcopy_bandwidth_limit,
+            throttle: self.throttle,
             compress: self.compress,
             delta_cache: self.delta_cache,
             priority: self.priority,
@@ -417,6 +422,8 @@ mod tests {
             "500MB/s",
             "--postcopy-bandwidth-limit",
             "1MB/s",
+            "--throttle",
+            "auto",
             "--compress",
             "delta",
             "--delta-cache",
@@ -446,6 +453,7 @@ mod tests {
             (request.compress, request.delta_cache),
             (Some(Compress::Delta), Some(64 << 20))
         );
+        assert_eq!(request.throttle, Some(Throttle::Auto));
         assert_eq!((request.priority, request.max_rounds), (-7, Some(9)));
         assert_eq!(request.timeout_ms, Some(60_000));
         assert!(request.verify && request.quit_source && request.spawn);
@@ -465,6 +473,7 @@ mod tests {
         );
         assert!(!request.verify && !request.quit_source && !request.spawn);
         assert!(!request.force);
+        assert_eq!(request.throttle, None);
         assert_eq!((request.mode, request.allow_postcopy), (Mode::Auto, false));
     }
 

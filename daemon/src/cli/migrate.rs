@@ -150,6 +150,7 @@ fn tell(vm: &str, finished: &Finished) {
         downtime_ms,
         predicted_downtime_ms,
         verify_ms,
+        throttle_percent,
         rounds,
         ..
     } = finished.figures;
@@ -168,6 +169,9 @@ fn tell(vm: &str, finished: &Finished) {
     );
     if let Some(predicted) = &finished.predicted {
         println!("  predicted        {}", in_words(predicted));
+    }
+    if throttle_percent > 0 {
+        println!("  slowed           for up to {throttle_percent} % of its time");
     }
     if verify_ms.is_some() {
         println!("  of it verifying  {}", ms(verify_ms));

@@ -136,6 +136,12 @@ pub(super) fn line(report: &Report) -> Option<String> {
             show_bytes(switch.sent_bytes),
             show_bytes(switch.lacking_bytes)
         )),
+        Report::Throttle {
+            throttle_percent: 0,
+        } => Some("the guest is not slowed any more".to_owned()),
+        Report::Throttle { throttle_percent } => Some(format!(
+            "the guest is kept from writing for {throttle_percent} % of its time"
+        )),
         Report::Notice { text } => Some(text.clone()),
         Report::Paused { reason } => Some(reason.clone()),
         Report::Postcopy(progress) => Some(postcopy_words(progress)),
@@ -169,6 +175,9 @@ fn progress_words(progress: &RoundProgress) -> String {
     if let Some(ms) = progress.predicted_downtime_ms {
         words += &format!("  downtime ~{ms:.0} ms");
     }
+    if progress.throttle_percent > 0 {
+        words += &format!("  slowed {} %", progress.throttle_percent);
+    }
     if let Some(seconds) = progress.eta_s {
         words += &format!("  ETA {seconds:.1} s");
     }
@@ -193,11 +202,12 @@ mod tests {
             goodput_bytes_s: 800_000_000,
             dirty_bytes_s: 50_000_000,
             predicted_downtime_ms: Some(12.3),
+            throttle_percent: 40,
             eta_s: Some(0.5),
         });
         assert_eq!(
             words,
-            "round 2  3.0 MiB left  800.0 MB/s  dirty 50.0 MB/s  downtime ~12 ms  ETA 0.5 s"
+            "round 2  3.0 MiB left  800.0 MB/s  dirty 50.0 MB/s  downtime ~12 ms  slowed 40 %  ETA 0.5 s"
         );
     }
 

@@ -44,6 +44,10 @@ pub(super) fn status(one: &Value) -> String {
             out += &format!("  {key:<22} {}\n", plain(value));
         }
     }
+    let slowed = one.get("throttle_percent").and_then(Value::as_u64);
+    if let Some(percent) = slowed.filter(|percent| *percent > 0) {
+        out += &format!("  {:<22} {percent}\n", "throttle_percent");
+    }
     let details = one
         .get("finished")
         .filter(|end| !end.is_null())

@@ -33,8 +33,8 @@ use probe::{Asked, Link};
 /// How long the guest's writes are sampled, in milliseconds.
 const SAMPLE_MS: u64 = 500;
 /// What to do about a guest that writes too fast.
-const TOO_FAST: &str = "allow post-copy (migrate --allow-postcopy), raise --downtime-limit, give it more bandwidth, or move the guest \
-    when it writes less";
+const TOO_FAST: &str = "allow post-copy (migrate --allow-postcopy), have it slowed (migrate --throttle auto), raise --downtime-limit, give it more \
+    bandwidth, or move the guest when it writes less";
 
 /// `POST /v1/preflight`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -228,6 +228,7 @@ mod tests {
             pages_held: 0,
             scan_us: 100,
             predicted_downtime_ms: 20.0,
+            throttle_percent: 0,
             decision: String::new(),
         }
     }

@@ -6,6 +6,7 @@
 //! - [`outgoing`]: stop, save, resume at the source.
 //! - [`incoming`]: load, run at the destination.
 //! - `drives`: its disks.
+//! - `vcpus`: which threads run its guest.
 //! - `parts`: what it has plugged in now, compared with what it was started with.
 
 pub mod discover;
@@ -18,5 +19,6 @@ pub mod outgoing;
 pub(crate) mod parts;
 pub mod settings;
 pub(crate) mod status;
+pub(crate) mod vcpus;
 
 pub use discover::{Block, Guest};

@@ -23,7 +23,7 @@ use transport::{Access, Address, Channel, RegionId, Regions};
 use super::arrive::Over;
 use super::source::{Memory, Parts, Session};
 use super::{CANCELLED, Clock, journal_failure, spawn, wait};
-use crate::api::types::{Compress, MigrationRequest, Mode};
+use crate::api::types::{Compress, MigrationRequest, Mode, Throttle};
 use crate::config::Config;
 use crate::dial::{Target, dial};
 use crate::failure::{host, operator};
@@ -72,6 +72,12 @@ pub(crate) fn check(request: &MigrationRequest) -> Result<(), Failure> {
         return refuse("no rounds are allowed", "use --max-rounds 1 or more");
     }
     if matches!(request.mode, Mode::Hybrid | Mode::Postcopy) {
+        if request.throttle == Some(Throttle::Auto) {
+            return refuse(
+                "with this mode the guest goes first, and is never slowed",
+                "leave --throttle out, or use --mode precopy or auto",
+            );
+        }
         if request.verify {
             return refuse(
                 "--verify compares both memories before the guest runs, and with this mode they are not both there then",
@@ -516,6 +522,7 @@ fn options(request: &MigrationRequest, config: &Config) -> Options {
         bandwidth_limit: request.bandwidth_limit,
         background_limit: request.postcopy_bandwidth_limit.or(request.bandwidth_limit),
         max_rounds: request.max_rounds.unwrap_or(MAX_ROUNDS),
+        throttle: request.throttle.unwrap_or(config.throttle) == Throttle::Auto,
         timeout: request.timeout_ms.map(Duration::from_millis),
         compress: compress(request, config),
         mode: mode(request, config.allow_postcopy),

@@ -225,6 +225,7 @@ fn setup(service: &Service, id: MigrationId, vm: &str) -> Setup {
             max_rounds: MAX_ROUNDS,
             timeout: None,
             mode: Mode::Precopy,
+            throttle: false,
             verify: false,
             quit_source: false,
         },

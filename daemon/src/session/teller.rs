@@ -27,18 +27,22 @@ pub(crate) fn tell(migration: &Migration, report: &Report) {
             encoded,
             scan_us,
             predicted_downtime_ms,
+            throttle_percent,
             decision,
         } => {
             let (ms, predicted_ms) = (tenths(*ms), tenths(*predicted_downtime_ms));
             tracing::info!(
                 %id, round, ms, pages_sent, pages_zero, pages_dirty, pages_held,
-                saved = encoded.saved(), scan_us, predicted_ms, decision, "round"
+                saved = encoded.saved(), scan_us, predicted_ms, throttle_percent, decision, "round"
             );
         }
         Report::Paused { reason } => tracing::warn!(%id, reason, "paused"),
         Report::Switched { mode, switch } => tracing::info!(
             %id, mode = mode.word(), sent_bytes = switch.sent_bytes, lacking_bytes = switch.lacking_bytes, "switched over"
         ),
+        Report::Throttle { throttle_percent } => {
+            tracing::info!(%id, throttle_percent, "the guest is kept from writing");
+        }
         Report::Notice { text } => tracing::info!(%id, text, "notice"),
         Report::Progress { .. } | Report::Postcopy { .. } => {}
     }

@@ -132,6 +132,9 @@ pub enum Report {
         scan_us: u64,
         /// Predicted downtime in milliseconds.
         predicted_downtime_ms: f64,
+        /// Percent of its time for which the guest is kept from writing from now on.
+        #[serde(default)]
+        throttle_percent: u32,
         /// The decision and its reason, in words with figures.
         decision: String,
     },
@@ -142,6 +145,11 @@ pub enum Report {
         /// With what.
         #[serde(flatten)]
         switch: Switch,
+    },
+    /// From now on the guest is kept from writing for another share of its time, so that pre-copy can follow.
+    Throttle {
+        /// Percent of its time; 0: it is not slowed any more.
+        throttle_percent: u32,
     },
     /// Where post-copy stands. About one a second.
     Postcopy(PostcopyProgress),
@@ -171,6 +179,9 @@ pub struct Progress {
     pub dirty_bytes_s: u64,
     /// Predicted downtime in milliseconds if the switchover came now; none before it is known.
     pub predicted_downtime_ms: Option<f64>,
+    /// Percent of its time for which the guest is kept from writing.
+    #[serde(default)]
+    pub throttle_percent: u32,
     /// What has gone encoded so far.
     #[serde(flatten)]
     pub encoded: Encoded,
@@ -260,6 +271,9 @@ pub struct Figures {
     pub device_state_bytes: u64,
     /// Bytes of pages sent a second, over the time in which pages were sent; megabits a second.
     pub goodput_mbit_s: f64,
+    /// The largest share of its time, in percent, for which the guest was kept from writing.
+    #[serde(default)]
+    pub throttle_percent: u32,
     /// How long one thread of QEMU was stopped to attach, in microseconds.
     pub attach_stop_us: Option<u64>,
     /// With post-copy: bytes that the guest lacked when it was switched over.

@@ -11,6 +11,7 @@
 //! - [`encode`], [`decode`]: pages on their way, compressed or as deltas.
 //! - [`pager`]: implements [`Pager`], which lets a guest run on RAM that has not all arrived, and [`received`] remembers
 //!   what has.
+//! - [`throttle`]: keeps the threads that write from running for a share of their time.
 
 pub mod attach;
 pub mod decode;
@@ -20,6 +21,7 @@ pub mod pager;
 pub mod process;
 pub mod ram;
 pub mod received;
+pub mod throttle;
 pub mod track;
 
 mod seek;

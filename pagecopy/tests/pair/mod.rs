@@ -56,6 +56,8 @@ pub struct Pair {
     /// What became of the decisions of the source's operator.
     pub decided: Vec<Result<String, Failure>>,
     pub rounds: u32,
+    /// Percent of its time for which the guest was kept from writing, as it was told.
+    pub throttled: Vec<u32>,
     /// Pages that the guest writes every millisecond; it wanders over them.
     pub writes_per_ms: usize,
     /// Pages among which it writes.
@@ -111,6 +113,7 @@ impl Pair {
                 compress: Compress::Off,
                 max_rounds: 30,
                 timeout: None,
+                throttle: false,
                 verify: false,
                 mode: source::Mode::Precopy,
                 quit_source: false,
@@ -153,6 +156,7 @@ impl Pair {
             notices: Vec::new(),
             decided: Vec::new(),
             rounds: 0,
+            throttled: Vec::new(),
             writes_per_ms: 0,
             working_set: pages,
             spoil: None,
@@ -337,7 +341,8 @@ impl Pair {
 
     fn guest_writes(&mut self) {
         if self.source_runs {
-            for _ in 0..self.writes_per_ms {
+            let kept_from = self.throttled.last().map_or(0, |percent| *percent as usize);
+            for _ in 0..self.writes_per_ms * (100 - kept_from) / 100 {
                 self.written += 1;
                 let page = usize::try_from(self.written).unwrap() * 7 % self.working_set;
                 self.source_pages[page] = 1 << 32 | self.written;

@@ -111,6 +111,7 @@ impl Pair {
             Output::Report(Report::Round { .. }) => self.rounds += 1,
             Output::Decided(result) => self.decided.push(result),
             Output::Finished(finished) => self.finished.push(finished),
+            Output::Throttle { percent } => self.throttled.push(percent),
             Output::Send(_) | Output::SendOn(..) | Output::QuitGuest | Output::Report(_) => {}
         }
     }

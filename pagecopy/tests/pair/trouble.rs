@@ -54,6 +54,10 @@ impl Pair {
 
     /// The daemon is gone; what QEMU was told goes on.
     fn source_crashes(&mut self, synced: bool) {
+        // What slows the guest is a thread of the daemon.
+        if self.throttled.last().is_some_and(|percent| *percent > 0) {
+            self.throttled.push(0);
+        }
         self.cut();
         self.source = None;
         for input in self

@@ -59,6 +59,7 @@ impl Plan {
         // Last, so that the rest of a seed's plan does not depend on it.
         plan.wanted.encoded = rng.chance(400);
         plan.wanted.versions = rng.spread(1, 100);
+        plan.wanted.throttle |= rng.chance(400);
         plan
     }
 
@@ -104,6 +105,26 @@ impl Plan {
         self.wanted.quit_source |= output == "QuitGuest";
         self.direct_io |= output == "DrainIo";
         self.operator |= output == "Journal(TakenBack)";
+        if output == "Throttle" {
+            self.let_it_fall_behind(rng);
+        }
+    }
+
+    /// The guest writes more than the link carries, and is slowed.
+    fn let_it_fall_behind(&mut self, rng: &mut Rng) {
+        self.wanted.throttle = true;
+        self.wanted.max_rounds = 30;
+        self.wanted.timeout_us = None;
+        self.wanted.downtime_limit_us = rng.spread(20_000, 50_000);
+        self.fixed_downtime_us = rng.spread(1_000, 5_000);
+        self.habits.pattern = Pattern::Uniform;
+        self.habits.writes = 400_000;
+        self.habits.touched_percent = 100;
+        // All of the RAM in a tenth of a second to a whole one.
+        let bytes: u64 = self.blocks.iter().map(|block| block.size).sum();
+        let channels = u64::from(self.data_channels.max(1));
+        self.network.bytes_per_second = Some((bytes / channels).max(1) * rng.spread(1, 10));
+        self.wanted.bandwidth_limit = None;
     }
 }
 
@@ -134,6 +155,7 @@ fn wanted(rng: &mut Rng, theme: Theme) -> Wanted {
         bandwidth_limit: rng.chance(150).then(|| rng.spread(4 << 20, 1 << 30)),
         max_rounds: u32::try_from(rng.between(2, 30)).unwrap_or(30),
         timeout_us: rng.chance(200).then(|| rng.spread(100_000, 60_000_000)),
+        throttle: false,
         verify: theme == Theme::Verify || rng.chance(100),
         quit_source: rng.chance(200),
         how: How::Precopy,

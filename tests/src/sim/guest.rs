@@ -110,6 +110,8 @@ pub(super) struct Guest {
     rng: Rng,
     habits: Habits,
     lived_until: Time,
+    /// Percent of its time for which it is kept from writing.
+    pub(super) throttled: u32,
     writes: Rate,
     punches: Rate,
     reads: Rate,
@@ -134,6 +136,7 @@ impl Guest {
             rng,
             habits,
             lived_until: now,
+            throttled: 0,
             writes: Rate::default(),
             punches: Rate::default(),
             reads: Rate::default(),
@@ -162,7 +165,8 @@ impl Guest {
 
     fn run(&mut self, now: Time, elapsed: Duration) {
         let most = 2 * self.ram.pages() as u64;
-        for _ in 0..self.writes.due(self.habits.writes, elapsed, most) {
+        let writing = elapsed * 100u32.saturating_sub(self.throttled) / 100;
+        for _ in 0..self.writes.due(self.habits.writes, writing, most) {
             let pages = self.ram.pages();
             let page = self
                 .habits

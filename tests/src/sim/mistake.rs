@@ -59,13 +59,15 @@ pub enum Mistake {
     LostVersion,
     /// A guest all of whose memory has come is taken for one that lacks some, and is not run when the source has lost it.
     HeldWithoutNeed,
+    /// The guest is slowed, and not let go of any more.
+    ThrottledForGood,
     /// A guest that ended with its QEMU while the source was away is said to be whole when the source comes.
     ForgottenEnd,
 }
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Mistake; 29] = [
+    pub const ALL: [Mistake; 30] = [
         Mistake::ClearAfterRead,
         Mistake::EarlyBarrier,
         Mistake::LateZero,
@@ -94,6 +96,7 @@ impl Mistake {
         Mistake::StaleVersion,
         Mistake::LostVersion,
         Mistake::HeldWithoutNeed,
+        Mistake::ThrottledForGood,
         Mistake::ForgottenEnd,
     ];
 }

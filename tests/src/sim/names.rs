@@ -46,7 +46,7 @@ impl fmt::Display for Name {
 
 /// Every output of both engines, as [`Name`] writes it, but for reports, which are for people, and for what is asked and
 /// said of pages that differ with `--verify`: no such page is ever found unless a mistake is planted.
-pub const OUTPUTS: [(Side, &str); 46] = {
+pub const OUTPUTS: [(Side, &str); 47] = {
     use Side::{Destination, Source};
     [
         (Source, "Send(Hello)"),
@@ -68,6 +68,7 @@ pub const OUTPUTS: [(Side, &str); 46] = {
         (Source, "Scan"),
         (Source, "DrainIo"),
         (Source, "LookAgain"),
+        (Source, "Throttle"),
         (Source, "Journal(TakenBack)"),
         (Source, "Push"),
         (Source, "StopGuest"),
@@ -156,6 +157,7 @@ pub(super) fn of_source(output: &source::Output) -> Name {
         Output::Scan { .. } => "Scan",
         Output::DrainIo => "DrainIo",
         Output::LookAgain => "LookAgain",
+        Output::Throttle { .. } => "Throttle",
         Output::Push { .. } => "Push",
         Output::StopGuest => "StopGuest",
         Output::SaveDeviceState => "SaveDeviceState",

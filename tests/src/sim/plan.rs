@@ -168,6 +168,8 @@ pub(super) struct Wanted {
     pub(super) bandwidth_limit: Option<u64>,
     pub(super) max_rounds: u32,
     pub(super) timeout_us: Option<Micros>,
+    /// The guest may be slowed.
+    pub(super) throttle: bool,
     pub(super) verify: bool,
     pub(super) quit_source: bool,
     pub(super) how: How,
@@ -184,6 +186,7 @@ impl Default for Wanted {
             bandwidth_limit: None,
             max_rounds: 30,
             timeout_us: None,
+            throttle: false,
             verify: false,
             quit_source: false,
             how: How::Precopy,
@@ -284,6 +287,7 @@ impl Plan {
             background_limit: None,
             max_rounds: self.wanted.max_rounds,
             timeout: self.wanted.timeout_us.map(micros),
+            throttle: self.wanted.throttle,
             verify: self.wanted.verify,
             mode: match self.wanted.how {
                 How::Precopy => Mode::Precopy,

@@ -71,6 +71,10 @@ pub enum Happened {
     AskedFenced(Side, Wish),
     /// More than three quarters of the bytes that may be in flight on a channel were.
     NearlyFullChannel,
+    /// The guest was slowed.
+    Throttled,
+    /// It was slowed, and moved.
+    ThrottledAndMoved,
     /// The guest went before its memory.
     WentFirst,
     /// Its operator had it go in the middle of a round.

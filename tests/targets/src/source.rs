@@ -118,6 +118,7 @@ fn setup(flags: u8, mode: Mode) -> Setup {
             max_rounds: 1 + u32::from(flags >> 5),
             timeout: (flags & 4 != 0).then_some(Duration::from_secs(20)),
             mode,
+            throttle: flags & 1 != 0,
             verify: flags & 8 != 0,
             quit_source: flags & 16 != 0,
         },
@@ -463,7 +464,7 @@ impl World {
                 !(facts.serves && facts.gone) || facts.released || facts.resume_ordered,
                 "memory is let go of: {facts:?}"
             ),
-            Output::Send(_) | Output::Report(_) | Output::Decided(_) => {}
+            Output::Send(_) | Output::Report(_) | Output::Decided(_) | Output::Throttle { .. } => {}
             Output::SendOn(channel, Message::Barrier { round }) => self.barrier(channel, round),
             Output::OpenReads => {
                 assert!(facts.stop_ordered && facts.commits == 0, "{facts:?}");

@@ -14,8 +14,6 @@ use pagecopy::host::ram::MappedRam;
 use pagecopy::host::received::Received;
 use pagecopy::host::track::TrackedBlock;
 use pagecopy::memory::{BlockId, BlockSpec};
-use serde::Deserialize;
-use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use transport::{Access, Channel, RegionId, Regions};
 use uuid::Uuid;
@@ -24,11 +22,11 @@ use super::Session;
 use crate::failure::{Shown, host};
 use crate::lane::{Lane, Told};
 use crate::log;
-use crate::pull::{FaultReport, Guest, Pull, PullEvent, Released, Vcpu};
+use crate::pull::{FaultReport, Guest, Pull, PullEvent, Released};
 use crate::qemu::Block;
 use crate::qemu::discover::track_failure;
 use crate::qemu::faults::take_back;
-use crate::qmp::Qmp;
+use crate::qemu::vcpus::vcpus;
 use crate::service::Service;
 use crate::session::arrive::{Visit, VisitParts};
 use crate::session::{blocking, link_failure};
@@ -150,6 +148,8 @@ impl Session {
         log::spawn(async move {
             let lend = service.userfaultfd.lend(&qmp, pid);
             let (vcpus, device) = tokio::join!(vcpus(&qmp), lend);
+            // Without them faults are counted together.
+            let vcpus = vcpus.unwrap_or_default();
             let device = match device {
                 Ok(device) => device,
                 Err(failure) => {
@@ -253,7 +253,7 @@ impl Session {
         if let Some(pull) = &self.fetch.pull {
             let (qmp, names) = (Arc::clone(&self.qmp), pull.vcpus());
             log::spawn(async move {
-                if let Ok(vcpus) = tokio::time::timeout(NAMING_LIMIT, vcpus(&qmp)).await {
+                if let Ok(Ok(vcpus)) = tokio::time::timeout(NAMING_LIMIT, vcpus(&qmp)).await {
                     names.name(vcpus);
                 }
             });
@@ -528,23 +528,6 @@ fn find(pid: i32, spec: &BlockSpec, file: &RamFile) -> Result<Block, Failure> {
         spec: spec.clone(),
         mapping,
     })
-}
-
-/// The guest's vCPUs, and the threads that run them; none where QEMU does not say.
-async fn vcpus(qmp: &Qmp) -> Vec<Vcpu> {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "kebab-case")]
-    struct Cpu {
-        cpu_index: u32,
-        thread_id: u32,
-    }
-    let cpus = qmp.query("query-cpus-fast", json!({})).await;
-    let cpus: Vec<Cpu> = cpus.unwrap_or_default();
-    let vcpu = |cpu: Cpu| Vcpu {
-        index: cpu.cpu_index,
-        thread: cpu.thread_id,
-    };
-    cpus.into_iter().map(vcpu).collect()
 }
 
 /// How many pagers serve a guest.

@@ -3,6 +3,7 @@
 mod holes;
 mod limits;
 mod serve;
+mod throttle;
 mod unreached;
 mod work;
 
@@ -17,6 +18,7 @@ use pagecopy::engine::journal::{Outcome, Record, has_to_tell, outcome};
 use pagecopy::engine::source::{Input, Output, Source};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
 use pagecopy::host::ram::MappedRam;
+use pagecopy::host::throttle::Throttle;
 use pagecopy::host::track::UffdTracker;
 use pagecopy::host::{Ram, Tracker};
 use pagecopy::memory::BlockSpec;
@@ -125,6 +127,8 @@ pub(crate) struct Session {
     /// Of the connection on which pages are pushed: there is only one such.
     encoding: Encoding,
     share: Arc<Share>,
+    /// While the guest is slowed.
+    throttle: Option<Throttle>,
     teller: Teller,
     /// Scans, and everything else that touches QEMU's memory map.
     memory_worker: Worker,
@@ -170,6 +174,7 @@ impl Session {
             data: Vec::new(),
             encoding: parts.encoding,
             share: Arc::new(parts.share),
+            throttle: None,
             teller: Teller::new(parts.id, Arc::clone(&parts.migration), parts.clock),
             memory_worker: Worker::start("memory")?,
             journal_worker: Worker::start("journal")?,
@@ -401,6 +406,7 @@ impl Session {
             Output::OpenReads => self.open_reads(),
             Output::ConnectAll => self.connect_all(),
             Output::LookAgain => self.look_again(),
+            Output::Throttle { percent } => self.throttle(percent),
             Output::DrainIo => self.drain_io(),
             Output::StopGuest => {
                 self.share.urgent(true);
@@ -463,6 +469,7 @@ impl Session {
     }
 
     fn detach(&mut self) {
+        self.throttle = None;
         let lanes = std::mem::take(&mut self.data);
         self.regions.revoke_all();
         self.broken = Broken::default();

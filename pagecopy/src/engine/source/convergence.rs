@@ -6,6 +6,7 @@ use super::heat::Scan;
 use super::interface::{After, Options};
 use super::sender::Sent;
 use super::shortening::Shortening;
+use super::throttle::Throttle;
 use crate::engine::{Failure, Fault, Time};
 
 /// A round counts as a measurement of the goodput when it sent at least this much…
@@ -83,6 +84,7 @@ pub(super) struct Convergence {
     best: Option<Best>,
     predicted: Option<Duration>,
     shortening: Shortening,
+    throttle: Throttle,
     postcopy: Policy,
 }
 
@@ -121,6 +123,7 @@ impl Convergence {
             best: None,
             predicted: None,
             shortening: Shortening::default(),
+            throttle: Throttle::new(options.throttle),
             postcopy: Policy::Never,
         }
     }
@@ -214,7 +217,8 @@ impl Convergence {
         let improved = self.note_best(predicted, end);
         let figures = self.figures(end, predicted);
         if predicted <= self.limit {
-            if !self.worth_a_round(end, predicted) {
+            // A guest that is slowed is not kept so for a shorter downtime than was asked for.
+            if self.throttle.percent() > 0 || !self.worth_a_round(end, predicted) {
                 return (Decision::SwitchOver, format!("switch over: {figures}"));
             }
             return (
@@ -240,13 +244,41 @@ impl Convergence {
                 format!("give up, {why}: {figures}"),
             );
         }
+        self.slow_down(end);
+        let slowed = match self.throttle.percent() {
+            0 => String::new(),
+            percent => format!(", with the guest kept from writing for {percent} % of its time"),
+        };
         if end.all_hot {
             return (
                 Decision::NextRoundHot,
-                format!("another round with the hot pages, all others are sent: {figures}"),
+                format!("another round with the hot pages, all others are sent{slowed}: {figures}"),
             );
         }
-        (Decision::NextRound, format!("another round: {figures}"))
+        (
+            Decision::NextRound,
+            format!("another round{slowed}: {figures}"),
+        )
+    }
+
+    /// Sees to it that rounds become shorter, by the last one, unless the guest may go first.
+    fn slow_down(&mut self, end: &RoundEnd) {
+        let for_bytes = self.limit.saturating_sub(self.fixed);
+        // Where the limit is below what does not depend on bytes, no guest is slow enough.
+        if self.falls_back() || for_bytes.is_zero() || end.dirtied_in < for_bytes / 2 {
+            return;
+        }
+        let before = self.throttle.percent();
+        self.throttle.round(self.dirty_rate / self.goodput());
+        if before == 0 && self.throttle.percent() > 0 {
+            // It is given the time to show what it is good for.
+            self.best = None;
+        }
+    }
+
+    /// Percent of its time for which the guest is to be kept from writing.
+    pub(super) fn throttle_percent(&self) -> u32 {
+        self.throttle.percent()
     }
 
     /// Whether a round is worth it although the prediction is within the limit: never if it could cost the migration.
@@ -358,8 +390,8 @@ impl Convergence {
                 mb_s(self.goodput()),
                 ms(self.limit)
             ),
-            "raise --downtime-limit, --max-rounds or --timeout, give the migration more bandwidth (--bandwidth-limit, \
-             --channels), or move the guest when it writes less; it runs on here",
+            "have the guest slowed (--throttle auto), raise --downtime-limit, --max-rounds or --timeout, give the migration more \
+             bandwidth (--bandwidth-limit, --channels), or move the guest when it writes less; it runs on here",
         )
     }
 }
@@ -392,6 +424,7 @@ mod tests {
             max_rounds: 1000,
             timeout: None,
             mode: super::super::Mode::Precopy,
+            throttle: false,
             verify: false,
             quit_source: false,
         };

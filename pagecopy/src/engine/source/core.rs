@@ -62,6 +62,8 @@ pub(super) struct Core {
     pub(super) has_data: bool,
     /// Time in which pages were sent, for the goodput.
     pub(super) sending_time: Duration,
+    /// Percent of its time for which the guest is kept from writing now.
+    throttled: u32,
     progress_at: Time,
 }
 
@@ -86,6 +88,7 @@ impl Core {
             switch: None,
             has_data: true,
             sending_time: Duration::ZERO,
+            throttled: 0,
             progress_at: Time(0),
             setup,
         }
@@ -102,6 +105,19 @@ impl Core {
         let mode = switch.way();
         self.out
             .push(Output::Report(Report::Switched { mode, switch }));
+    }
+
+    /// From now on the guest is kept from writing for so much of its time; 0 lifts that.
+    pub(super) fn throttle(&mut self, percent: u32) {
+        if percent == self.throttled {
+            return;
+        }
+        self.throttled = percent;
+        self.figures.throttle_percent = self.figures.throttle_percent.max(percent);
+        self.out.push(Output::Throttle { percent });
+        self.out.push(Output::Report(Report::Throttle {
+            throttle_percent: percent,
+        }));
     }
 
     /// What became of the operator's decision.
@@ -331,6 +347,7 @@ impl Core {
             goodput_bytes_s: whole(goodput),
             dirty_bytes_s: whole(self.convergence.dirty_rate()),
             predicted_downtime_ms: self.convergence.predicted().map(millis),
+            throttle_percent: self.throttled,
             encoded: self.sender.total().encoded,
             eta_s: (done > 0 && seconds > 0.0).then(|| left as f64 * seconds / done as f64),
         };

@@ -53,6 +53,8 @@ pub struct Options {
     pub timeout: Option<Duration>,
     /// How the memory moves. With `verify`, never after the guest.
     pub mode: Mode,
+    /// Whether the guest may be slowed where pre-copy falls behind and it may not go before its memory.
+    pub throttle: bool,
     /// Compare digests of both RAMs before the commit.
     pub verify: bool,
     /// How pages are encoded, where the destination can take it.
@@ -263,6 +265,13 @@ pub enum Output {
     /// Look again for what tracking does not see and what may have come since the start: a disk with direct I/O where there
     /// was none, another process that maps the RAM, an assigned device. Answer: `Unchanged` or `HostFailed`.
     LookAgain,
+    /// Keep whatever in the guest writes from running for this share of its time, in percent up to 99, until told otherwise: 0 is
+    /// not at all. Told when it changes; lifted when the guest stands still, and before everything else on the way back. Whatever the driver
+    /// does for it must end with its process. No answer.
+    Throttle {
+        /// Percent of its time.
+        percent: u32,
+    },
     /// QMP `migrate` with `pause-before-switchover`. Answer: `GuestStopped` or `QemuFailed`.
     StopGuest,
     /// QMP `migrate-continue`, beside the last scan. Answers: `DeviceState`…, `DeviceStateSaved`, or `QemuFailed`.

@@ -26,6 +26,7 @@ mod shortening;
 mod switchover;
 #[cfg(test)]
 mod tests;
+mod throttle;
 
 pub use interface::{
     After, Batch, Change, Input, Mode, Options, Output, Populated, Pushed, Resolution, Setup,

@@ -19,8 +19,9 @@ pub(super) struct Rollback {
 }
 
 impl Rollback {
-    /// Does everything at once that has to be done; first of all the guest.
+    /// Does everything at once that has to be done; first of all the guest, which is neither slowed nor stopped any more.
     pub(super) fn begin(core: &mut Core, end: End) -> Phase {
+        core.throttle(0);
         let resuming = core.stop_ordered.is_some();
         let recording = matches!(core.intent, Intent::Ordered | Intent::Written);
         if resuming {

@@ -166,6 +166,7 @@ impl Round {
             all_hot: core.pages.nothing_to_send() && core.pages.held_pages() > 0,
         };
         let (decision, words) = core.convergence.decide(&end);
+        core.throttle(core.convergence.throttle_percent());
         self.report(core, found, scan_took, words);
         let next = self.number + 1;
         match decision {
@@ -193,6 +194,7 @@ impl Round {
             pages_held: core.pages.held_pages(),
             scan_us: u64::try_from(scan_took.as_micros()).unwrap_or(u64::MAX),
             predicted_downtime_ms: core.convergence.predicted().map_or(0.0, millis),
+            throttle_percent: core.convergence.throttle_percent(),
             decision,
         };
         core.out.push(Output::Report(report));

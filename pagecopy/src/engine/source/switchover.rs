@@ -115,6 +115,8 @@ impl Switchover {
             }
             Input::GuestStopped if self.pages == Pages::Stopping => {
                 self.pages = Pages::Scanning;
+                // Not before: what it wrote at full speed until it stood still would be downtime.
+                core.throttle(0);
                 core.out.push(Output::Scan { holes: true });
                 // It takes about as long as the scan, and no device writes the guest's memory any more.
                 core.out.push(Output::SaveDeviceState);

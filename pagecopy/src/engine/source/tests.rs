@@ -40,6 +40,7 @@ fn setup() -> Setup {
             max_rounds: 10,
             timeout: None,
             mode: Mode::Precopy,
+            throttle: false,
             verify: false,
             quit_source: true,
         },

@@ -3,7 +3,7 @@
 //! The kernel ties a traced thread to the *thread* that traces it: all calls on one [`Traced`] come from the thread that
 //! made it (the type is neither `Send` nor `Sync`).
 //!
-//! Nothing here allocates or takes a lock, the errors included: it runs in a [`survivor`](super::survivor).
+//! Nothing here allocates or takes a lock, the errors included: some of it runs in a [`survivor`](super::survivor).
 
 use std::io;
 use std::marker::PhantomData;
@@ -99,6 +99,46 @@ impl Traced {
                 _ => return Err(error),
             }
         }
+    }
+
+    /// Its number.
+    pub(crate) fn tid(&self) -> i32 {
+        self.tid
+    }
+
+    /// Why it stands still; `None` while it runs. Does not wait, and what is seen stays to be seen: a signal that is about to be
+    /// delivered still is if this thread ends now.
+    pub(crate) fn standing(&self) -> io::Result<Option<Stop>> {
+        let Ok(id) = libc::id_t::try_from(self.tid) else {
+            return Ok(Some(Stop::Gone));
+        };
+        let options = libc::WSTOPPED | libc::WEXITED | libc::WNOWAIT | libc::WNOHANG | libc::__WALL;
+        // SAFETY: the structure is plain numbers, for which zero is a value, and the call fills it.
+        let (result, info) = unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            let result = libc::waitid(libc::P_PID, id, &raw mut info, options);
+            (result, info)
+        };
+        if result != 0 {
+            let error = io::Error::last_os_error();
+            return match error.raw_os_error() {
+                Some(libc::ECHILD) => Ok(Some(Stop::Gone)),
+                _ => Err(error),
+            };
+        }
+        // SAFETY: `waitid` has filled both, with zeroes where nothing is to be told.
+        let (who, status) = unsafe { (info.si_pid(), info.si_status()) };
+        Ok(match info.si_code {
+            _ if who == 0 => None,
+            libc::CLD_TRAPPED | libc::CLD_STOPPED => Some(stop_of(status << 8 | 0x7f)),
+            _ => Some(Stop::Gone),
+        })
+    }
+
+    /// Takes note that it has ended, so that nothing of it remains.
+    pub(crate) fn bury(&self) {
+        // SAFETY: no status is asked for.
+        unsafe { libc::waitpid(self.tid, ptr::null_mut(), libc::__WALL | libc::WNOHANG) };
     }
 
     /// Reads the registers of the stopped thread.

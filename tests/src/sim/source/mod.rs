@@ -297,6 +297,7 @@ impl SourceSide {
         self.daemon = None;
         self.host.generation += 1;
         self.host.gone = true;
+        self.guest.throttled = 0;
         self.tracker.disarm();
         self.close_reads();
         self.files_gone = true;
@@ -416,6 +417,8 @@ impl Driver for SourceSide {
         env.note("source", format_args!("the daemon dies"));
         self.end_daemon(env, host);
         self.daemon = None;
+        // What slows the guest is a thread of the daemon.
+        self.guest.throttled = 0;
         self.tracker.disarm();
         self.close_reads();
         env.checker.pushes_lost();

@@ -57,6 +57,7 @@ impl SourceSide {
                 };
                 self.answer_after(env, delay, answer);
             }
+            Output::Throttle { percent } => self.throttle(env, percent),
             Output::StopGuest => self.stop_guest(env),
             Output::SaveDeviceState => self.save_device_state(env),
             Output::Digest => self.digest(env),
@@ -87,6 +88,25 @@ impl SourceSide {
             Output::Report(_) => {}
             Output::Finished(finished) => self.finished(env, finished),
         }
+    }
+
+    fn throttle(&mut self, env: &mut Env, percent: u32) {
+        if percent > 99 || percent == self.guest.throttled {
+            env.checker.violate(format!(
+                "the guest is to be slowed by {percent} %, and is by {} %",
+                self.guest.throttled
+            ));
+        }
+        if percent > 0 {
+            env.tally.note(Happened::Throttled);
+            if self.state() != Some(State::Migrating) {
+                env.checker
+                    .violate(format!("the guest is slowed while {:?}", self.state()));
+            }
+        } else if env.errs(Mistake::ThrottledForGood) {
+            return;
+        }
+        self.guest.throttled = percent;
     }
 
     pub(super) fn arm(&mut self, env: &mut Env) {
@@ -239,7 +259,14 @@ impl SourceSide {
                 env.agenda.after(delay, Event::Operator);
             }
         }
+        if self.guest.throttled > 0 {
+            env.checker
+                .violate("the migration is over, and the guest is slowed".into());
+        }
         if finished.state == State::Completed {
+            if finished.figures.throttle_percent > 0 {
+                env.tally.note(Happened::ThrottledAndMoved);
+            }
             let lost = env.qemu_lost[Side::Destination as usize];
             // The source may only repeat what its operator said.
             if !env.let_go_by_word {

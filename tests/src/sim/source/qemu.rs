@@ -74,6 +74,10 @@ impl SourceSide {
 
     /// QMP `migrate_cancel` or `cont`.
     pub(super) fn resume_guest(&mut self, env: &mut Env) {
+        if self.guest.throttled > 0 {
+            env.checker
+                .violate("the guest is taken back, and is slowed".into());
+        }
         let delay = env.qemu_delay(Side::Source);
         if self.qemu.state == SourceState::Gone {
             let gone = failure(Blame::Qemu, "QEMU is gone");
