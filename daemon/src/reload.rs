@@ -17,7 +17,7 @@ use crate::failure::{Failure, Shown, operator};
 use crate::service::Service;
 
 /// The keys that take effect at once.
-const AT_ONCE: [&str; 12] = [
+const AT_ONCE: [&str; 13] = [
     "access",
     "tls",
     "bandwidth-limit",
