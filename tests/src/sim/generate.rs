@@ -59,6 +59,9 @@ impl Plan {
         // Last, so that the rest of a seed's plan does not depend on it.
         plan.wanted.encoded = rng.chance(400);
         plan.wanted.versions = rng.spread(1, 100);
+        if rng.chance(150) {
+            plan.faults.extend(fault::set(&mut rng));
+        }
         plan
     }
 

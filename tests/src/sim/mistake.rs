@@ -61,11 +61,13 @@ pub enum Mistake {
     HeldWithoutNeed,
     /// A guest that ended with its QEMU while the source was away is said to be whole when the source comes.
     ForgottenEnd,
+    /// A bandwidth limit that the operator sets is not told to the engine.
+    OldLimit,
 }
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Mistake; 29] = [
+    pub const ALL: [Mistake; 30] = [
         Mistake::ClearAfterRead,
         Mistake::EarlyBarrier,
         Mistake::LateZero,
@@ -95,5 +97,6 @@ impl Mistake {
         Mistake::LostVersion,
         Mistake::HeldWithoutNeed,
         Mistake::ForgottenEnd,
+        Mistake::OldLimit,
     ];
 }
