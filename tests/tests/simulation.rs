@@ -232,6 +232,8 @@ fn assert_happened(survey: &Survey) {
         (ThrottledAndMoved, 100),
         (WentFirst, 10_000),
         (WentByHand, 500),
+        (LimitsChanged, 3_000),
+        (LimitsRefused, 500),
         (BecameWhole, 5_000),
         (SaidLost, 20),
         (HeardOfLoss, 10),
@@ -587,4 +589,5 @@ mistakes! {
     finds_a_guest_that_waits_for_a_source_that_it_does_not_need: HeldWithoutNeed,
     finds_a_guest_that_is_slowed_for_good: ThrottledForGood,
     finds_a_guest_said_to_be_whole_that_has_ended: ForgottenEnd,
+    finds_a_limit_that_is_not_kept: OldLimit,
 }

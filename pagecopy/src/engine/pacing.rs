@@ -77,6 +77,41 @@ impl Pacer {
     }
 }
 
+/// What goes under a limit, counted by those who hold a source to it (the simulation and the fuzzer).
+#[derive(Clone, Copy, Debug)]
+pub struct Ledger {
+    rate: Option<u64>,
+    since: Time,
+    /// Bytes since then, without those that did not go after all.
+    went: i128,
+}
+
+impl Ledger {
+    /// Of a limit that holds from now on.
+    pub fn new(rate: Option<u64>, now: Time) -> Ledger {
+        let rate = rate.filter(|rate| *rate > 0);
+        Ledger {
+            rate,
+            since: now,
+            went: 0,
+        }
+    }
+
+    /// A batch of so many bytes goes. Whether it may: a full bucket at first, what has flowed since, and one batch that overdraws.
+    pub fn goes(&mut self, bytes: u64, now: Time) -> bool {
+        self.went += i128::from(bytes);
+        let Some(rate) = self.rate else { return true };
+        let flowed = i128::from(rate) * nanos(now.since(self.since));
+        let full = Pacer::new(self.rate, now).capacity();
+        self.went <= (flowed + full) / SCALE + i128::from(MAX_BATCH_BYTES)
+    }
+
+    /// So many bytes of a batch did not go.
+    pub fn comes_back(&mut self, bytes: u64) {
+        self.went -= i128::from(bytes);
+    }
+}
+
 fn nanos(duration: Duration) -> i128 {
     i128::try_from(duration.as_nanos()).unwrap_or(i128::MAX)
 }
@@ -109,6 +144,31 @@ mod tests {
             (1_000_000_000..=1_000_000_000 + 3 * BATCH).contains(&sent),
             "{sent}"
         );
+    }
+
+    #[test]
+    fn the_ledger_lets_a_pacer_through_and_nobody_twice_as_fast() {
+        let (rate, second) = (100_000_000, 1_000_000_000);
+        let kept = |speed: u64| {
+            let mut pacer = Pacer::new(Some(rate * speed), Time(0));
+            let mut ledger = Ledger::new(Some(rate), Time(0));
+            let mut now = Time(0);
+            while now < Time(second) {
+                while pacer.may_send(now) {
+                    pacer.spend(BATCH);
+                    if !ledger.goes(BATCH, now) {
+                        return false;
+                    }
+                    // A quarter was zero.
+                    pacer.refund(BATCH / 4);
+                    ledger.comes_back(BATCH / 4);
+                }
+                now = pacer.next().unwrap();
+            }
+            true
+        };
+        assert!(kept(1) && !kept(2));
+        assert!(Ledger::new(None, Time(0)).goes(u64::MAX, Time(0)));
     }
 
     #[test]

@@ -74,6 +74,13 @@ pub(super) enum Fault {
     FenceAndAsk(Side, Wish),
     /// The source's operator wants the guest to go before its memory, now.
     StartPostcopy,
+    /// The source's operator wants other limits.
+    Set {
+        /// Bytes a second; 0 is unlimited. None stays as it was.
+        bandwidth: Option<u64>,
+        /// The longest downtime. None stays as it was.
+        downtime_us: Option<Micros>,
+    },
     /// The source's operator wants the destination dialled now.
     Recover,
     /// The destination's operator wants the guest to go on without what it lacks; `fenced`: having ended the source for good.
@@ -234,6 +241,34 @@ pub(super) fn by_hand(rng: &mut Rng) -> [(When, Fault); 1] {
         }
     };
     [(when, Fault::StartPostcopy)]
+}
+
+/// The operator gives the migration other limits, once or more often, now and then too late.
+pub(super) fn set(rng: &mut Rng) -> Vec<(When, Fault)> {
+    let outputs = [
+        "Attach",
+        "Scan",
+        "Push",
+        "Push",
+        "SendOn(Barrier)",
+        "StopGuest",
+        "Send(Commit)",
+        "Detach",
+    ];
+    let count = rng.between(1, 3);
+    (0..count)
+        .map(|_| {
+            let (name, nth) = (rng.pick(&outputs), rng.pick(&[1, 1, 2, 5, 20]));
+            let when = When::Named(Side::Source, name.to_owned(), nth, moment(rng));
+            let limit = rng.spread(4 << 20, 1 << 30);
+            let limit = if rng.chance(300) { 0 } else { limit };
+            let set = Fault::Set {
+                bandwidth: rng.chance(800).then_some(limit),
+                downtime_us: rng.chance(500).then(|| rng.spread(50_000, 300_000)),
+            };
+            (when, set)
+        })
+        .collect()
 }
 
 /// A daemon that dies at a certain step of post-copy, and what brings that step about.

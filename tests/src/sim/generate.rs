@@ -60,6 +60,9 @@ impl Plan {
         plan.wanted.encoded = rng.chance(400);
         plan.wanted.versions = rng.spread(1, 100);
         plan.wanted.throttle |= rng.chance(400);
+        if rng.chance(150) {
+            plan.faults.extend(fault::set(&mut rng));
+        }
         plan
     }
 

@@ -63,6 +63,8 @@ pub enum Mistake {
     ThrottledForGood,
     /// A guest that ended with its QEMU while the source was away is said to be whole when the source comes.
     ForgottenEnd,
+    /// A bandwidth limit that the operator sets is not told to the engine.
+    OldLimit,
 }
 
 impl Mistake {
@@ -98,5 +100,6 @@ impl Mistake {
         Mistake::HeldWithoutNeed,
         Mistake::ThrottledForGood,
         Mistake::ForgottenEnd,
+        Mistake::OldLimit,
     ];
 }

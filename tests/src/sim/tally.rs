@@ -79,6 +79,10 @@ pub enum Happened {
     WentFirst,
     /// Its operator had it go in the middle of a round.
     WentByHand,
+    /// Its operator changed its limits.
+    LimitsChanged,
+    /// Its operator wanted to change its limits, and was told that it was too late.
+    LimitsRefused,
     /// It touched a page that was not on its way.
     Waited,
     /// It touched a page that was on its way.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pagecopy::engine::destination::Input as ToDestination;
 use pagecopy::engine::event::{Figures, State};
-use pagecopy::engine::source::Input as ToSource;
+use pagecopy::engine::source::{Change, Input as ToSource};
 use pagecopy::engine::{Failure, Fault as Blame, Time};
 
 use super::checker::{CHANNEL_LIMIT, Checker, Violation};
@@ -321,6 +321,16 @@ impl World {
                     note(Happened::WentByHand);
                 }
                 self.source.input(env, ToSource::StartPostcopy);
+            }
+            Fault::Set {
+                bandwidth,
+                downtime_us,
+            } => {
+                let change = Change {
+                    bandwidth_limit: bandwidth.map(|limit| Some(limit).filter(|limit| *limit > 0)),
+                    downtime_limit: downtime_us.map(micros),
+                };
+                self.source.set(env, change);
             }
             Fault::Recover => self.source.input(env, ToSource::Recover),
             Fault::GiveUpPages { fenced } => self.give_pages_up(fenced),

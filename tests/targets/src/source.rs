@@ -5,30 +5,39 @@
 //! operator has taken it back; a migration that ends otherwise than completed has ordered a guest that it stopped to be
 //! resumed; no page leaves before the round before is in place; what is under way is bounded, and so is what one input
 //! leads to; memory that the guest may lack at the destination is recorded as served before `Commit` and let go of only when
-//! the destination or the operator says so, and that is on disk; nothing follows the end.
+//! the destination or the operator says so, and that is on disk; limits that the operator changes are answered at once, taken only before
+//! the guest is stopped, and kept from then on; nothing follows the end.
+
+mod facts;
 
 use std::time::Duration;
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use bytes::Bytes;
 use pagecopy::engine::encoding::policy::Compress;
-use pagecopy::engine::event::State;
 use pagecopy::engine::journal::{Outcome, Postcopy, Record};
+use pagecopy::engine::pacing::Ledger;
 use pagecopy::engine::source::{
-    After, Batch, Input, Mode, Options, Output, Populated, Pushed, Resolution, Setup, Source,
+    After, Batch, Change, Input, Mode, Options, Output, Populated, Pushed, Resolution, Setup,
+    Source,
 };
 use pagecopy::engine::{ChannelId, Time, Timeouts};
 use pagecopy::limits::{
     DIGEST_CHUNK, MAX_BATCH_BYTES, MAX_BATCHES_PER_CHANNEL, MAX_DEVICE_STATE_CHUNK, MAX_RUNS,
 };
-use pagecopy::wire::{AbortCode, Message, Standing};
+use pagecopy::wire::{Message, Standing};
 
+use self::facts::Facts;
 use crate::orders::Orders;
 use crate::words::{self, blocks, digests, failure, message, pause, sudden};
 
 const CHANNELS: u16 = 2;
 /// Inputs of one run, at most.
 const STEPS: usize = 400;
+/// Of the numbers that say what comes suddenly, so many are the operator's who changes limits.
+const CHANGES: u8 = 6;
+/// What the operator may limit the bandwidth to.
+const LIMITS: [Option<u64>; 4] = [None, Some(100 << 20), Some(1 << 20), Some(1)];
 /// Outputs that one input may lead to: batches for every channel, and the orders of a change of phase.
 const OUTPUTS: usize = CHANNELS as usize * MAX_BATCHES_PER_CHANNEL + 16;
 
@@ -48,40 +57,6 @@ enum Order {
     Resume,
     Connect,
     ConnectAll,
-}
-
-/// What has happened so far.
-#[derive(Debug, Default)]
-struct Facts {
-    /// The round that pages belong to, by the barriers sent.
-    round: u32,
-    /// Every barrier of the round before was confirmed.
-    round_open: bool,
-    barriers_sent: u16,
-    under_way: [usize; CHANNELS as usize],
-    stop_ordered: bool,
-    resume_ordered: bool,
-    intent: bool,
-    loaded: bool,
-    commits: u32,
-    /// The destination has given it up, or the operator has taken it back.
-    given_back: bool,
-    /// The destination runs it, or the operator said so.
-    gone: bool,
-    moved_recorded: bool,
-    /// It was in doubt: from then on nobody but the destination's answer, and the operator, gives the guest back.
-    doubted: bool,
-    finished: bool,
-    /// Post-copy was offered.
-    offered: bool,
-    reads_open: bool,
-    /// What lacks was said: the guest goes before its memory.
-    serves: bool,
-    serving_asked: bool,
-    /// The destination needs nothing more, or the operator lets go.
-    may_release: bool,
-    /// The disk was asked to record that, and has answered.
-    released: bool,
 }
 
 struct World {
@@ -137,6 +112,7 @@ fn run(input: &mut Unstructured<'_>) -> Result<()> {
         _ => Mode::Precopy,
     };
     let setup = setup(flags, mode);
+    let ledger = Ledger::new(setup.options.bandwidth_limit, now);
     let (open, no) = (Postcopy::Open, Postcopy::No);
     let postcopy = if start.is_multiple_of(2) { open } else { no };
     let recovered = start < 48;
@@ -157,7 +133,7 @@ fn run(input: &mut Unstructured<'_>) -> Result<()> {
             gone: (32..=47).contains(&start),
             round_open: true,
             serves: start < 48 && !(16..=31).contains(&start) && postcopy == open,
-            ..Facts::default()
+            ..Facts::new(ledger)
         },
     };
     world.take_outputs(OUTPUTS);
@@ -183,28 +159,7 @@ impl World {
                 self.now = self.now.after(pause(input)?);
                 Some(Input::Tick)
             }
-            13 => Some(match sudden(u8::arbitrary(input)?) {
-                0 => Input::Cancel,
-                1 | 2 => Input::LinkLost(failure("cut")),
-                3 => Input::HostFailed(failure("host")),
-                4 => Input::QemuFailed(failure("QEMU")),
-                5 => Input::GuestResumed,
-                6 => Input::Reconnected,
-                7 => Input::Resolve(Resolution::ResumeHere {
-                    peer_fenced: bool::arbitrary(input)?,
-                }),
-                8 => Input::Resolve(Resolution::Abandon {
-                    peer_fenced: bool::arbitrary(input)?,
-                }),
-                10 => Input::StartPostcopy,
-                11 => Input::Recover,
-                _ => Input::Pushed {
-                    channel: ChannelId(u16::from(u8::arbitrary(input)? % 4)),
-                    // One that was never pushed.
-                    batch: u64::MAX - u64::from(u8::arbitrary(input)?),
-                    pushed: Pushed::default(),
-                },
-            }),
+            13 => Some(self.sudden(input)?),
             14 => {
                 let batch = self
                     .orders
@@ -222,6 +177,42 @@ impl World {
                     .map_or(self.now, |at| self.now.max(at));
                 Some(Input::Tick)
             }
+        })
+    }
+
+    /// Something that nobody asked for.
+    fn sudden(&self, input: &mut Unstructured<'_>) -> Result<Input> {
+        let choice = u8::arbitrary(input)?;
+        if choice > u8::MAX - CHANGES {
+            let limits = u8::arbitrary(input)?;
+            let downtime_limit = Duration::from_millis(1 + u64::from(limits));
+            return Ok(Input::Change(Change {
+                downtime_limit: (limits & 1 != 0).then_some(downtime_limit),
+                bandwidth_limit: (limits & 2 != 0)
+                    .then(|| LIMITS[usize::from(limits >> 2) % LIMITS.len()]),
+            }));
+        }
+        Ok(match sudden(choice) {
+            0 => Input::Cancel,
+            1 | 2 => Input::LinkLost(failure("cut")),
+            3 => Input::HostFailed(failure("host")),
+            4 => Input::QemuFailed(failure("QEMU")),
+            5 => Input::GuestResumed,
+            6 => Input::Reconnected,
+            7 => Input::Resolve(Resolution::ResumeHere {
+                peer_fenced: bool::arbitrary(input)?,
+            }),
+            8 => Input::Resolve(Resolution::Abandon {
+                peer_fenced: bool::arbitrary(input)?,
+            }),
+            10 => Input::StartPostcopy,
+            11 => Input::Recover,
+            _ => Input::Pushed {
+                channel: ChannelId(u16::from(u8::arbitrary(input)? % 4)),
+                // One that was never pushed.
+                batch: u64::MAX - u64::from(u8::arbitrary(input)?),
+                pushed: Pushed::default(),
+            },
         })
     }
 
@@ -345,14 +336,18 @@ impl World {
     }
 
     fn handle(&mut self, input: Input) {
-        self.note(&input);
+        self.facts.note(&input);
         // What the guest is asked to hold goes in pieces.
         let most = match &input {
             Input::DeviceState(bytes) => OUTPUTS + bytes.len() / MAX_DEVICE_STATE_CHUNK + 1,
             _ => OUTPUTS,
         };
+        let before = self.engine.state();
+        let is_change = matches!(input, Input::Change(_));
         self.engine.handle(self.now, input);
         self.take_outputs(most);
+        assert_eq!(self.facts.change, None, "it was not answered");
+        assert!(!is_change || self.engine.state() == before, "{before:?}");
         // Woken when it wants to be, it does not want to be woken again at once, for ever.
         let mut ticks = 0;
         while let Some(at) = self.engine.poll_timeout().filter(|at| *at <= self.now) {
@@ -363,61 +358,6 @@ impl World {
             );
             self.engine.handle(self.now, Input::Tick);
             self.take_outputs(OUTPUTS);
-        }
-    }
-
-    fn note(&mut self, input: &Input) {
-        let facts = &mut self.facts;
-        match input {
-            Input::Message(Message::BarrierReached { round })
-                if *round == facts.round && facts.barriers_sent == CHANNELS =>
-            {
-                facts.round_open = true;
-            }
-            Input::Message(Message::Loaded) => facts.loaded = true,
-            Input::Message(Message::Running)
-            | Input::Message(Message::Answer {
-                id: words::ID,
-                standing: Standing::Running,
-            }) => facts.gone |= facts.commits > 0,
-            Input::Resolve(Resolution::Abandon { .. }) => {
-                facts.may_release |= facts.gone;
-                facts.gone |= facts.commits > 0;
-            }
-            // It says that the guest has run, to a source in doubt, too.
-            Input::Message(
-                Message::Whole { id: words::ID, .. }
-                | Message::Abort {
-                    code: AbortCode::Qemu,
-                    ..
-                },
-            ) => {
-                facts.given_back |=
-                    !facts.doubted && matches!(input, Input::Message(Message::Abort { .. }));
-                facts.gone |= facts.doubted && facts.serves;
-                facts.may_release |= facts.gone;
-            }
-            // It ends a connection, and decides nothing any more.
-            Input::Message(Message::Abort { .. }) => facts.given_back |= !facts.doubted,
-            Input::Journaled(Record::Released { .. })
-            | Input::JournalFailed(Record::Released { .. }, _) => {
-                facts.released |= facts.may_release;
-            }
-            Input::Message(Message::Answer {
-                id: words::ID,
-                standing: Standing::Aborted,
-            }) => {
-                // A guest that was heard to run ended before its destination had recorded that.
-                facts.may_release |= facts.gone;
-                facts.given_back = true;
-            }
-            // Without the word that the destination is fenced the operator's wish is not enough.
-            Input::Resolve(Resolution::ResumeHere { peer_fenced: true }) => {
-                facts.given_back |= facts.commits > 0;
-            }
-            Input::Journaled(Record::CommitIntent) => facts.intent = true,
-            Input::Journaled(Record::GuestMoved) => facts.moved_recorded = true,
-            _ => {}
         }
     }
 
@@ -464,7 +404,12 @@ impl World {
                 !(facts.serves && facts.gone) || facts.released || facts.resume_ordered,
                 "memory is let go of: {facts:?}"
             ),
-            Output::Send(_) | Output::Report(_) | Output::Decided(_) | Output::Throttle { .. } => {}
+            Output::Decided(answer) => {
+                if let Some(change) = facts.change.take() {
+                    facts.changed(change, answer.is_ok(), self.now);
+                }
+            }
+            Output::Send(_) | Output::Report(_) | Output::Throttle { .. } => {}
             Output::SendOn(channel, Message::Barrier { round }) => self.barrier(channel, round),
             Output::OpenReads => {
                 assert!(facts.stop_ordered && facts.commits == 0, "{facts:?}");
@@ -512,7 +457,7 @@ impl World {
                 while self.orders.take_first(is_connect).is_some() {}
                 self.orders.add(Order::Connect);
             }
-            Output::Finished(end) => self.finished(end.state),
+            Output::Finished(end) => facts.ends(end.state),
         }
     }
 
@@ -544,6 +489,10 @@ impl World {
         assert!(*lane <= MAX_BATCHES_PER_CHANNEL);
         assert!((1..=MAX_RUNS).contains(&batch.runs.len()));
         assert!(bytes(&batch) <= MAX_BATCH_BYTES);
+        assert!(
+            facts.ledger.goes(bytes(&batch), self.now),
+            "faster than the limit: {facts:?}"
+        );
         let block = batch.runs[0].block;
         let pages = blocks()[usize::from(block.0)].pages();
         assert!(
@@ -571,20 +520,6 @@ impl World {
             ref other => panic!("the source writes {other:?}"),
         }
         self.orders.add(Order::Journal(record));
-    }
-
-    fn finished(&mut self, state: State) {
-        let facts = &mut self.facts;
-        match state {
-            State::Completed => assert!(facts.gone, "{facts:?}"),
-            State::InDoubt => assert!(facts.commits > 0 && !facts.resume_ordered, "{facts:?}"),
-            _ => assert!(
-                !facts.stop_ordered || facts.resume_ordered || facts.released,
-                "the guest was left stopped: {facts:?}"
-            ),
-        }
-        facts.finished = state != State::InDoubt;
-        facts.doubted |= state == State::InDoubt;
     }
 }
 

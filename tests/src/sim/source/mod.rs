@@ -5,6 +5,7 @@
 //! nothing armed in the kernel.
 
 mod channels;
+mod limits;
 mod outputs;
 mod qemu;
 mod serving;
@@ -38,6 +39,7 @@ use super::qemu::{self as machine, SourceState};
 use super::ram::{SimRam, SimTracker};
 use super::rng::Rng;
 use super::tally::Happened;
+use limits::Limits;
 
 /// How long the daemon gives its last messages before it closes the connection.
 const LINGER: Duration = Duration::from_millis(200);
@@ -121,6 +123,7 @@ pub(super) struct SourceSide {
     versions: u64,
     /// Per data channel, if channels copy what they are given.
     buffers: Vec<Arc<SimRam>>,
+    limits: Limits,
 }
 
 impl SourceSide {
@@ -170,6 +173,7 @@ impl SourceSide {
             listed: (0, None),
             versions: plan.wanted.versions,
             buffers,
+            limits: Limits::new(env),
         }
     }
 
@@ -385,6 +389,9 @@ impl Driver for SourceSide {
     }
 
     fn about_to_hear(&mut self, env: &mut Env, input: &Input) {
+        if let Some(state) = self.state() {
+            self.limits.about_to_hear(env, input, state);
+        }
         if self.qemu.state == SourceState::Gone {
             env.checker.rollback_excused();
         } else if is_failure(input) && !self.commit_sent && !self.resume_failed {
@@ -415,6 +422,7 @@ impl Driver for SourceSide {
             return;
         }
         env.note("source", format_args!("the daemon dies"));
+        self.limits.forget();
         self.end_daemon(env, host);
         self.daemon = None;
         // What slows the guest is a thread of the daemon.

@@ -84,7 +84,10 @@ impl SourceSide {
             Output::Detach => self.detach(env),
             Output::QuitGuest => self.quit_guest(env),
             Output::Connect => self.will_connect(env, false),
-            Output::Decided(result) => env.note("operator", format_args!("is told: {result:?}")),
+            Output::Decided(result) => {
+                env.note("operator", format_args!("is told: {result:?}"));
+                self.limits.decided(env, result.is_ok(), self.commit_sent);
+            }
             Output::Report(_) => {}
             Output::Finished(finished) => self.finished(env, finished),
         }
@@ -314,6 +317,7 @@ impl SourceSide {
     }
 
     fn push(&mut self, env: &mut Env, channel: ChannelId, batch: Batch) {
+        self.limits.push(env, bytes(&batch, &env.plan.blocks));
         let Some(data) = self.data_lane(channel) else {
             return;
         };
