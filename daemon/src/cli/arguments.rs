@@ -263,9 +263,9 @@ pub struct To {
     /// one that preflight ranks best; auto is for those in the daemon's configuration (destinations)
     #[arg(
         long = "to",
-        value_name = "HOST:PORT,...|auto",
+        value_name = "HOST:PORT,...",
         value_delimiter = ',',
-        required = true
+        default_value = "auto"
     )]
     pub all: Vec<String>,
     /// Try again so often, after 1, 2, 4 ... 60 s, where it fails by the network, the other host or the guest's writes and the guest
@@ -514,14 +514,16 @@ mod tests {
 
     #[test]
     fn an_evacuation_takes_what_a_migration_takes() {
-        let parse = |words: &[&str]| {
-            let words = [&["pagecopy", "evacuate", "--to", "b:7070"], words].concat();
+        let parse_all = |words: &[&str]| {
+            let words = [&["pagecopy", "evacuate"], words].concat();
             match Arguments::try_parse_from(words).map(|arguments| arguments.command) {
                 Ok(Command::Evacuate(arguments)) => Ok(arguments),
                 Ok(other) => Err(format!("{other:?}")),
                 Err(error) => Err(error.to_string()),
             }
         };
+        let parse = |words: &[&str]| parse_all(&[&["--to", "b:7070"], words].concat());
+        assert_eq!(parse_all(&[]).unwrap().to.all, ["auto"]);
         let all = parse(&["--spawn", "--mode", "hybrid", "--vms", "a,b", "--vms", "c"]).unwrap();
         assert_eq!(all.vms, ["a", "b", "c"]);
         let request = all.how.request("a", Path::new("/q"), &all.to.all[0]);

@@ -18,6 +18,8 @@ use super::tell::Tell;
 use crate::preflight::memory::CHECK as MEMORY;
 use crate::preflight::{Preflight, PreflightRequest};
 
+/// What the line about a destination that cannot be reached is called.
+const NETWORK: &str = "network";
 /// For those that the configuration of this host names.
 const AUTO: &str = "auto";
 
@@ -35,7 +37,11 @@ pub(super) struct Wanted<'a> {
 pub(super) enum Choice {
     To(String),
     /// Nobody can take it, and why not.
-    Nowhere(CliError),
+    Nowhere {
+        why: CliError,
+        /// One could not be reached, which may pass.
+        may_pass: bool,
+    },
 }
 
 /// A destination, and what was found on the way to it.
@@ -47,6 +53,8 @@ struct Candidate {
     predicted_ms: Option<f64>,
     /// What is worst about it, and what to do; none where everything passes.
     why: Option<(String, String)>,
+    /// Nothing fails but that it could not be reached.
+    is_away: bool,
 }
 
 /// The destinations that were named, by themselves or in the configuration of this host.
@@ -96,13 +104,16 @@ pub(super) async fn choose(
     tell(&candidates, wanted.vm, told);
     match candidates.first() {
         Some(best) if best.verdict != Verdict::Fail => Ok(Choice::To(best.to.clone())),
-        _ => Ok(Choice::Nowhere(CliError::new(
-            format!(
-                "none of the {} destinations can take the guest, which runs on here",
-                candidates.len()
+        _ => Ok(Choice::Nowhere {
+            why: CliError::new(
+                format!(
+                    "none of the {} destinations can take the guest, which runs on here",
+                    candidates.len()
+                ),
+                "see what fails at each, above; `pagecopy preflight --to HOST:PORT` says all of it",
             ),
-            "see what fails at each, above; `pagecopy preflight --to HOST:PORT` says all of it",
-        ))),
+            may_pass: candidates.iter().any(|one| one.is_away),
+        }),
     }
 }
 
@@ -121,6 +132,7 @@ async fn look(client: &Client, wanted: Wanted<'_>, to: &str) -> Result<Candidate
             verdict: Verdict::Fail,
             predicted_ms: None,
             why: Some((error.what, error.remedy)),
+            is_away: false,
         }),
     }
 }
@@ -142,11 +154,14 @@ impl Candidate {
             .lines
             .iter()
             .find(|line| worst != Verdict::Pass && verdict(line, force) == worst);
+        let fails = |line: &&Line| verdict(line, force) == Verdict::Fail;
+        let mut failing = found.lines.iter().filter(fails);
         Candidate {
             to: to.to_owned(),
             verdict: worst,
             predicted_ms: found.predicted.map(|predicted| predicted.total_ms.likely),
             why: why.map(|line| (line.what(), line.remedy.clone())),
+            is_away: worst == Verdict::Fail && failing.all(|line| line.check == NETWORK),
         }
     }
 
@@ -208,6 +223,7 @@ mod tests {
             verdict,
             predicted_ms,
             why: None,
+            is_away: false,
         }
     }
 

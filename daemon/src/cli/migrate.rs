@@ -23,7 +23,7 @@ pub(super) async fn migrate(client: &Client, arguments: MigrateArguments) -> u8 
     loop {
         let mut seen = Seen::default();
         let ended = follow(client, &arguments, &mut seen, &mut retries).await;
-        if let (Ok(_), Some(pause)) = (&ended, retries.next.take()) {
+        if let Some(pause) = retries.next.take() {
             retries.note(json, pause);
             tokio::select! {
                 () = tokio::time::sleep(pause) => continue,
@@ -80,7 +80,12 @@ async fn follow(
     };
     let to = match choose(client, wanted, Tell::new(as_json)).await? {
         Choice::To(to) => to,
-        Choice::Nowhere(why) => return Err(why),
+        Choice::Nowhere { why, may_pass } => {
+            if may_pass {
+                retries.next = retries.after_nobody(&why.what);
+            }
+            return Err(why);
+        }
     };
     let begun = client
         .post("/v1/migrations", &arguments.request(&to))

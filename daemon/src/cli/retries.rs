@@ -52,15 +52,24 @@ impl Retries {
 
     /// An attempt has ended so: after how long there is another, if there is.
     pub(super) fn again(&mut self, finished: &Finished, interrupted: bool) -> Option<Duration> {
-        if self.left == 0 || interrupted || !may_help(finished) {
+        if interrupted || !may_help(finished) {
             return None;
         }
-        self.left -= 1;
+        self.once_more(json!({
+            "id": finished.id, "at_ms": finished.at_ms, "error": finished.error, "fault": finished.fault,
+        }))
+    }
+
+    /// None of several destinations could be chosen, since one could not be reached: nothing was begun, and that may pass.
+    pub(super) fn after_nobody(&mut self, why: &str) -> Option<Duration> {
+        self.once_more(json!({ "id": null, "error": why, "fault": Fault::Network }))
+    }
+
+    fn once_more(&mut self, failed: Value) -> Option<Duration> {
+        self.left = self.left.checked_sub(1)?;
         let pause = self.pause;
         self.pause = LONGEST_PAUSE.min(self.pause * 2);
-        self.failed.push(json!({
-            "id": finished.id, "at_ms": finished.at_ms, "error": finished.error, "fault": finished.fault,
-        }));
+        self.failed.push(failed);
         Some(pause)
     }
 
@@ -153,6 +162,10 @@ mod tests {
         assert_eq!(event["event"], "finished");
         assert_eq!(event["attempts"].as_array().map(Vec::len), Some(8));
         assert_eq!(event["attempts"][0]["fault"], "network");
+        let mut once = Retries::new(1);
+        assert_eq!(once.after_nobody("away"), Some(FIRST_PAUSE));
+        assert_eq!(once.after_nobody("away"), None);
+        assert_eq!(once.failed()[0]["fault"], "network");
         let (_, alone) = after(&mut Retries::new(0), &end);
         assert_eq!(
             alone,

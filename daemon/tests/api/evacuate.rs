@@ -273,7 +273,11 @@ fn of_several_destinations_each_guest_has_its_own_and_stays_where_none_takes_it(
         .iter()
         .map(|one| one["vm"].as_str().unwrap())
         .collect();
-    assert_eq!(guests, ["small", "stopped", "large"]);
+    let order = ["small", "stopped", "large"];
+    assert_eq!(
+        guests, order,
+        "these QEMUs would not do another time, either"
+    );
     for one in chosen {
         assert!(one["to"].is_null(), "{one}");
         assert_eq!(one["ranked"].as_array().map(Vec::len), Some(2), "{one}");

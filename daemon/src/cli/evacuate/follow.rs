@@ -24,7 +24,7 @@ use super::super::tell::Tell;
 use super::gone::Gone;
 use super::plan::Leaving;
 use crate::api::types::Begun;
-use crate::migrations::{Finished, Shown};
+use crate::migrations::Shown;
 
 /// How often it is asked how they are.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -37,6 +37,8 @@ enum Asked {
     /// The queue is full, or the daemon away: later.
     Later(CliError),
     Refused(CliError),
+    /// No destination could be reached, which may pass.
+    Nobody(CliError),
 }
 
 /// Moves all of them to one of these; returns when nothing more is to be waited for, or nobody wants to wait.
@@ -115,9 +117,9 @@ impl Guest {
         }
     }
 
-    /// Its migration has failed so. Says after how long there is another, if there is; that is none of the one before.
-    fn try_again(&mut self, finished: &Finished) -> Option<Duration> {
-        let pause = self.retries.again(finished, false)?;
+    /// It has failed. With a pause it is tried again after it, and is nothing of the attempt before.
+    fn try_again(&mut self, pause: Option<Duration>) -> Option<Duration> {
+        let pause = pause?;
         self.due = Some(Instant::now() + pause);
         self.leaving.id = None;
         self.gone = Gone {
@@ -180,6 +182,15 @@ impl Evacuation<'_> {
             let guest = &mut self.guests[index];
             match asked {
                 Asked::Taken(id) => guest.gone.id = Some(id),
+                Asked::Nobody(error) => {
+                    let pause = guest.retries.after_nobody(&error.what);
+                    if let Some(pause) = guest.try_again(pause) {
+                        tell_attempt(self.tell, &guest.gone, pause);
+                        continue;
+                    }
+                    guest.gone.fail(State::Failed, &error.what, &error.remedy);
+                    tell_change(self.tell, &guest.gone);
+                }
                 Asked::Refused(error) => {
                     guest.gone.fail(State::Failed, &error.what, &error.remedy);
                     tell_change(self.tell, &guest.gone);
@@ -206,7 +217,12 @@ impl Evacuation<'_> {
         };
         let to = match choice {
             Ok(Choice::To(to)) => to,
-            Ok(Choice::Nowhere(why)) => return Asked::Refused(why),
+            Ok(Choice::Nowhere { why, may_pass }) => {
+                return match may_pass {
+                    true => Asked::Nobody(why),
+                    false => Asked::Refused(why),
+                };
+            }
             Err(error) if error.status.is_none() => return Asked::Later(error),
             Err(error) => return Asked::Refused(error),
         };
@@ -268,7 +284,8 @@ impl Evacuation<'_> {
             }
             let finished = shown.and_then(|shown| shown.finished.as_ref());
             let again = finished.filter(|_| guest.gone.state == State::Failed && !interrupted);
-            match again.and_then(|finished| guest.try_again(finished)) {
+            let pause = again.and_then(|finished| guest.retries.again(finished, false));
+            match guest.try_again(pause) {
                 Some(pause) => tell_attempt(tell, &guest.gone, pause),
                 None => tell_change(tell, &guest.gone),
             }
