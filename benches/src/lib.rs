@@ -5,6 +5,7 @@
 
 pub mod faults;
 pub mod link;
+pub mod rdma;
 pub mod record;
 pub mod report;
 pub mod series;

@@ -7,7 +7,7 @@
 //! `-S` that resumes by itself.
 //!
 //! What comes out is one JSON file and one page for people, both written again after each run. With `--faults`, see
-//! [`benches::faults`].
+//! [`benches::faults`]; with `--transport rdma`, [`benches::rdma`].
 
 mod args;
 mod limits;
@@ -32,6 +32,9 @@ use self::args::Args;
 fn main() -> ExitCode {
     if std::env::args().any(|word| word == "--faults") {
         return benches::faults::run(std::env::args().skip(1));
+    }
+    if std::env::args().any(|word| word == "--transport" || word.starts_with("--transport=")) {
+        return benches::rdma::run(std::env::args());
     }
     let args = Args::parse();
     match dispatch(&args) {
