@@ -3,14 +3,24 @@
 # The kernel and its busybox are Debian's packages, fetched through a private apt directory into the cache and never
 # installed. $kernel is the folder: vmlinux, the kernel unpacked, and root, with its modules and busybox.
 
-suite=bookworm-backports
-kernel=$cache/vm-$suite
+# use_kernel VERSION: from here on that is the kernel: 6.12, what Debian 12 and 13 run, or 7.3, whose soft-RoCE knows network
+# namespaces and on-demand paging.
+use_kernel() {
+    kernel_version=$1
+    case $kernel_version in
+        6.12) suite=bookworm-backports ;;
+        7.3) suite=trixie-backports ;;
+        *) die "no kernel $kernel_version: 6.12 and 7.3 are known" ;;
+    esac
+    kernel=$cache/vm-$suite
+}
+use_kernel 6.12
 
 # provide_kernel: makes the folder, if it is not there.
 provide_kernel() {
     [[ ! -e $kernel/vmlinux ]] || return 0
     have zstd || die "zstd is missing: run scripts/install"
-    say "fetching a kernel 6.12 from $suite"
+    say "fetching a kernel $kernel_version from $suite"
     # Two scripts may do this at once: each builds under a name of its own, and one is the quicker.
     local new=$kernel.new.$$
     mkdir -p "$new"
@@ -19,19 +29,25 @@ provide_kernel() {
     rm -rf "$new"
 }
 
-# fetch_kernel DIR: downloads the suite's newest 6.12 and unpacks it: DIR/root, DIR/vmlinux.
+# fetch_kernel DIR: downloads the suite's newest of that version and unpacks it: DIR/root, DIR/vmlinux.
 fetch_kernel() {
-    local dir=$1 package deb
-    private_apt "$dir/apt" bookworm "$suite"
+    local dir=$1 package packages deb folder
+    private_apt "$dir/apt" "${suite%-backports}" "$suite"
     apt_options+=(-o "APT::Default-Release=$suite")
     package=$(apt-cache "${apt_options[@]}" depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-[^ ]*\).*/\1/p')
-    [[ $package == linux-image-6.12.* ]] || die "$suite has '$package' and no kernel 6.12"
-    (cd "$dir/apt" && apt-get "${apt_options[@]}" download "$package" busybox-static >&2)
+    [[ $package == linux-image-"$kernel_version".* ]] || die "$suite has '$package' and no kernel $kernel_version"
+    packages=("$package" busybox-static)
+    # Later ones come in pieces.
+    [[ $kernel_version == 6.* ]] || packages+=("${package/image/binary}" "${package/image/modules}")
+    (cd "$dir/apt" && apt-get "${apt_options[@]}" download "${packages[@]}" >&2)
     for deb in "$dir"/apt/*.deb; do
         dpkg -x "$deb" "$dir/root"
     done
     rm -rf "$dir/apt"
-    unpack_kernel "$dir"/root/boot/vmlinuz-* >"$dir/vmlinux"
+    for folder in bin lib; do
+        [[ -e $dir/root/$folder ]] || ln -s "usr/$folder" "$dir/root/$folder"
+    done
+    unpack_kernel "$(find "$dir/root" -name 'vmlinuz*' | head -n 1)" >"$dir/vmlinux"
     "$dir/root/bin/busybox" depmod -b "$dir/root" "$(basename "$dir"/root/lib/modules/*)"
 }
 

@@ -6,6 +6,7 @@
 pub mod faults;
 pub mod link;
 pub mod predictions;
+pub mod rdma;
 pub mod record;
 pub mod report;
 pub mod series;

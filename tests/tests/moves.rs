@@ -19,6 +19,7 @@ const GENEROUS_DOWNTIME: Duration = Duration::from_millis(1000);
 fn assert_figures(finished: &serde_json::Value, transport: &str) {
     assert_eq!(finished["mode"], "precopy");
     assert_eq!(finished["transport"], transport);
+    assert_eq!(finished["transport_at_end"], transport);
     for figure in [
         "total_ms",
         "downtime_ms",

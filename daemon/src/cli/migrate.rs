@@ -186,7 +186,7 @@ fn tell(vm: &str, finished: &Finished) {
         finished.figures.pages_sent,
         finished.figures.pages_zero,
         show_bytes(finished.bytes_on_wire),
-        finished.transport.as_deref().unwrap_or("nothing"),
+        over(finished),
     );
     let encoded = finished.figures.encoded;
     if encoded.bytes() > 0 {
@@ -237,12 +237,21 @@ fn in_words(predicted: &Outcome) -> String {
     )
 }
 
+/// What the pages moved over, from the beginning to the end.
+fn over(finished: &Finished) -> String {
+    match (&finished.transport, &finished.transport_at_end) {
+        (Some(began), Some(ended)) if began != ended => format!("{began}, in the end {ended}"),
+        (Some(began), _) => began.clone(),
+        (None, _) => "nothing".to_owned(),
+    }
+}
+
 /// The last line of `--json` when there is none from the daemon.
 fn cut_short(id: Option<&str>, status: State, error: &CliError) -> Value {
     let figures = serde_json::to_value(Figures::default()).unwrap_or(Value::Null);
     let mut event = json!({
-        "event": "finished", "id": id, "status": status, "mode": "precopy", "transport": null, "bytes_on_wire": 0,
-        "error": error.to_string(), "remedy": error.remedy,
+        "event": "finished", "id": id, "status": status, "mode": "precopy", "transport": null,
+        "transport_at_end": null, "bytes_on_wire": 0, "error": error.to_string(), "remedy": error.remedy,
     });
     if let (Value::Object(event), Value::Object(figures)) = (&mut event, figures) {
         event.extend(figures);

@@ -11,9 +11,9 @@ mod meter;
 pub mod source;
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Waker;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -171,14 +171,28 @@ impl Ops {
     }
 }
 
-/// Bytes that a lane has moved, readable from elsewhere.
-#[derive(Debug, Default)]
+/// What a lane has moved and goes over, readable from elsewhere.
+#[derive(Debug)]
 pub struct Moved {
     sent: AtomicU64,
     received: AtomicU64,
+    kind: Mutex<&'static str>,
 }
 
 impl Moved {
+    fn over(kind: &'static str) -> Moved {
+        Moved {
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            kind: Mutex::new(kind),
+        }
+    }
+
+    /// The transport's name of the channel, which is another one while RDMA is broken.
+    pub fn kind(&self) -> &'static str {
+        *self.kind.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Bytes on the wire, to the peer.
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
@@ -226,7 +240,11 @@ impl<C: Send + 'static> Lane<C> {
         tell: impl Fn(Told) + Send + 'static,
     ) -> Result<Lane<C>, Failure> {
         let (orders, queue) = self::channel();
-        let (waker, kind, moved) = (channel.waker(), channel.kind(), Arc::new(Moved::default()));
+        let (waker, kind, moved) = (
+            channel.waker(),
+            channel.kind(),
+            Arc::new(Moved::over(channel.kind())),
+        );
         let backlog = Arc::new(Backlog {
             count: AtomicUsize::new(0),
             waker: waker.clone(),
@@ -242,6 +260,7 @@ impl<C: Send + 'static> Lane<C> {
             events,
             queue,
             ops: Ops::default(),
+            kind,
             moved: Arc::clone(&moved),
         };
         let thread = std::thread::Builder::new()
@@ -288,7 +307,7 @@ impl<C: Send + 'static> Lane<C> {
         Some(channel)
     }
 
-    /// The transport's name of the channel.
+    /// The transport's name of the channel, as it was when this began.
     pub fn kind(&self) -> &'static str {
         self.kind
     }
@@ -322,6 +341,8 @@ struct Driver<H: Handler> {
     events: Events,
     queue: Receiver<Order<H::Command>>,
     ops: Ops,
+    /// What it went over when that was last looked at.
+    kind: &'static str,
     moved: Arc<Moved>,
 }
 
@@ -453,5 +474,14 @@ impl<H: Handler> Driver<H> {
         self.handler.moved(stats.sent);
         self.moved.sent.store(stats.sent, Ordering::Relaxed);
         self.moved.received.store(stats.received, Ordering::Relaxed);
+        let kind = self.channel.kind();
+        if kind != self.kind {
+            self.kind = kind;
+            *self
+                .moved
+                .kind
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = kind;
+        }
     }
 }

@@ -26,8 +26,11 @@ pub struct Finished {
     pub status: State,
     /// How it moved: `precopy`, `hybrid` or `postcopy`.
     pub mode: String,
-    /// `tcp`, `tls`, `unix` or `rdma`; none before there was a connection.
+    /// What its pages began to move over: `tcp`, `tls`, `unix` or `rdma`; none before there was a connection.
     pub transport: Option<String>,
+    /// What they moved over in the end: another where RDMA broke and was not taken again.
+    #[serde(default)]
+    pub transport_at_end: Option<String>,
     /// Bytes on all channels, both ways, headers and encryption included.
     pub bytes_on_wire: u64,
     /// Why, unless completed, in one line: what, whose fault, what to do.
@@ -62,6 +65,7 @@ impl Finished {
             status,
             mode: figures.way().word().to_owned(),
             transport: None,
+            transport_at_end: None,
             bytes_on_wire: 0,
             error: failure.map(|failure| failure::Shown(failure).to_string()),
             fault: failure.map(|failure| failure.fault),

@@ -22,12 +22,12 @@ const CALL_LIMIT: Duration = Duration::from_secs(2);
 /// How often who listens looks whether there are channels left.
 const TURN: Duration = Duration::from_millis(500);
 
-/// Calls `to` for every channel that has fallen.
+/// Calls `to` for every channel that has fallen: the address of its number in turn first, then the others.
 ///
 /// # Errors
 /// There is no thread left.
 pub(super) fn dial(
-    to: SocketAddr,
+    to: Vec<SocketAddr>,
     calls: Vec<(Weak<Berth>, Call)>,
     bells: Receiver<()>,
 ) -> io::Result<()> {
@@ -43,7 +43,7 @@ pub(super) fn dial(
                     return;
                 }
                 (pause, last) = ((2 * pause).min(PAUSES.1), Instant::now());
-                call_all(to, &calls);
+                call_all(&to, &calls);
             }
         }
     });
@@ -51,15 +51,28 @@ pub(super) fn dial(
     thread.spawn(dial).map(|_| ())
 }
 
-fn call_all(to: SocketAddr, calls: &[(Weak<Berth>, Call)]) {
-    for (berth, call) in calls {
+fn call_all(to: &[SocketAddr], calls: &[(Weak<Berth>, Call)]) {
+    let mut deaf = Vec::new();
+    for (number, (berth, call)) in calls.iter().enumerate() {
         let Some(berth) = berth.upgrade().filter(|berth| berth.wants()) else {
             continue;
         };
-        match rdma::connect(to, call, &berth.memory(), CALL_LIMIT) {
-            Ok(rail) => berth.put(Box::new(rail)),
-            // The others would fare no better.
-            Err(error) => return tracing::debug!(%to, %error, "no RDMA yet"),
+        for turn in 0..to.len() {
+            let at = to[(number + turn) % to.len()];
+            // The other channels would fare no better.
+            if deaf.contains(&at) {
+                continue;
+            }
+            match rdma::connect(at, call, &berth.memory(), CALL_LIMIT) {
+                Ok(rail) => {
+                    berth.put(Box::new(rail));
+                    break;
+                }
+                Err(error) => {
+                    tracing::debug!(to = %at, %error, "no RDMA yet");
+                    deaf.push(at);
+                }
+            }
         }
     }
 }
@@ -85,14 +98,14 @@ fn wait(bells: &Receiver<()>, pause: Duration) -> bool {
 /// # Errors
 /// There is no thread left.
 pub(super) fn answer(
-    listener: Listener,
+    listeners: Vec<Listener>,
     secret: [u8; 32],
     berths: Vec<Weak<Berth>>,
     bells: Receiver<()>,
 ) -> io::Result<()> {
     let answer = log::inherited(move || {
         while bells.try_recv() != Err(TryRecvError::Disconnected) {
-            match listener.accept(TURN) {
+            match Listener::accept_any(&listeners, TURN) {
                 Ok(None) => continue,
                 Ok(Some(pending)) => {
                     let admitted = pending.establish(GREETS, |call| {

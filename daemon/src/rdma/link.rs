@@ -18,12 +18,15 @@ use super::{Hearer, Plan, Rdma, again, chunk, pin_limit, usable};
 use crate::dial::DIAL_LIMIT;
 use crate::limits::{GATHER_LIMIT, MAX_GATHERING_RDMA};
 
+/// Most devices that one migration goes over.
+const MAX_RAILS: usize = 8;
+
 /// Connections whose channels are being made over RDMA, each of which keeps a thread waiting.
 static GATHERING: AtomicUsize = AtomicUsize::new(0);
 
 /// What came of asking.
 pub(crate) enum Asked {
-    /// The data channels go over RDMA now, to that address.
+    /// The data channels go over RDMA now, to these addresses.
     Over(Vec<Box<dyn Channel>>, String),
     /// They stay as they are, and why.
     Declined(Vec<Box<dyn Channel>>, String),
@@ -61,40 +64,81 @@ pub(crate) fn ask(mut channels: Vec<Box<dyn Channel>>, regions: &Regions, plan: 
     if address.is_empty() {
         return Asked::Declined(channels, reason);
     }
-    let to: SocketAddr = match address.parse() {
-        Ok(to) => to,
-        Err(_) => return Asked::Spoiled("the destination gives no address".to_owned()),
+    let Some(mut to) = parse(&address) else {
+        return Asked::Spoiled("the destination gives no address".to_owned());
     };
-    if !plan.allowed.includes(to.ip()) {
+    to.retain(|to| plan.allowed.includes(to.ip()));
+    if to.is_empty() {
         let networks = networks(&plan.allowed);
         return Asked::Spoiled(format!(
-            "the destination listens at {}, which is not in this host's networks of [rdma] ({networks})",
-            to.ip()
+            "the destination listens at {address}, which is not in this host's networks of [rdma] ({networks})"
         ));
     }
+    to.truncate(rails_for(plan.bytes, plan.pin_limit));
     let memory = Memory::new(regions, settings(plan.bytes, plan.pin_limit));
     let call = |channel| Call {
         secret: secret.0,
         channel,
         channels: data,
     };
-    let mut rails = Vec::new();
-    for channel in 0..data {
-        match rdma::connect(to, &call(channel), &memory, DIAL_LIMIT) {
-            Ok(rail) => rails.push(rail),
-            Err(error) => return Asked::Spoiled(format!("{to} cannot be called: {error}")),
-        }
-    }
+    let rails = match call_all(&mut to, (0..data).map(call), &memory) {
+        Ok(rails) => rails,
+        Err(error) => return Asked::Spoiled(error),
+    };
     let beside = channels.split_off(1);
     let made = beside_tcp(rails, beside, true, &memory, plan.hearer.clone());
     let calls = made.berths.into_iter().zip((0..).map(call)).collect();
+    let told = listed(to.iter());
     match again::dial(to, calls, made.bells) {
         Ok(()) => {
             channels.extend(made.channels);
-            Asked::Over(channels, to.to_string())
+            Asked::Over(channels, told)
         }
         Err(error) => Asked::Spoiled(format!("no thread: {error}")),
     }
+}
+
+/// Makes each call at the next address in turn. One that cannot be called is left out of `to`, as long as there are others.
+fn call_all(
+    to: &mut Vec<SocketAddr>,
+    calls: impl Iterator<Item = Call>,
+    memory: &Memory,
+) -> Result<Vec<RdmaChannel>, String> {
+    let mut rails = Vec::new();
+    for call in calls {
+        rails.push(loop {
+            let at = to[rails.len() % to.len()];
+            let limit = DIAL_LIMIT / if to.len() > 1 { 2 } else { 1 };
+            match rdma::connect(at, &call, memory, limit) {
+                Ok(rail) => break rail,
+                Err(error) if to.len() > 1 => {
+                    tracing::warn!(%at, %error, "this address is left out");
+                    to.retain(|it| *it != at);
+                }
+                Err(error) => return Err(format!("{at} cannot be called: {error}")),
+            }
+        });
+    }
+    Ok(rails)
+}
+
+/// The addresses of an answer.
+fn parse(addresses: &str) -> Option<Vec<SocketAddr>> {
+    let all = addresses.split(',').map(str::parse);
+    let all: Vec<SocketAddr> = all.collect::<Result<_, _>>().ok()?;
+    (all.len() <= MAX_RAILS).then_some(all)
+}
+
+/// As `parse` reads them.
+fn listed<'a>(addresses: impl Iterator<Item = &'a SocketAddr>) -> String {
+    let all: Vec<String> = addresses.map(ToString::to_string).collect();
+    all.join(",")
+}
+
+/// How many devices a guest with so many bytes may go over: each of them pins all of it.
+fn rails_for(bytes: u64, pin_limit: Option<u64>) -> usize {
+    let fit = pin_limit.map_or(u64::MAX, |limit| limit / bytes.max(1));
+    usize::try_from(fit).map_or(MAX_RAILS, |fit| fit.clamp(1, MAX_RAILS))
 }
 
 /// Channels over RDMA beside those over TCP, and what is needed to make them again.
@@ -170,7 +214,8 @@ fn settings(bytes: u64, pin_limit: Option<u64>) -> Settings {
     Settings {
         chunk: chunk(bytes),
         pin_limit,
-        ..Settings::default()
+        // Only whole pages of the guest are written and read.
+        on_demand: true,
     }
 }
 
@@ -181,7 +226,7 @@ fn networks(allowed: &Rdma) -> String {
 
 /// A destination that listens for the calls of one connection.
 pub(crate) struct Waiting {
-    listener: Listener,
+    listeners: Vec<Listener>,
     secret: [u8; 32],
     channels: u16,
     settings: Settings,
@@ -189,8 +234,8 @@ pub(crate) struct Waiting {
 }
 
 impl Waiting {
-    /// Listens for `channels` calls, of a guest with so many bytes of RAM, at an address of an RDMA device in an allowed
-    /// network.
+    /// Listens for `channels` calls, of a guest with so many bytes of RAM, at an address of each RDMA device that has one in
+    /// an allowed network.
     ///
     /// # Errors
     /// Why this host takes no part.
@@ -204,19 +249,28 @@ impl Waiting {
         let addresses = if_addrs::get_if_addrs()
             .map_err(|error| format!("this host's addresses are not known: {error}"))?;
         let addresses = addresses.iter().map(if_addrs::Interface::ip);
-        let listener = addresses
-            .filter(|ip| allowed.includes(*ip))
-            .find_map(|ip| Listener::bind(SocketAddr::new(ip, 0)).ok())
-            .ok_or_else(|| {
-                let networks = networks(allowed);
-                format!("no RDMA device here has an address in the networks of [rdma] ({networks})")
-            })?;
+        let most = rails_for(bytes, limit).min(usize::from(channels).max(1));
+        let mut listeners: Vec<Listener> = Vec::new();
+        for ip in addresses.filter(|ip| allowed.includes(*ip)) {
+            if let Ok(listener) = Listener::bind(SocketAddr::new(ip, 0))
+                && listeners.len() < most
+                && !listeners.iter().any(|it| it.shares_device(&listener))
+            {
+                listeners.push(listener);
+            }
+        }
+        if listeners.is_empty() {
+            let networks = networks(allowed);
+            return Err(format!(
+                "no RDMA device here has an address in the networks of [rdma] ({networks})"
+            ));
+        }
         let mut secret = [0; 32];
         // Random, but for six bits each that say the version.
         secret[..16].copy_from_slice(Uuid::new_v4().as_bytes());
         secret[16..].copy_from_slice(Uuid::new_v4().as_bytes());
         Ok(Waiting {
-            listener,
+            listeners,
             secret,
             channels,
             settings: settings(bytes, limit),
@@ -226,7 +280,8 @@ impl Waiting {
 
     /// Where it listens.
     pub(crate) fn address(&self) -> String {
-        self.listener.local_address().to_string()
+        let all: Vec<SocketAddr> = self.listeners.iter().map(Listener::local_address).collect();
+        listed(all.iter())
     }
 
     /// What a call must hold.
@@ -256,7 +311,7 @@ impl Waiting {
                     self.channels
                 )
             })?;
-            let pending = match self.listener.accept(left) {
+            let pending = match Listener::accept_any(&self.listeners, left) {
                 Ok(Some(pending)) => pending,
                 Ok(None) => continue,
                 Err(error) => return Err(error.to_string()),
@@ -281,7 +336,7 @@ impl Waiting {
         let rails = made.into_values().collect();
         let hearer = Hearer::new(|text| tracing::info!("{text}"));
         let made = beside_tcp(rails, beside, false, &memory, hearer);
-        again::answer(self.listener, self.secret, made.berths, made.bells)
+        again::answer(self.listeners, self.secret, made.berths, made.bells)
             .map_err(|error| format!("no thread: {error}"))?;
         Ok(made.channels)
     }
@@ -306,5 +361,37 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         GATHERING.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_as_they_are_listed() {
+        let text = "192.0.2.1:5,[2001:db8::1]:6";
+        let addresses = parse(text).unwrap();
+        assert_eq!(listed(addresses.iter()), text);
+        let many = ["192.0.2.1:5"; MAX_RAILS + 1].join(",");
+        for wrong in [
+            "",
+            "192.0.2.1",
+            "192.0.2.1:5,",
+            "192.0.2.1:5, 192.0.2.2:5",
+            &many,
+        ] {
+            assert_eq!(parse(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_guest_goes_over_as_many_devices_as_may_pin_all_of_it() {
+        assert_eq!(rails_for(10, None), MAX_RAILS);
+        assert_eq!(rails_for(10, Some(25)), 2);
+        // Less than all is pinned at a time.
+        assert_eq!(rails_for(10, Some(5)), 1);
+        assert_eq!(rails_for(0, Some(5)), 5);
     }
 }

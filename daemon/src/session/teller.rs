@@ -70,7 +70,10 @@ pub(crate) struct Teller {
     migration: Arc<Migration>,
     clock: Clock,
     moved: Vec<Arc<Moved>>,
-    transport: Option<&'static str>,
+    /// Where in `moved` the channels of the last connection begin, its control channel first.
+    connection: usize,
+    began_over: Option<&'static str>,
+    ended_over: Option<&'static str>,
 }
 
 impl Teller {
@@ -80,14 +83,38 @@ impl Teller {
             migration,
             clock,
             moved: Vec::new(),
-            transport: None,
+            connection: 0,
+            began_over: None,
+            ended_over: None,
         }
     }
 
-    /// Counts a lane's bytes from now on.
-    pub(crate) fn add<C: Send>(&mut self, lane: &Lane<C>) {
-        self.transport = Some(lane.kind());
+    /// Counts the bytes of a connection's control channel from now on.
+    pub(crate) fn add_control<C: Send>(&mut self, lane: &Lane<C>) {
+        self.connection = self.moved.len();
         self.moved.push(lane.moved());
+    }
+
+    /// The same for one of its data channels.
+    pub(crate) fn add_data<C: Send>(&mut self, lane: &Lane<C>) {
+        self.began_over.get_or_insert(lane.kind());
+        self.moved.push(lane.moved());
+    }
+
+    /// What the data channels went over when they were given up, where no lane has seen that.
+    pub(crate) fn ended_over(&mut self, kinds: impl Iterator<Item = &'static str>) {
+        self.ended_over = least(kinds).or(self.ended_over);
+    }
+
+    /// What the migration began over and ended over: its data channels, or the control channel where it came to no others.
+    fn over(&self) -> [Option<&'static str>; 2] {
+        let mut last = self.moved.iter().skip(self.connection);
+        let control = last.next().map(|moved| moved.kind());
+        let data = least(last.map(|moved| moved.kind()));
+        [
+            self.began_over.or(control),
+            self.ended_over.or(data).or(control),
+        ]
     }
 
     pub(crate) fn publish(&self, end: &EngineEnd) {
@@ -102,11 +129,21 @@ impl Teller {
         };
         let mut finished = Finished::new(self.id, end.state, end.failure.as_ref(), figures);
         finished.faults = faults;
-        finished.transport = self.transport.map(str::to_owned);
+        [finished.transport, finished.transport_at_end] =
+            self.over().map(|kind| kind.map(str::to_owned));
         finished.bytes_on_wire = self.moved.iter().map(|moved| moved.bytes()).sum();
         log_end(&finished);
         self.migration.finish(finished);
     }
+}
+
+/// RDMA is what they go over when it is so for all of them.
+fn least(mut kinds: impl Iterator<Item = &'static str>) -> Option<&'static str> {
+    let first = kinds.next()?;
+    Some(match first {
+        "rdma" => kinds.find(|kind| *kind != "rdma").unwrap_or(first),
+        other => other,
+    })
 }
 
 fn log_end(end: &Finished) {
@@ -133,4 +170,19 @@ fn log_end(end: &Finished) {
 /// For people: a tenth is enough.
 fn tenths(value: f64) -> f64 {
     (value * 10.0).round() / 10.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn channels_go_over_rdma_when_all_of_them_do() {
+        let over = |kinds: &[&'static str]| least(kinds.iter().copied());
+        assert_eq!(over(&[]), None);
+        assert_eq!(over(&["rdma", "rdma"]), Some("rdma"));
+        assert_eq!(over(&["rdma", "tls"]), Some("tls"));
+        assert_eq!(over(&["tls", "rdma"]), Some("tls"));
+        assert_eq!(over(&["tcp", "tcp"]), Some("tcp"));
+    }
 }

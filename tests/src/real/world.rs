@@ -79,6 +79,17 @@ impl World {
         }
     }
 
+    /// Has the daemons of these hosts allow RDMA over these networks, in the clear; they are started again.
+    pub fn allow_rdma(&mut self, sides: &[Side], networks: &[&str]) {
+        for side in sides {
+            let config = self.daemon(*side).config().to_owned();
+            let table = format!("[rdma]\nallow-plaintext = true\nnetworks = {networks:?}\n");
+            let text = std::fs::read_to_string(&config).expect("the configuration can be read");
+            std::fs::write(&config, text + &table).expect("the configuration can be written");
+            self.restart(*side);
+        }
+    }
+
     /// A host's daemon.
     pub fn daemon(&self, side: Side) -> &Daemon {
         &self.daemons[side as usize]

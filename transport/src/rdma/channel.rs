@@ -359,10 +359,12 @@ impl Channel for RdmaChannel {
         match op {
             Op::Write { region, extents } => {
                 check_extents(self.memory.regions(), region, &extents)?;
+                self.memory.check(&extents)?;
                 self.sender.one_sided(token, true, region, extents);
             }
             Op::Read { region, extents } => {
                 check_extents(self.memory.regions(), region, &extents)?;
+                self.memory.check(&extents)?;
                 self.sender.one_sided(token, false, region, extents);
             }
             Op::Send(message) => {

@@ -158,13 +158,27 @@ impl Listener {
         self.address
     }
 
+    /// Whether both listen at addresses of one device.
+    pub fn shares_device(&self, other: &Listener) -> bool {
+        self.id.device().is_some() && self.id.device() == other.id.device()
+    }
+
     /// The next call, if one comes in time.
     ///
     /// # Errors
     /// [`Error::Io`] when rdma_cm fails.
     pub fn accept(&self, timeout: Duration) -> Result<Option<Pending>, Error> {
+        Listener::accept_any(std::slice::from_ref(self), timeout)
+    }
+
+    /// The next call at any of these, if one comes in time.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when rdma_cm fails.
+    pub fn accept_any(listeners: &[Listener], timeout: Duration) -> Result<Option<Pending>, Error> {
         let end = Instant::now() + timeout;
-        while let Some(event) = next_event(&self.id, end)? {
+        let ids: Vec<&Id> = listeners.iter().map(|listener| &listener.id).collect();
+        while let Some(event) = next_event(&ids, end)? {
             if let Some(id) = event.request {
                 return Ok(Some(Pending {
                     id,
@@ -250,17 +264,22 @@ pub fn connect(
     Ok(channel)
 }
 
-/// The next event until `end`.
-fn next_event(id: &Id, end: Instant) -> Result<Option<CmEvent>, Error> {
+/// The next event of one of these until `end`.
+fn next_event(ids: &[&Id], end: Instant) -> Result<Option<CmEvent>, Error> {
     loop {
-        if let Some(event) = id.next_event()? {
-            return Ok(Some(event));
+        for id in ids {
+            if let Some(event) = id.next_event()? {
+                return Ok(Some(event));
+            }
         }
         let left = end.saturating_duration_since(Instant::now());
-        let (Some(fd), false) = (id.fd(), left.is_zero()) else {
+        let fds = ids.iter().filter_map(|id| id.fd());
+        let mut fds: Vec<_> = fds
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        if fds.is_empty() || left.is_zero() {
             return Ok(None);
-        };
-        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        }
         let left = Timespec::try_from(left).ok();
         match poll(&mut fds, left.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -276,7 +295,7 @@ fn wait_for(id: &Id, wanted: EventKind, end: Instant) -> Result<CmEvent, Error> 
         kind,
         message,
     };
-    while let Some(event) = next_event(id, end)? {
+    while let Some(event) = next_event(&[id], end)? {
         match event.kind {
             kind if kind == wanted => return Ok(event),
             EventKind::Rejected => return Err(rejected(&event)),

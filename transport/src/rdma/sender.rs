@@ -179,11 +179,12 @@ impl Sender {
     pub(super) fn next_batch(&mut self, slots: &Slots, inline: u32) -> Result<Vec<Work>, Error> {
         let mut batch = Vec::new();
         while batch.len() < BATCH && self.in_queue < DEPTH {
-            let before = batch.len();
+            let before = (batch.len(), self.control.len());
             if !self.control_frame(slots, inline, &mut batch) {
                 self.task_step(slots, inline, &mut batch)?;
             }
-            if batch.len() == before {
+            // A step that came to a question for a key goes on with that: nothing else would wake who waits for the answer.
+            if (batch.len(), self.control.len()) == before {
                 break;
             }
         }

@@ -7,7 +7,7 @@
 //! `-S` that resumes by itself.
 //!
 //! What comes out is one JSON file and one page for people, both written again after each run. With `--faults`, see
-//! [`benches::faults`], and with `--predictions` [`benches::predictions`].
+//! [`benches::faults`]; with `--predictions`, [`benches::predictions`]; with `--transport rdma`, [`benches::rdma`].
 
 mod args;
 mod limits;
@@ -36,6 +36,9 @@ fn main() -> ExitCode {
     }
     if wants("--predictions") {
         return benches::predictions::run(std::env::args());
+    }
+    if std::env::args().any(|word| word == "--transport" || word.starts_with("--transport=")) {
+        return benches::rdma::run(std::env::args());
     }
     let args = Args::parse();
     match dispatch(&args) {

@@ -208,6 +208,7 @@ impl Session {
                     faults,
                     report,
                 } = released;
+                self.teller.ended_over(channels.iter().map(|it| it.kind()));
                 self.idle = channels;
                 self.fetch.report = Some(report);
                 Input::Whole { faults }

@@ -124,7 +124,7 @@ impl Session {
         let (lane_events, lanes) = unbounded_channel();
         let mut teller = Teller::new(parts.id, Arc::clone(&parts.migration), parts.clock);
         if let Some(control) = &parts.control {
-            teller.add(control);
+            teller.add_control(control);
         }
         Ok(Session {
             id: parts.id,

@@ -99,7 +99,7 @@ impl Session {
                 let _ = sender.send(told);
             };
             let lane = Lane::start("data", id, channel, handler, (), tell)?;
-            self.teller.add(&lane);
+            self.teller.add_data(&lane);
             self.data.push(lane);
         }
         Ok(())

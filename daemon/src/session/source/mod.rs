@@ -219,7 +219,7 @@ impl Session {
             (),
             self.tell(),
         )?;
-        self.teller.add(&lane);
+        self.teller.add_control(&lane);
         self.control = Some(lane);
         Ok(())
     }
@@ -242,7 +242,7 @@ impl Session {
                 Arc::clone(&self.share),
             );
             let lane = Lane::start("data", id, channel, handler, (), self.tell())?;
-            self.teller.add(&lane);
+            self.teller.add_data(&lane);
             self.data.push(lane);
         }
         Ok(())
