@@ -3,14 +3,14 @@
 # The kernel and its busybox are Debian's packages, fetched through a private apt directory into the cache and never
 # installed. $kernel is the folder: vmlinux, the kernel unpacked, and root, with its modules and busybox.
 
-# use_kernel VERSION: from here on that is the kernel: 6.12, what Debian 12 and 13 run, or 7.3, whose soft-RoCE knows network
-# namespaces and on-demand paging.
+# use_kernel VERSION: from here on that is the kernel: 6.12, what Debian 12 and 13 run, or the newest of Debian's backports, whose
+# soft-RoCE knows network namespaces and on-demand paging (seen with 7.3).
 use_kernel() {
     kernel_version=$1
     case $kernel_version in
         6.12) suite=bookworm-backports ;;
-        7.3) suite=trixie-backports ;;
-        *) die "no kernel $kernel_version: 6.12 and 7.3 are known" ;;
+        newest) suite=trixie-backports ;;
+        *) die "no kernel $kernel_version: 6.12 and newest are known" ;;
     esac
     kernel=$cache/vm-$suite
 }
@@ -20,7 +20,7 @@ use_kernel 6.12
 provide_kernel() {
     [[ ! -e $kernel/vmlinux ]] || return 0
     have zstd || die "zstd is missing: run scripts/install"
-    say "fetching a kernel $kernel_version from $suite"
+    say "fetching the $kernel_version kernel of $suite"
     # Two scripts may do this at once: each builds under a name of its own, and one is the quicker.
     local new=$kernel.new.$$
     mkdir -p "$new"
@@ -29,16 +29,20 @@ provide_kernel() {
     rm -rf "$new"
 }
 
-# fetch_kernel DIR: downloads the suite's newest of that version and unpacks it: DIR/root, DIR/vmlinux.
+# fetch_kernel DIR: downloads the suite's newest (of that version) and unpacks it: DIR/root, DIR/vmlinux.
 fetch_kernel() {
-    local dir=$1 package packages deb folder
+    local dir=$1 package packages piece deb folder
     private_apt "$dir/apt" "${suite%-backports}" "$suite"
     apt_options+=(-o "APT::Default-Release=$suite")
     package=$(apt-cache "${apt_options[@]}" depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-[^ ]*\).*/\1/p')
-    [[ $package == linux-image-"$kernel_version".* ]] || die "$suite has '$package' and no kernel $kernel_version"
+    [[ $package == linux-image-* && ($kernel_version == newest || $package == linux-image-"$kernel_version".*) ]] ||
+        die "$suite has '$package' and no kernel $kernel_version"
     packages=("$package" busybox-static)
     # Later ones come in pieces.
-    [[ $kernel_version == 6.* ]] || packages+=("${package/image/binary}" "${package/image/modules}")
+    for piece in binary modules; do
+        piece=${package/image/$piece}
+        ! apt-cache "${apt_options[@]}" show "$piece" >/dev/null 2>&1 || packages+=("$piece")
+    done
     (cd "$dir/apt" && apt-get "${apt_options[@]}" download "${packages[@]}" >&2)
     for deb in "$dir"/apt/*.deb; do
         dpkg -x "$deb" "$dir/root"
