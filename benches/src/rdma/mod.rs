@@ -56,7 +56,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 3)]
     pairs: usize,
     /// With guests, too. Both daemons and QEMUs are on this host: for one whose RDMA devices are its own, as in scripts/vm.
-    #[arg(long, requires = "on")]
+    #[arg(long, requires = "on", conflicts_with_all = ["to", "listen"])]
     guest: bool,
     /// Where to write all figures.
     #[arg(long, value_name = "FILE")]
