@@ -247,6 +247,10 @@ impl Migration {
         }
         let mut inner = self.lock();
         match report {
+            // How it has ended is shown with all figures, which come soon: who sees that it is over finds them.
+            Report::State {
+                state: State::Completed | State::Failed | State::Cancelled,
+            } => {}
             Report::State { state } => {
                 inner.shown.state = *state;
                 inner.shown.reason = None;
@@ -503,6 +507,19 @@ mod tests {
         assert_eq!(history.len(), MAX_HISTORY);
         assert_eq!(history[0]["event"], json!("state"));
         assert_eq!(history[1]["text"], json!("6"), "the oldest are gone");
+    }
+
+    #[test]
+    fn what_is_shown_as_over_has_its_figures() {
+        let migration = migration(1, "web");
+        for state in [State::Migrating, State::Failed] {
+            migration.report(&Report::State { state });
+        }
+        let shown = migration.shown();
+        assert_eq!((shown.state, shown.finished), (State::Migrating, None));
+        migration.finish(finished(State::Failed));
+        let shown = migration.shown();
+        assert!(shown.state == State::Failed && shown.finished.is_some());
     }
 
     #[test]
