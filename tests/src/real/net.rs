@@ -166,6 +166,64 @@ impl Net {
         self.ip(Side::A, &["link", "set", "veth0", "up"]);
     }
 
+    /// Joins the namespaces by a second link, 10.78.0.1 and 10.78.0.2, with a switch between its ends and a software RDMA
+    /// device at each.
+    ///
+    /// # Errors
+    /// That this kernel has none in a namespace.
+    pub fn add_rail(&self) -> Result<(), String> {
+        let switch = self.switch();
+        ip(&["netns", "add", &switch]);
+        let within = |arguments: &[&str]| ip(&[&["-n", &switch], arguments].concat());
+        within(&[
+            "link", "add", "bridge", "mtu", "9000", "up", "type", "bridge",
+        ]);
+        for side in [Side::A, Side::B] {
+            let (host, port) = (self.namespace(side), port(side));
+            ip(&[
+                "link", "add", "rail0", "netns", &host, "type", "veth", "peer", "name", &port,
+                "netns", &switch,
+            ]);
+            within(&[
+                "link", "set", &port, "mtu", "9000", "master", "bridge", "up",
+            ]);
+            let address = format!("{}/24", side.address().replace("10.77.", "10.78."));
+            self.ip(side, &["address", "add", &address, "dev", "rail0"]);
+            self.ip(side, &["link", "set", "rail0", "mtu", "9000", "up"]);
+            let device = format!("rxe_{}", side.name());
+            let mut rdma = self.command(side, "rdma");
+            rdma.args(["link", "add", &device, "type", "rxe", "netdev", "rail0"]);
+            let output = rdma
+                .output()
+                .map_err(|error| format!("rdma does not start: {error}"))?;
+            if !output.status.success() {
+                let why = String::from_utf8_lossy(&output.stderr);
+                return Err(format!("no RDMA device in a namespace: {}", why.trim()));
+            }
+        }
+        Ok(())
+    }
+
+    fn switch(&self) -> String {
+        format!("{}-s", self.name)
+    }
+
+    /// Cuts the second link, as if both cables were pulled: its ends lose their carrier.
+    pub fn cut_rail(&self) {
+        self.set_ports("down");
+    }
+
+    /// Joins it again.
+    pub fn mend_rail(&self) {
+        self.set_ports("up");
+    }
+
+    fn set_ports(&self, state: &str) {
+        for side in [Side::A, Side::B] {
+            ip(&["-n", &self.switch(), "link", "set", &port(side), state]);
+        }
+    }
+
     /// Drops every packet that arrives at `side`, in silence: the link looks up, and nobody answers.
     pub fn drop_arriving(&self, side: Side) {
         let rules = "add table inet cut; add chain inet cut in { type filter hook input priority 0; policy drop; }";
@@ -255,6 +313,12 @@ impl Drop for Net {
                 .args(["netns", "delete", &self.namespace(*side)])
                 .status();
         }
+        let switch = self.switch();
+        if std::path::Path::new("/run/netns").join(&switch).exists() {
+            let _ = Command::new("ip")
+                .args(["netns", "delete", &switch])
+                .status();
+        }
     }
 }
 
@@ -289,6 +353,11 @@ fn sweep() {
             let _ = Command::new("ip").args(["netns", "delete", &name]).output();
         }
     }
+}
+
+/// The switch's end of a host's cable.
+fn port(side: Side) -> String {
+    format!("port-{}", side.name())
 }
 
 fn ip(arguments: &[&str]) {

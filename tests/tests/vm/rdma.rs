@@ -368,6 +368,70 @@ fn rdma_link_cut_in_a_postcopy_and_the_rest_comes_over_tcp() {
     assert_none_registered();
 }
 
+/// Two hosts with an RDMA device each on a link of its own, beside the one for TCP.
+fn in_namespaces() -> Option<World> {
+    let mut world = World::tls();
+    if let Err(reason) = world.net.add_rail() {
+        skipped(&reason);
+        return None;
+    }
+    world.allow_rdma(&[Side::A, Side::B], &["10.78.0.0/24"]);
+    Some(world)
+}
+
+/// Cuts the link between the RDMA devices, and joins it again when pages go over TCP.
+fn cut_and_mended(world: &World, migration: &Migration) {
+    let cut = Instant::now();
+    world.net.cut_rail();
+    notice(migration, "RDMA broke, pages go over TCP");
+    println!("over TCP {:?} after the link was cut", cut.elapsed());
+    world.net.mend_rail();
+    let mended = Instant::now();
+    notice(migration, "RDMA is there again");
+    println!("over RDMA {:?} after it was mended", mended.elapsed());
+}
+
+/// The link between the devices is cut in a round, and comes back: so does RDMA, and no round begins anew.
+#[test]
+fn rdma_in_namespaces_link_cut_in_a_round_and_mended() {
+    let Some(world) = in_namespaces() else { return };
+    let machine = small(Version::V10_0, "rate=1 set=1");
+    let mut source = world.guest("source", &machine);
+    let mut there = world.waiting("there", &machine);
+    receive(&world, Side::B, &there);
+    let options = ["--verify", "--downtime-limit", "1s", "--channels", "2"];
+    let options = [&options[..], &["--bandwidth-limit", "1MB/s"]].concat();
+    let migration = world.cli(Side::A).migrate("vm", &source, Side::B, &options);
+    migration.wait_mid_round();
+    cut_and_mended(&world, &migration);
+    let outcome = migration.finish();
+    assert_went_over(&outcome, "rdma", "pages go over TCP");
+    let end = outcome.completed();
+    assert_eq!(end["transport_at_end"], "rdma", "{end}");
+    assert!(end["bytes_on_wire"].as_u64() < Some(24 << 20), "{end}");
+    assert_moved(&mut source, &mut there);
+    assert_none_registered();
+}
+
+/// The same in a post-copy: the guest is not paused.
+#[test]
+fn rdma_in_namespaces_link_cut_in_a_postcopy_and_mended() {
+    let Some(world) = in_namespaces() else { return };
+    let machine = small(Version::V10_0, "rate=1 set=1");
+    let mut source = world.guest("source", &machine);
+    let mut there = world.waiting("there", &machine);
+    receive(&world, Side::B, &there);
+    let migration = postcopy_under_way(&world, Side::A, &source);
+    cut_and_mended(&world, &migration);
+    let outcome = migration.finish();
+    assert_went_over(&outcome, "rdma", "pages go over TCP");
+    let end = outcome.completed();
+    assert_eq!(end["transport_at_end"], "rdma", "{end}");
+    assert_eq!(end["paused_ms"], 0.0);
+    assert_moved(&mut source, &mut there);
+    assert_none_registered();
+}
+
 /// Either daemon is killed in the middle of a post-copy, and started again: that is a pause, and nothing stays registered.
 #[test]
 fn rdma_daemon_killed_in_a_postcopy_is_a_pause_and_leaves_no_registration() {

@@ -212,6 +212,11 @@ impl Sender {
         })
     }
 
+    /// Works that the device has, or is about to be given.
+    pub(super) fn under_way(&self) -> usize {
+        self.in_queue as usize
+    }
+
     /// Whether the device has work, or will have.
     pub(super) fn busy(&self) -> bool {
         !self.posted.is_empty() || !self.control.is_empty()
