@@ -22,7 +22,7 @@ use crate::rdma::receiver::{RECEIVE_SLOTS, Receiver, is_receive};
 use crate::rdma::sender::{DEPTH, SEND_SLOTS, Sender};
 use crate::rdma::slots::Slots;
 use crate::rdma::sys::{Device, EventKind, Id, QueuePair, Wc, status_text};
-use crate::stream::channel::{check_extents, check_message};
+use crate::stream::channel::check_message;
 use crate::wake::WakeFd;
 
 /// How long completions are polled for before the thread sleeps: about what a sleep and a wake-up cost.
@@ -358,13 +358,11 @@ impl Channel for RdmaChannel {
         }
         match op {
             Op::Write { region, extents } => {
-                check_extents(self.memory.regions(), region, &extents)?;
-                self.memory.check(&extents)?;
+                self.memory.check(region, &extents)?;
                 self.sender.one_sided(token, true, region, extents);
             }
             Op::Read { region, extents } => {
-                check_extents(self.memory.regions(), region, &extents)?;
-                self.memory.check(&extents)?;
+                self.memory.check(region, &extents)?;
                 self.sender.one_sided(token, false, region, extents);
             }
             Op::Send(message) => {

@@ -13,6 +13,7 @@ use crate::channel::SubmitError;
 use crate::error::Error;
 use crate::rdma::sys::{Device, Pd, Registration};
 use crate::region::{Access, Extent, RegionId, Regions, Watcher};
+use crate::stream::channel::check_extents;
 
 /// What devices fetch on demand.
 const PAGE: u64 = 4096;
@@ -143,9 +144,10 @@ impl Memory {
         self.0.lock().pinned
     }
 
-    /// Whether these may be written or read: pages that are fetched on demand only as a whole. On other extents some devices
-    /// lose bytes in silence (rdma_rxe of Linux 7.3 does).
-    pub(super) fn check(&self, extents: &[Extent]) -> Result<(), SubmitError> {
+    /// Whether these may be written or read: within the region and the limits, and pages that are fetched on demand only as a
+    /// whole. On other extents some devices lose bytes in silence (rdma_rxe of Linux 7.3 does).
+    pub(super) fn check(&self, region: RegionId, extents: &[Extent]) -> Result<(), SubmitError> {
+        check_extents(self.regions(), region, extents)?;
         let whole =
             |extent: &Extent| extent.offset.is_multiple_of(PAGE) && extent.len.is_multiple_of(PAGE);
         if self.0.settings.on_demand && !extents.iter().all(whole) {
