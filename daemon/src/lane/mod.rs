@@ -13,7 +13,7 @@ pub mod source;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -190,7 +190,11 @@ impl Moved {
 
     /// The transport's name of the channel, which is another one while RDMA is broken.
     pub fn kind(&self) -> &'static str {
-        *self.kind.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.lock_kind()
+    }
+
+    fn lock_kind(&self) -> MutexGuard<'_, &'static str> {
+        self.kind.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes on the wire, to the peer.
@@ -477,11 +481,7 @@ impl<H: Handler> Driver<H> {
         let kind = self.channel.kind();
         if kind != self.kind {
             self.kind = kind;
-            *self
-                .moved
-                .kind
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner) = kind;
+            *self.moved.lock_kind() = kind;
         }
     }
 }

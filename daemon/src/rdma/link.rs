@@ -252,8 +252,8 @@ impl Waiting {
         let most = rails_for(bytes, limit).min(usize::from(channels).max(1));
         let mut listeners: Vec<Listener> = Vec::new();
         for ip in addresses.filter(|ip| allowed.includes(*ip)) {
-            if let Ok(listener) = Listener::bind(SocketAddr::new(ip, 0))
-                && listeners.len() < most
+            if listeners.len() < most
+                && let Ok(listener) = Listener::bind(SocketAddr::new(ip, 0))
                 && !listeners.iter().any(|it| it.shares_device(&listener))
             {
                 listeners.push(listener);
