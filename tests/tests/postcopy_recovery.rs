@@ -71,15 +71,7 @@ impl Gone {
     }
 
     fn wait_state(&self, side: Side, state: &str) {
-        eventually(PATIENCE, || {
-            let shown = self.shown(side).unwrap_or_default();
-            if shown["state"] == state {
-                Ok(())
-            } else {
-                Err(shown.to_string())
-            }
-        })
-        .unwrap_or_else(|shown| panic!("not {state}: {shown}"));
+        self.world.cli(side).wait_state(&self.id, state);
     }
 
     /// It is paused, and the reason has all of `words`.

@@ -56,14 +56,7 @@ fn a_guest_that_waits_moves_after_the_daemon_was_killed_and_those_under_way_stay
 
     world.restart(Side::A);
     let cli = world.cli(Side::A);
-    let moved = eventually(PATIENCE, || {
-        let shown = cli.status(&id);
-        match shown["state"].as_str() {
-            Some("completed") => Ok(()),
-            _ => Err(shown.to_string()),
-        }
-    });
-    assert_eq!(moved, Ok(()));
+    cli.wait_state(&id, "completed");
     drop((running, third));
     let [one, two, three] = &mut guests;
     let [source, destination] = three;

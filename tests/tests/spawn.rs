@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde_json::json;
 use tests::real::{
     Machine, Migration, PATIENCE, QEMU_ID, Qemu, RunAs, Scratch, Side, SpawnAs, SpawnHost, Version,
-    World, assert_stayed, eventually,
+    World, assert_stayed,
 };
 
 const SLOWLY: [&str; 3] = ["--spawn", "--bandwidth-limit", "50MB/s"];
@@ -81,14 +81,7 @@ fn one_that_waits_is_started_when_its_turn_comes_after_a_restart() {
     world.restart(Side::A);
     drop((running, waiting));
     let cli = world.cli(Side::A);
-    let moved = eventually(PATIENCE, || {
-        let shown = cli.status(&id);
-        match shown["state"].as_str() {
-            Some("completed") => Ok(()),
-            _ => Err(shown.to_string()),
-        }
-    });
-    assert_eq!(moved, Ok(()));
+    cli.wait_state(&id, "completed");
     let finished = &cli.status(&id)["finished"];
     assert!(finished["verify_ms"].as_f64().is_some(), "{finished}");
     host.arrived().assert_runs();

@@ -127,6 +127,14 @@ impl Slowed {
         }
     }
 
+    /// Waits until it is told to be let go of.
+    fn wait_lifted(&self) {
+        self.migration
+            .wait_event("it is let go of", PATIENCE, |event| {
+                event["event"] == "throttle" && event["throttle_percent"] == 0
+            });
+    }
+
     /// Nobody holds it any more, since about `ended`: it writes as fast as before, and nothing is wrong with it.
     fn is_free(&mut self, ended: Instant) {
         while !standing(&self.source).is_empty() {
@@ -161,11 +169,7 @@ fn it_goes_on_at_full_speed_when_the_operator_cancels() {
     let cancelled = Instant::now();
     let told = slowed.world.cli(Side::A).run(&["cancel", &slowed.id]);
     assert!(told.status.success(), "{told:?}");
-    slowed
-        .migration
-        .wait_event("it is let go of", PATIENCE, |event| {
-            event["event"] == "throttle" && event["throttle_percent"] == 0
-        });
+    slowed.wait_lifted();
     slowed.is_free(cancelled);
     let shown = slowed.world.cli(Side::A).status(&slowed.id);
     assert_eq!(shown["state"], "cancelled", "{shown}");
@@ -177,11 +181,7 @@ fn it_goes_on_at_full_speed_when_the_destination_is_gone() {
     let mut slowed = Slowed::begin();
     let gone = Instant::now();
     slowed.world.daemon_mut(Side::B).kill();
-    slowed
-        .migration
-        .wait_event("it is let go of", PATIENCE, |event| {
-            event["event"] == "throttle" && event["throttle_percent"] == 0
-        });
+    slowed.wait_lifted();
     slowed.is_free(gone);
     let shown = slowed.world.cli(Side::A).status(&slowed.id);
     assert_eq!(shown["state"], "failed", "{shown}");

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::daemon::{PORT, program};
-use super::{Daemon, Qemu, Side};
+use super::{Daemon, PATIENCE, Qemu, Side, eventually};
 
 /// `pagecopy --api SOCKET …` of one daemon.
 #[derive(Clone, Debug)]
@@ -97,6 +97,19 @@ impl Cli {
     pub fn find(&self, id: &str) -> Option<Value> {
         let output = self.run(&["status", id, "--json"]);
         serde_json::from_slice(&output.stdout).ok()
+    }
+
+    /// Waits until a migration is in that state, and panics if it never is.
+    pub fn wait_state(&self, id: &str, state: &str) {
+        eventually(PATIENCE, || {
+            let shown = self.find(id).unwrap_or_default();
+            if shown["state"] == state {
+                Ok(())
+            } else {
+                Err(shown.to_string())
+            }
+        })
+        .unwrap_or_else(|shown| panic!("not {state}: {shown}"));
     }
 
     /// The id of the latest migration of `vm` here.

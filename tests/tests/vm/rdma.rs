@@ -7,8 +7,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use pagecopy::wire::{AbortCode, Message};
 use serde_json::Value;
 use tests::real::{
-    HostileSource, Mallory, Migration, Net, Outcome, PATIENCE, Qemu, Scratch, Side, Trust, Version,
-    World, assert_moved, assert_stayed, certified, eventually, hello, skipped,
+    HostileSource, Machine, Mallory, Migration, Net, Outcome, PATIENCE, Qemu, Scratch, Side, Trust,
+    Version, World, assert_moved, assert_stayed, certified, eventually, hello, skipped,
 };
 use transport::Error;
 
@@ -131,6 +131,19 @@ fn rdma_guest_goes_first_and_fetches_its_memory() {
     assert_none_registered();
 }
 
+/// Moves a guest there and back, each time by `go`, after which it is whole and nothing stays registered.
+fn there_and_back(world: &World, machine: &Machine, go: impl Fn(Side, &Qemu)) {
+    let mut here = world.guest("source", machine);
+    for from in [Side::A, Side::B] {
+        let mut there = world.waiting(from.other().name(), machine);
+        receive(world, from.other(), &there);
+        go(from, &here);
+        assert_moved(&mut here, &mut there);
+        assert_none_registered();
+        here = there;
+    }
+}
+
 /// Queue pairs that are connected, of each device, by its name.
 fn connected() -> BTreeMap<String, usize> {
     let shown = Command::new("rdma")
@@ -158,13 +171,15 @@ fn rdma_guest_moves_over_two_devices() {
     let mut world = on_rail(first, false, &[]);
     world.allow_rdma(&[Side::A, Side::B], &[first, second]);
     let machine = small(Version::V10_0, "rate=1 set=1");
-    let mut here = world.guest("source", &machine);
-    for (from, mode) in [(Side::A, "precopy"), (Side::B, "postcopy")] {
-        let mut there = world.waiting(from.other().name(), &machine);
-        receive(&world, from.other(), &there);
+    there_and_back(&world, &machine, |from, here| {
+        let mode = if from == Side::A {
+            "precopy"
+        } else {
+            "postcopy"
+        };
         let options = ["--mode", mode, "--channels", "4"];
         let options = [&options[..], &SLOWLY, &["--downtime-limit", "1s"]].concat();
-        let migration = world.cli(from).migrate("vm", &here, from.other(), &options);
+        let migration = world.cli(from).migrate("vm", here, from.other(), &options);
         migration.wait_event("the first figures", PATIENCE, |event| {
             event["event"] == "progress" || event["event"] == "postcopy"
         });
@@ -174,10 +189,7 @@ fn rdma_guest_moves_over_two_devices() {
         assert!(connected.values().all(|pairs| *pairs == 4), "{connected:?}");
         let outcome = migration.finish();
         assert_went_over(&outcome, "rdma", "pages go over RDMA");
-        assert_moved(&mut here, &mut there);
-        assert_none_registered();
-        here = there;
-    }
+    });
 }
 
 /// Where one of the two does not allow it, whoever insists is told, and whoever does not goes over TCP.
@@ -264,10 +276,7 @@ fn rdma_queue_pair_breaks_in_a_round() {
     let Some(rail) = rail() else { return };
     let world = on_rail(&rail, false, &[Side::A, Side::B]);
     let machine = small(Version::V10_0, "rate=1 set=1");
-    let mut here = world.guest("source", &machine);
-    for from in [Side::A, Side::B] {
-        let mut there = world.waiting(from.other().name(), &machine);
-        receive(&world, from.other(), &there);
+    there_and_back(&world, &machine, |from, here| {
         let options = [
             "--verify",
             "--downtime-limit",
@@ -277,7 +286,7 @@ fn rdma_queue_pair_breaks_in_a_round() {
             "--bandwidth-limit",
             "1MB/s",
         ];
-        let migration = world.cli(from).migrate("vm", &here, from.other(), &options);
+        let migration = world.cli(from).migrate("vm", here, from.other(), &options);
         let percent = 5 + any_below(30);
         migration.wait_event("so far", PATIENCE, |event| {
             event["event"] == "progress" && event["percent"].as_u64() >= Some(percent)
@@ -289,10 +298,7 @@ fn rdma_queue_pair_breaks_in_a_round() {
         assert_eq!(end["transport_at_end"], "rdma", "{end}");
         // All of its memory once, and what it has dirtied.
         assert!(end["bytes_on_wire"].as_u64() < Some(24 << 20), "{end}");
-        assert_moved(&mut here, &mut there);
-        assert_none_registered();
-        here = there;
-    }
+    });
 }
 
 /// A post-copy of which so much and no more is there.
@@ -322,19 +328,13 @@ fn rdma_queue_pair_breaks_in_a_postcopy() {
     let Some(rail) = rail() else { return };
     let world = on_rail(&rail, false, &[Side::A, Side::B]);
     let machine = small(Version::V10_0, "rate=1 set=1");
-    let mut here = world.guest("source", &machine);
-    for from in [Side::A, Side::B] {
-        let mut there = world.waiting(from.other().name(), &machine);
-        receive(&world, from.other(), &there);
-        let migration = postcopy_under_way(&world, from, &here);
+    there_and_back(&world, &machine, |from, here| {
+        let migration = postcopy_under_way(&world, from, here);
         break_rdma(&migration);
         let outcome = migration.finish();
         assert_went_over(&outcome, "rdma", "pages go over TCP");
         assert_eq!(outcome.completed()["paused_ms"], 0.0);
-        assert_moved(&mut here, &mut there);
-        assert_none_registered();
-        here = there;
-    }
+    });
 }
 
 /// The device's link is cut in the middle of a post-copy, and stays so: the rest comes over TCP, and the guest is not paused.
