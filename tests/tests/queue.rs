@@ -5,8 +5,7 @@
 use std::path::PathBuf;
 
 use tests::real::{
-    Machine, PATIENCE, Qemu, Side, Version, World, assert_moved, assert_stayed, eventually,
-    listens_at,
+    Machine, PATIENCE, Qemu, Side, Version, World, assert_moved, assert_stayed, listens_at,
 };
 
 /// Slow enough that a migration is still in its first round when the test has done what it does meanwhile.
