@@ -9,10 +9,11 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use crate::region::Extent;
+use crate::stream::pipe::Pipe;
 
 /// Those who write and who wait for their turn.
 const MOST: usize = 2;
@@ -26,6 +27,8 @@ pub(crate) struct Backing {
     /// Who writes or waits now.
     users: AtomicUsize,
     turn: Mutex<()>,
+    /// Its file system takes nothing out of a pipe.
+    refuses_pipes: AtomicBool,
 }
 
 impl Backing {
@@ -34,7 +37,13 @@ impl Backing {
             file,
             users: AtomicUsize::new(0),
             turn: Mutex::new(()),
+            refuses_pipes: AtomicBool::new(false),
         }
+    }
+
+    /// Whether there is any use in trying [`write_pipe`](Self::write_pipe).
+    pub(crate) fn takes_pipes(&self) -> bool {
+        !self.refuses_pipes.load(Ordering::Relaxed)
     }
 
     /// Whether a write would have to wait for more than one other.
@@ -50,13 +59,45 @@ impl Backing {
         skip: u64,
         bytes: &[u8],
     ) -> Option<io::Result<usize>> {
+        self.in_turn(bytes.len(), |file| {
+            let mut left = bytes;
+            each_run(extents, skip, bytes.len(), |offset, len| {
+                let (these, behind) = left.split_at(len);
+                left = behind;
+                file.write_all_at(these, offset)
+            })
+        })
+    }
+
+    /// The same with all that is in `pipe`. `None`, and the pipe as it was, also where the file system cannot do it.
+    pub(crate) fn write_pipe(
+        &self,
+        extents: &[Extent],
+        skip: u64,
+        pipe: &mut Pipe,
+    ) -> Option<io::Result<usize>> {
+        let whole = pipe.len();
+        let written = self.in_turn(whole, |file| {
+            each_run(extents, skip, whole, |offset, len| {
+                pipe.move_to(file, offset, len)
+            })
+        })?;
+        let refused = matches!(&written, Err(e) if e.kind() == io::ErrorKind::InvalidInput);
+        if refused && pipe.len() == whole {
+            self.refuses_pipes.store(true, Ordering::Relaxed);
+            return None;
+        }
+        Some(written)
+    }
+
+    fn in_turn<T>(&self, bytes: usize, write: impl FnOnce(&File) -> T) -> Option<T> {
         let _user = self.enter()?;
         let _turn = match self.turn.try_lock() {
             Ok(turn) => turn,
-            Err(TryLockError::WouldBlock) if bytes.len() < SHORT => return None,
+            Err(TryLockError::WouldBlock) if bytes < SHORT => return None,
             Err(_) => self.turn.lock().unwrap_or_else(PoisonError::into_inner),
         };
-        Some(write_all(&self.file, extents, skip, bytes))
+        Some(write(&self.file))
     }
 
     fn enter(&self) -> Option<User<'_>> {
@@ -77,23 +118,28 @@ impl Drop for User<'_> {
     }
 }
 
-/// Neighbours are written at once.
-fn write_all(file: &File, extents: &[Extent], skip: u64, bytes: &[u8]) -> io::Result<usize> {
+/// Calls `write` for the first `bytes` bytes of `extents` from byte `skip` of the first of them on, for neighbours at once. Returns how
+/// many those were.
+fn each_run(
+    extents: &[Extent],
+    skip: u64,
+    bytes: usize,
+    mut write: impl FnMut(u64, usize) -> io::Result<()>,
+) -> io::Result<usize> {
     let mut left = bytes;
     let mut extents = extents.iter().peekable();
     let mut skip = skip;
-    while let Some(first) = extents.next().filter(|_| !left.is_empty()) {
+    while let Some(first) = extents.next().filter(|_| left > 0) {
         let offset = first.offset + skip;
         let mut len = first.len - std::mem::take(&mut skip);
         while let Some(next) = extents.next_if(|next| next.offset == offset + len) {
             len += next.len;
         }
-        let len = usize::try_from(len).unwrap_or(usize::MAX).min(left.len());
-        let (these, behind) = left.split_at(len);
-        file.write_all_at(these, offset)?;
-        left = behind;
+        let len = usize::try_from(len).unwrap_or(usize::MAX).min(left);
+        write(offset, len)?;
+        left -= len;
     }
-    Ok(bytes.len() - left.len())
+    Ok(bytes - left)
 }
 
 #[cfg(test)]

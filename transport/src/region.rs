@@ -11,9 +11,11 @@ use std::fmt;
 use std::fs::File;
 use std::sync::{Arc, Mutex, RwLock, Weak};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use crate::backing::Backing;
+use crate::stream::pipe::Outlet;
 
 /// The number of a region, the same on both sides of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -46,6 +48,8 @@ pub struct Region {
     _owner: Arc<dyn Any + Send + Sync>,
     /// Where what arrives is written to instead, if there is such a file.
     backing: Option<Arc<Backing>>,
+    /// Where what leaves is taken from instead, if there is such a file.
+    outlet: Option<Arc<Outlet>>,
 }
 
 // SAFETY: a `Region` is an address and a length. All access through it is by raw copies that assume concurrent writers.
@@ -73,6 +77,7 @@ impl Region {
             len,
             _owner: owner,
             backing: None,
+            outlet: None,
         }
     }
 
@@ -84,6 +89,21 @@ impl Region {
             backing: Some(Arc::new(Backing::new(file))),
             ..self
         }
+    }
+
+    /// The same, with what leaves over a socket in long pieces taken from `file` without being copied, where that can be done.
+    /// The first bytes of the file are those of the region.
+    #[must_use]
+    pub fn sent_from(self, file: Arc<File>) -> Region {
+        Region {
+            outlet: Some(Arc::new(Outlet::new(file))),
+            ..self
+        }
+    }
+
+    /// The file to take pages from, where there is one.
+    pub(crate) fn outlet(&self) -> Option<&Outlet> {
+        self.outlet.as_deref()
     }
 
     /// The file to write to, where there is one.
@@ -107,9 +127,28 @@ impl Region {
                 flags,
             )
         }?;
-        let owner = Arc::new(Anonymous { base, len });
+        let owner = Arc::new(Mapped { base, len });
         // SAFETY: `owner` unmaps the memory when it is dropped, not before.
         Ok(unsafe { Region::new(base.cast(), len, owner) })
+    }
+
+    /// A region over a fresh file without a name, all holes, which it is sent from and written to as a guest's RAM is. For tests
+    /// and benchmarks.
+    ///
+    /// # Errors
+    /// The system's, when there is no memory or `len` is zero.
+    pub fn memfd(len: usize) -> std::io::Result<Region> {
+        let file = File::from(memfd_create("region", MemfdFlags::CLOEXEC)?);
+        file.set_len(len as u64)?;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let at = std::ptr::null_mut();
+        // SAFETY: the kernel chooses the address, so the new mapping replaces none.
+        let base = unsafe { mmap(at, len, access, MapFlags::SHARED, &file, 0) }?;
+        let owner = Arc::new(Mapped { base, len });
+        let file = Arc::new(file);
+        // SAFETY: `owner` unmaps the memory when it is dropped, not before.
+        let region = unsafe { Region::new(base.cast(), len, owner) };
+        Ok(region.sent_from(Arc::clone(&file)).backed_by(file))
     }
 
     /// Length in bytes.
@@ -169,20 +208,20 @@ impl Region {
     }
 }
 
-/// Anonymous memory that is unmapped in the end.
-struct Anonymous {
+/// Memory of a region's own that is unmapped in the end.
+struct Mapped {
     base: *mut c_void,
     len: usize,
 }
 
 // SAFETY: an address and a length; only `drop` uses them.
-unsafe impl Send for Anonymous {}
+unsafe impl Send for Mapped {}
 // SAFETY: as above.
-unsafe impl Sync for Anonymous {}
+unsafe impl Sync for Mapped {}
 
-impl Drop for Anonymous {
+impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `Region::anonymous`, and the last region over it is gone.
+        // SAFETY: the mapping was made by `Region::anonymous` or `Region::memfd`, and the last region over it is gone.
         let _ = unsafe { munmap(self.base, self.len) };
     }
 }

@@ -20,6 +20,10 @@ pub fn region(ram: &MappedRam, block: BlockId) -> Option<Region> {
     // source's mapping is read-only: its regions are registered without the peer's writes, and no `Read` is ever
     // submitted for them, so the transport only reads there.
     let region = unsafe { Region::new(base, len, owner) };
+    let region = match ram.spliced_from(block) {
+        Some(file) => region.sent_from(file),
+        None => region,
+    };
     Some(match ram.written_to(block) {
         Some(file) => region.backed_by(file),
         None => region,

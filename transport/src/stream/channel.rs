@@ -83,9 +83,9 @@ impl<L: Layer> StreamChannel<L> {
         }
         if !self.driver.sending()
             && self.send_failed.is_none()
-            && let Some(gather) = self.layer.next_send(&mut self.halves)?
+            && let Some(outgoing) = self.layer.next_send(&mut self.halves)?
         {
-            self.driver.send(gather);
+            self.driver.send(outgoing);
         }
         if self.paused
             && let Some(error) = self.send_failed.take()
@@ -94,8 +94,8 @@ impl<L: Layer> StreamChannel<L> {
             return Err(error);
         }
         if !self.paused && !self.driver.receiving() {
-            let scatter = self.layer.next_receive(&mut self.halves)?;
-            self.driver.receive(scatter);
+            let incoming = self.layer.next_receive(&mut self.halves)?;
+            self.driver.receive(incoming);
         }
         Ok(())
     }
@@ -103,19 +103,19 @@ impl<L: Layer> StreamChannel<L> {
     /// Takes note of what has ended.
     fn handle(&mut self, progress: Progress) -> Result<(), Error> {
         self.woken |= progress.woken;
-        if let Some((gather, result)) = progress.sent {
+        if let Some((outgoing, result)) = progress.sent {
             let n = retried(result).unwrap_or_else(|error| self.send_failed(&error));
             self.stats.sent += n as u64;
-            self.layer.sent(&mut self.halves, gather, n)?;
+            self.layer.sent(&mut self.halves, outgoing, n)?;
         }
-        if let Some((scatter, result)) = progress.received {
+        if let Some((incoming, result)) = progress.received {
             if matches!(result, Ok(0)) {
                 let ended = self.layer.ended(&self.halves);
                 return Err(self.send_failed.take().unwrap_or(ended));
             }
             let n = retried(result).map_err(|error| receive_error(&error))?;
             self.stats.received += n as u64;
-            self.layer.received(&mut self.halves, scatter, n)?;
+            self.layer.received(&mut self.halves, incoming, n)?;
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use crate::channel::Event;
 use crate::error::Error;
 use crate::stream::receiver::Receiver;
 use crate::stream::sender::Sender;
-use crate::sys::iovecs::{Gather, Scatter};
+use crate::sys::uring::{Incoming, Outgoing};
 
 /// The two state machines of a channel, and the events that they have led to.
 pub(crate) struct Halves {
@@ -20,16 +20,16 @@ pub(crate) struct Halves {
 /// and told how each one ended.
 pub(crate) trait Layer: Send {
     /// The next send, if there is anything to send.
-    fn next_send(&mut self, halves: &mut Halves) -> Result<Option<Gather>, Error>;
+    fn next_send(&mut self, halves: &mut Halves) -> Result<Option<Outgoing>, Error>;
 
     /// `n` bytes of the send have left.
-    fn sent(&mut self, halves: &mut Halves, gather: Gather, n: usize) -> Result<(), Error>;
+    fn sent(&mut self, halves: &mut Halves, outgoing: Outgoing, n: usize) -> Result<(), Error>;
 
     /// Where the bytes of the next receive go.
-    fn next_receive(&mut self, halves: &mut Halves) -> Result<Scatter, Error>;
+    fn next_receive(&mut self, halves: &mut Halves) -> Result<Incoming, Error>;
 
     /// `n` bytes have arrived; zero when the receive was interrupted.
-    fn received(&mut self, halves: &mut Halves, scatter: Scatter, n: usize) -> Result<(), Error>;
+    fn received(&mut self, halves: &mut Halves, incoming: Incoming, n: usize) -> Result<(), Error>;
 
     /// The stream has ended: in order, or not?
     fn ended(&self, halves: &Halves) -> Error;

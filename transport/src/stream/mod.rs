@@ -3,6 +3,7 @@
 pub(crate) mod channel;
 pub(crate) mod frame;
 pub(crate) mod layer;
+pub(crate) mod pipe;
 pub(crate) mod plain;
 pub(crate) mod receiver;
 pub(crate) mod sender;

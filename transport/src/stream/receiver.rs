@@ -14,8 +14,9 @@ use crate::channel::{Event, Token};
 use crate::error::{Error, peer_text};
 use crate::limits::{INBOX_LEN, STAGE_LEN};
 use crate::region::{Extent, Region, RegionId, Regions};
-use crate::stream::frame::{self, HEADER_LEN, Header, Kind};
-use crate::stream::sender::skip;
+use crate::stream::frame::{self, EXTENT_LEN, HEADER_LEN, Header, Kind};
+use crate::stream::pipe::Pipe;
+use crate::stream::sender::{is_long, skip};
 use crate::sys::iovecs::Scatter;
 
 /// A read of ours that the peer has not answered yet.
@@ -57,6 +58,8 @@ pub(crate) struct Receiver {
     extents: Vec<Extent>,
     extent: usize,
     skip: u64,
+    /// That payload is in long pieces: so, likely, is the next.
+    long: bool,
     awaited: VecDeque<Awaited>,
     next_number: u64,
     requests: VecDeque<Request>,
@@ -73,6 +76,7 @@ impl Receiver {
             extents: Vec::new(),
             extent: 0,
             skip: 0,
+            long: false,
             awaited: VecDeque::new(),
             next_number: 0,
             requests: VecDeque::new(),
@@ -141,6 +145,36 @@ impl Receiver {
         Ok(())
     }
 
+    /// Bytes of payload that come next and are better spliced: into the file behind their region, in long pieces.
+    pub(crate) fn spliced(&self) -> Option<usize> {
+        match &self.state {
+            State::Memory { region, left, .. } if self.long && is_staged(region) => {
+                let most = usize::try_from(*left).unwrap_or(usize::MAX);
+                region.backing()?.takes_pipes().then_some(most)
+            }
+            _ => None,
+        }
+    }
+
+    /// Takes what is in `pipe`: no more than [`spliced`](Self::spliced) said.
+    pub(crate) fn feed_pipe(
+        &mut self,
+        pipe: &mut Pipe,
+        events: &mut VecDeque<Event>,
+    ) -> Result<(), Error> {
+        self.check_access()?;
+        if let State::Memory { region, .. } = &self.state
+            && let Some(backing) = region.backing()
+            && let Some(written) = backing.write_pipe(&self.extents[self.extent..], self.skip, pipe)
+        {
+            let n = written.map_err(|e| write_error(&e))?;
+            return self.placed(n as u64, events);
+        }
+        // Others are at the file.
+        let bytes = pipe.read_all().map_err(|e| receive_error(&e))?;
+        self.feed(&bytes, events)
+    }
+
     /// How many bytes behind those places are worth a look ahead: many, where they are to be written to a file. Of a long reply
     /// that goes to its final place only the header, so that its payload is copied from nowhere.
     pub(crate) fn look_ahead(&self) -> usize {
@@ -148,6 +182,9 @@ impl Receiver {
             && is_staged(region)
         {
             return STAGE_LEN;
+        }
+        if self.long && matches!(self.state, State::Head) {
+            return HEADER_LEN + EXTENT_LEN;
         }
         let reply_is_next = match &self.state {
             State::Head => self.partial.is_empty(),
@@ -344,6 +381,7 @@ impl Receiver {
     ) -> State {
         self.extent = 0;
         self.skip = 0;
+        self.long = is_long(left, self.extents.len());
         State::Memory {
             id,
             region,

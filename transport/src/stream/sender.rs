@@ -8,7 +8,24 @@ use crate::channel::{Event, Token};
 use crate::limits::{MAX_QUEUED, MAX_SEND_BYTES};
 use crate::region::{Extent, Region, RegionId};
 use crate::stream::frame::{self, Kind};
+use crate::stream::pipe::{Outlet, Pipe};
 use crate::sys::iovecs::Gather;
+
+/// Pieces of a region of fewer bytes, on average over a frame, are copied: a reference costs more than they do.
+const LONG: u64 = 64 << 10;
+
+/// What takes what is to be sent next, in order.
+pub(crate) trait Pieces {
+    /// Bytes in all.
+    fn len(&self) -> usize;
+    /// Whether no further piece fits.
+    fn is_full(&self) -> bool;
+    /// Adds shared bytes.
+    fn push_bytes(&mut self, bytes: Bytes);
+    /// Adds pieces of a region from byte `skip` of the first extent on, `most` bytes at the most. Extents outside of the
+    /// region end it: they were checked when they came in.
+    fn push_region(&mut self, region: &Region, extents: &[Extent], skip: u64, most: usize);
+}
 
 /// What follows a frame's head.
 enum Body {
@@ -138,31 +155,57 @@ impl Sender {
     /// Adds what comes next to `gather`, `most` bytes at the most (and never more than
     /// [`MAX_SEND_BYTES`]): the rest of the first frame, and as many frames more as fit.
     pub(crate) fn gather(&self, gather: &mut Gather, most: usize) {
+        self.collect(gather, most, |_| true);
+    }
+
+    /// The same, but only up to the next frame that is better spliced.
+    pub(crate) fn gather_short(&self, gather: &mut Gather) {
+        self.collect(gather, MAX_SEND_BYTES, |frame| !frame.is_long());
+    }
+
+    /// Whether what comes next is better spliced: long pieces of a file.
+    pub(crate) fn is_long(&self) -> bool {
+        self.queue.front().is_some_and(Frame::is_long)
+    }
+
+    /// Puts what comes next into `pipe`, up to the next frame that is better copied.
+    pub(crate) fn splice(&self, pipe: &mut Pipe) {
+        self.collect(pipe, MAX_SEND_BYTES, Frame::is_long);
+    }
+
+    /// Adds the rest of the first frame, and as many frames more as fit and are `wanted`.
+    fn collect(&self, pieces: &mut impl Pieces, most: usize, wanted: impl Fn(&Frame) -> bool) {
         let most = most.min(MAX_SEND_BYTES);
         let fresh = Cursor::default();
         for (index, frame) in self.queue.iter().enumerate() {
+            if index > 0 && !wanted(frame) {
+                break;
+            }
             let cursor = if index == 0 { &self.cursor } else { &fresh };
-            let room = most - gather.len();
+            let room = most - pieces.len();
             let head = frame.head.slice(cursor.head..);
-            let wanted = head.len() as u64 + frame.body.len() - cursor.body;
-            gather.push_bytes(head.slice(..head.len().min(room)));
-            let before = gather.len();
-            let room = most - gather.len();
+            let whole = head.len() as u64 + frame.body.len() - cursor.body;
+            let first = pieces.len();
+            pieces.push_bytes(head.slice(..head.len().min(room)));
+            if pieces.len() - first < head.len() {
+                break;
+            }
+            let room = most - pieces.len();
             match &frame.body {
                 Body::Nothing => {}
                 Body::Message(bytes) => {
                     let start = usize::try_from(cursor.body).unwrap_or(bytes.len());
                     let end = bytes.len().min(start + room);
-                    gather.push_bytes(bytes.slice(start..end));
+                    pieces.push_bytes(bytes.slice(start..end));
                 }
                 Body::Memory {
                     region, extents, ..
                 } => {
-                    gather.push_region(region, &extents[cursor.extent..], cursor.skip, room);
+                    pieces.push_region(region, &extents[cursor.extent..], cursor.skip, room);
                 }
             }
-            let added = gather.len() - before + head.len();
-            if gather.len() == most || (added as u64) < wanted || gather.is_full() {
+            let added = pieces.len() - first;
+            if pieces.len() == most || (added as u64) < whole || pieces.is_full() {
                 break;
             }
         }
@@ -211,6 +254,20 @@ impl Sender {
     }
 }
 
+impl Frame {
+    /// Whether it is long pieces of a file that pages can be taken from.
+    fn is_long(&self) -> bool {
+        match &self.body {
+            Body::Memory {
+                region,
+                extents,
+                len,
+            } => is_long(*len, extents.len()) && region.outlet().is_some_and(Outlet::is_open),
+            Body::Nothing | Body::Message(_) => false,
+        }
+    }
+}
+
 impl Body {
     fn len(&self) -> u64 {
         match self {
@@ -219,6 +276,11 @@ impl Body {
             Body::Memory { len, .. } => *len,
         }
     }
+}
+
+/// Whether a payload of `len` bytes in so many extents is better spliced.
+pub(crate) fn is_long(len: u64, extents: usize) -> bool {
+    len >= LONG * extents as u64
 }
 
 /// Moves (`index`, `offset`) in `extents` on by `n` bytes. Stays within them.

@@ -12,6 +12,7 @@ use bytes::Bytes;
 
 use crate::limits::MAX_IOVECS;
 use crate::region::{Extent, Region};
+use crate::stream::sender::Pieces;
 
 /// Memory to send, in order.
 #[derive(Default)]
@@ -37,39 +38,12 @@ impl Gather {
         &self.iovecs
     }
 
-    /// Whether no further piece fits.
-    pub(crate) fn is_full(&self) -> bool {
-        self.iovecs.len() == MAX_IOVECS
-    }
-
     /// Forgets the contents, keeps the allocations.
     pub(crate) fn clear(&mut self) {
         self.iovecs.clear();
         self.regions.clear();
         self.bytes.clear();
         self.len = 0;
-    }
-
-    /// Adds shared bytes.
-    pub(crate) fn push_bytes(&mut self, bytes: Bytes) {
-        if !bytes.is_empty() && !self.is_full() {
-            push(&mut self.iovecs, bytes.as_ptr().cast_mut(), bytes.len());
-            self.len += bytes.len();
-            self.bytes.push(bytes);
-        }
-    }
-
-    /// Adds pieces of a region from byte `skip` of the first extent on, `most` bytes at the most. Extents outside of the
-    /// region end it: they were checked when they came in.
-    pub(crate) fn push_region(
-        &mut self,
-        region: &Region,
-        extents: &[Extent],
-        skip: u64,
-        most: usize,
-    ) {
-        self.regions.push(region.clone());
-        self.len += push_extents(&mut self.iovecs, region, extents, skip, most, MAX_IOVECS);
     }
 
     /// The first `len` bytes of an owned buffer, which [`take_buffer`](Self::take_buffer) gives back.
@@ -113,6 +87,29 @@ impl Gather {
             )
         };
         whole(n, self.len)
+    }
+}
+
+impl Pieces for Gather {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn is_full(&self) -> bool {
+        self.iovecs.len() == MAX_IOVECS
+    }
+
+    fn push_bytes(&mut self, bytes: Bytes) {
+        if !bytes.is_empty() && !self.is_full() {
+            push(&mut self.iovecs, bytes.as_ptr().cast_mut(), bytes.len());
+            self.len += bytes.len();
+            self.bytes.push(bytes);
+        }
+    }
+
+    fn push_region(&mut self, region: &Region, extents: &[Extent], skip: u64, most: usize) {
+        self.regions.push(region.clone());
+        self.len += push_extents(&mut self.iovecs, region, extents, skip, most, MAX_IOVECS);
     }
 }
 

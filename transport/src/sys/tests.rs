@@ -42,7 +42,8 @@ impl Drop for Mapping {
 /// A region of which the second half has no memory behind it.
 fn half_a_region() -> Regions {
     let regions = Regions::new();
-    regions.register(REGION, mapped(LEN / 2).0, FULL);
+    let (region, file) = mapped(LEN / 2);
+    regions.register(REGION, region.sent_from(file), FULL);
     regions
 }
 

@@ -17,6 +17,7 @@ use rustix::fd::{AsFd, AsRawFd};
 use socket2::Socket;
 
 use crate::error::Error;
+use crate::stream::pipe::Pipe;
 use crate::sys::iovecs::{Gather, Scatter};
 use crate::wake::WakeFd;
 
@@ -31,13 +32,32 @@ const CANCEL: u64 = 4;
 /// How long the end of what was cancelled is waited for before it is cancelled once more.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
+/// A splice from a socket whose bytes are gone again waits so long, and io_uring does not heed it.
+const NO_TIME: Duration = Duration::from_millis(1);
+
+/// What is to be sent.
+pub(crate) enum Outgoing {
+    /// Copied by the kernel.
+    Copied(Gather),
+    /// All that is in a pipe, by reference.
+    Spliced(Pipe),
+}
+
+/// Where what is received goes.
+pub(crate) enum Incoming {
+    /// Copied there by the kernel.
+    Copied(Scatter),
+    /// Into a pipe, at most so many bytes, by reference.
+    Spliced(Pipe, usize),
+}
+
 /// What became of the operations in flight. What was handed to the kernel comes back with the result.
 #[derive(Default)]
 pub(crate) struct Progress {
     /// The send ended.
-    pub(crate) sent: Option<(Gather, io::Result<usize>)>,
+    pub(crate) sent: Option<(Outgoing, io::Result<usize>)>,
     /// The receive ended.
-    pub(crate) received: Option<(Scatter, io::Result<usize>)>,
+    pub(crate) received: Option<(Incoming, io::Result<usize>)>,
     /// Somebody called the waker.
     pub(crate) woken: bool,
 }
@@ -56,9 +76,9 @@ pub(crate) struct Uring {
     /// Where the kernel puts the waker's counter. Boxed: the address stays when the driver moves.
     wake_count: Box<[u8; 8]>,
     waking: bool,
-    send: Option<Gather>,
+    send: Option<Outgoing>,
     send_header: Box<libc::msghdr>,
-    receive: Option<Scatter>,
+    receive: Option<Incoming>,
     receive_header: Box<libc::msghdr>,
 }
 
@@ -72,6 +92,7 @@ impl Uring {
         // A non-blocking socket would make io_uring report EAGAIN instead of waiting.
         socket
             .set_nonblocking(false)
+            .and_then(|()| socket.set_read_timeout(Some(NO_TIME)))
             .map_err(|e| Error::io("preparing the socket", &e))?;
         let ring = IoUring::new(ENTRIES).map_err(|e| setup_error(&e))?;
         let wake = WakeFd::new(EventfdFlags::empty())?;
@@ -103,28 +124,42 @@ impl Uring {
         self.receive.is_some()
     }
 
-    /// Starts to send all of `gather`, at the next `wait`. Only when no send is in flight.
-    pub(crate) fn send(&mut self, gather: Gather) {
+    /// Starts to send all of `outgoing`, at the next `wait`. Only when no send is in flight.
+    pub(crate) fn send(&mut self, outgoing: Outgoing) {
         assert!(self.send.is_none(), "one send at a time");
-        let gather = self.send.insert(gather);
-        *self.send_header = header_of(gather.iovecs());
-        let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
-        let entry = opcode::SendMsg::new(Fd(self.socket.as_raw_fd()), &*self.send_header)
-            .flags(flags.cast_unsigned())
-            .build()
-            .user_data(SEND);
-        self.push(&entry);
+        let socket = Fd(self.socket.as_raw_fd());
+        let entry = match self.send.insert(outgoing) {
+            Outgoing::Copied(gather) => {
+                *self.send_header = header_of(gather.iovecs());
+                let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
+                opcode::SendMsg::new(socket, &*self.send_header)
+                    .flags(flags.cast_unsigned())
+                    .build()
+            }
+            Outgoing::Spliced(pipe) => {
+                let len = u32::try_from(pipe.len()).unwrap_or(u32::MAX);
+                opcode::Splice::new(Fd(pipe.read_end()), -1, socket, -1, len).build()
+            }
+        };
+        self.push(&entry.user_data(SEND));
     }
 
-    /// Starts to receive into `scatter`, at the next `wait`. Only when no receive is in flight.
-    pub(crate) fn receive(&mut self, scatter: Scatter) {
+    /// Starts to receive into `incoming`, at the next `wait`. Only when no receive is in flight.
+    pub(crate) fn receive(&mut self, incoming: Incoming) {
         assert!(self.receive.is_none(), "one receive at a time");
-        let scatter = self.receive.insert(scatter);
-        *self.receive_header = header_of(scatter.iovecs());
-        let entry = opcode::RecvMsg::new(Fd(self.socket.as_raw_fd()), &mut *self.receive_header)
-            .build()
-            .user_data(RECEIVE);
-        self.push(&entry);
+        let socket = Fd(self.socket.as_raw_fd());
+        let entry = match self.receive.insert(incoming) {
+            Incoming::Copied(scatter) => {
+                *self.receive_header = header_of(scatter.iovecs());
+                opcode::RecvMsg::new(socket, &mut *self.receive_header).build()
+            }
+            // io_uring has a thread of its own for each splice from a socket. So it only waits, and we splice.
+            Incoming::Spliced(..) => {
+                let readable = u32::from(libc::POLLIN.cast_unsigned());
+                opcode::PollAdd::new(socket, readable).build()
+            }
+        };
+        self.push(&entry.user_data(RECEIVE));
     }
 
     /// Waits until something has ended, at most for `timeout` (none: as long as it takes).
@@ -268,8 +303,18 @@ impl Uring {
             errno => Err(io::Error::from_raw_os_error(-errno)),
         };
         match entry.user_data() {
-            SEND => progress.sent = self.send.take().map(|gather| (gather, result)),
-            RECEIVE => progress.received = self.receive.take().map(|scatter| (scatter, result)),
+            SEND => progress.sent = self.send.take().map(|outgoing| (outgoing, result)),
+            RECEIVE => {
+                progress.received = self.receive.take().map(|mut incoming| {
+                    let result = match &mut incoming {
+                        Incoming::Copied(_) => result,
+                        Incoming::Spliced(pipe, most) => {
+                            result.and_then(|_| pipe.receive(&self.socket, *most))
+                        }
+                    };
+                    (incoming, result)
+                });
+            }
             WAKE => {
                 self.waking = false;
                 // It also ends when the thread that submitted it ends; that is nobody's call.

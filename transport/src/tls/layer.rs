@@ -9,6 +9,7 @@ use crate::limits::TLS_BATCH;
 use crate::stream::frame::{self, Kind};
 use crate::stream::layer::{Halves, Layer, cut_short};
 use crate::sys::iovecs::{Gather, Scatter};
+use crate::sys::uring::{Incoming, Outgoing};
 use crate::tls::alert::alert_error;
 use crate::tls::handshake::MAX_FLIGHT;
 use crate::tls::record::{Content, HEADER_LEN, MAX_CONTENT, MAX_RECORD, OVERHEAD, Records};
@@ -122,22 +123,28 @@ impl Tls {
 }
 
 impl Layer for Tls {
-    fn next_send(&mut self, halves: &mut Halves) -> Result<Option<Gather>, Error> {
+    fn next_send(&mut self, halves: &mut Halves) -> Result<Option<Outgoing>, Error> {
         if let Some(rest) = self.rest.take() {
-            return Ok(Some(rest));
+            return Ok(Some(Outgoing::Copied(rest)));
         }
         if halves.sender.is_empty() && !self.records.owes_update() {
             return Ok(None);
         }
         if let Some(update) = self.records.key_update(BATCH_RECORDS)? {
             let len = update.len();
-            return Ok(Some(Gather::from_buffer(update, len)));
+            let update = Gather::from_buffer(update, len);
+            return Ok(Some(Outgoing::Copied(update)));
         }
         let out = self.out.take().unwrap_or_else(|| vec![0; OUT_LEN]);
-        self.seal_batch(halves, out).map(Some)
+        let sealed = self.seal_batch(halves, out)?;
+        Ok(Some(Outgoing::Copied(sealed)))
     }
 
-    fn sent(&mut self, halves: &mut Halves, mut gather: Gather, n: usize) -> Result<(), Error> {
+    fn sent(&mut self, halves: &mut Halves, outgoing: Outgoing, n: usize) -> Result<(), Error> {
+        // Nothing else is ever sent here.
+        let Outgoing::Copied(mut gather) = outgoing else {
+            return Ok(());
+        };
         gather.advance(n);
         if gather.len() > 0 {
             self.rest = Some(gather);
@@ -152,22 +159,20 @@ impl Layer for Tls {
         Ok(())
     }
 
-    fn next_receive(&mut self, _halves: &mut Halves) -> Result<Scatter, Error> {
+    fn next_receive(&mut self, _halves: &mut Halves) -> Result<Incoming, Error> {
         let mut incoming = self.incoming.take().unwrap_or_else(|| vec![0; IN_LEN]);
         incoming.copy_within(self.start..self.end, 0);
         self.end -= self.start;
         self.start = 0;
         let mut scatter = self.scatter.take().unwrap_or_default();
         scatter.push_buffer(incoming, self.end..IN_LEN);
-        Ok(scatter)
+        Ok(Incoming::Copied(scatter))
     }
 
-    fn received(
-        &mut self,
-        halves: &mut Halves,
-        mut scatter: Scatter,
-        n: usize,
-    ) -> Result<(), Error> {
+    fn received(&mut self, halves: &mut Halves, incoming: Incoming, n: usize) -> Result<(), Error> {
+        let Incoming::Copied(mut scatter) = incoming else {
+            return Ok(());
+        };
         let Some(mut incoming) = scatter.take_buffer() else {
             return Ok(());
         };

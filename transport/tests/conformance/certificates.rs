@@ -98,6 +98,7 @@ pub fn sockets() -> Sockets {
         dial: ca.identity("source.test", &["destination.test"]),
         accept: ca.identity("destination.test", &["other.test", "source.test"]),
         kind: "tls",
+        of_files: false,
     }
 }
 

@@ -22,6 +22,11 @@ pub trait Harness {
     /// A new channel with these regions at its ends.
     fn pair(&self, a: &Regions, b: &Regions) -> (Box<dyn Channel>, Box<dyn Channel>);
 
+    /// The memory at each end.
+    fn region(&self) -> Region {
+        Region::anonymous(usize::try_from(REGION_LEN).unwrap()).unwrap()
+    }
+
     /// Lets time pass where it is virtual.
     fn pass(&self) {}
 
@@ -70,15 +75,26 @@ pub struct Sockets {
     pub dial: Security,
     pub accept: Security,
     pub kind: &'static str,
+    /// The memory at each end is a file's, as a guest's is.
+    pub of_files: bool,
 }
 
 impl Sockets {
+    /// The same between the memory of files.
+    pub fn of_files(self) -> Sockets {
+        Sockets {
+            of_files: true,
+            ..self
+        }
+    }
+
     pub fn tcp() -> Sockets {
         Sockets {
             address: loopback(),
             dial: Security::Plaintext,
             accept: Security::Plaintext,
             kind: "tcp",
+            of_files: false,
         }
     }
 
@@ -88,6 +104,7 @@ impl Sockets {
             dial: Security::Plaintext,
             accept: Security::Plaintext,
             kind: "unix",
+            of_files: false,
         }
     }
 }
@@ -107,6 +124,16 @@ impl Harness for Sockets {
             let (channel, _) = connect(&address, &self.dial, &greeting(), a, PATIENCE).unwrap();
             (channel, acceptor.join().unwrap())
         })
+    }
+
+    fn region(&self) -> Region {
+        let len = usize::try_from(REGION_LEN).unwrap();
+        let region = if self.of_files {
+            Region::memfd(len)
+        } else {
+            Region::anonymous(len)
+        };
+        region.unwrap()
     }
 
     fn kind(&self) -> &'static str {
@@ -223,7 +250,10 @@ impl<'h> Pair<'h> {
             peer_writes: true,
             peer_reads: true,
         };
-        let (a, b) = (memory(full), memory(access));
+        let (a, b) = (
+            registered(harness.region(), full),
+            registered(harness.region(), access),
+        );
         let (channel_a, channel_b) = harness.pair(&a.0, &b.0);
         assert_eq!(channel_a.kind(), harness.kind());
         assert_eq!(channel_b.kind(), harness.kind());
@@ -260,8 +290,12 @@ impl<'h> Pair<'h> {
 
 /// A region under `REGION`, alone in its set.
 pub fn memory(access: Access) -> (Regions, Region) {
-    let regions = Regions::new();
     let region = Region::anonymous(usize::try_from(REGION_LEN).unwrap()).unwrap();
+    registered(region, access)
+}
+
+fn registered(region: Region, access: Access) -> (Regions, Region) {
+    let regions = Regions::new();
     regions.register(REGION, region.clone(), access);
     (regions, region)
 }

@@ -356,6 +356,8 @@ fn a_channel_dropped_in_full_flight_lets_go_of_its_memory() {
     for sockets in [
         Sockets::tcp(),
         Sockets::unix(),
+        Sockets::tcp().of_files(),
+        Sockets::unix().of_files(),
         crate::certificates::sockets(),
     ] {
         let mut pair = Pair::new(&sockets);

@@ -26,6 +26,16 @@ fn unix() {
 }
 
 #[test]
+fn tcp_between_files() {
+    body::all(&Sockets::tcp().of_files());
+}
+
+#[test]
+fn unix_between_files() {
+    body::all(&Sockets::unix().of_files());
+}
+
+#[test]
 fn mem() {
     body::all(&Mem::new());
 }
@@ -33,4 +43,9 @@ fn mem() {
 #[test]
 fn tls() {
     body::all(&certificates::sockets());
+}
+
+#[test]
+fn tls_between_files() {
+    body::all(&certificates::sockets().of_files());
 }

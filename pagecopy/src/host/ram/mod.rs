@@ -108,6 +108,12 @@ impl MappedRam {
         takes_writes.then(|| Arc::clone(&block.file))
     }
 
+    /// The file behind a block, where its pages can be given to a pipe: those of hugetlbfs cannot.
+    pub fn spliced_from(&self, block: BlockId) -> Option<Arc<File>> {
+        let block = self.block(block)?;
+        (!block.is_huge()).then(|| Arc::clone(&block.file))
+    }
+
     fn block(&self, block: BlockId) -> Option<&MappedBlock> {
         self.blocks.get(usize::from(block.0))
     }
