@@ -11,7 +11,7 @@ mod host_support;
 
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::{OutOfBounds, Placer, Ram};
@@ -23,6 +23,7 @@ use host_support::{
 };
 
 const BLOCK: BlockId = BlockId(0);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes that the file really takes.
 fn taken(file: &RamFile) -> u64 {
@@ -238,23 +239,30 @@ fn files_that_do_not_fit_their_block_are_refused() {
 
 #[test]
 fn the_mapping_lives_as_long_as_its_keeper() {
-    let file = RamFile::tmpfs(1 << 20);
-    file.file.write_at(b"z", PAGE).unwrap();
-    let ram = open_ram(&[&file]);
-    let (base, len, keeper) = ram.mapping(BLOCK).unwrap();
-    assert_eq!(len, 1 << 20);
-    assert!(ram.mapping(BlockId(1)).is_none());
-    drop(ram);
-    let mapped = |base: *mut u8| {
-        let start = format!("{:x}-", base as usize);
-        std::fs::read_to_string("/proc/self/maps")
-            .unwrap()
-            .lines()
-            .any(|line| line.starts_with(&start))
-    };
-    assert!(mapped(base));
-    drop(keeper);
-    assert!(!mapped(base));
+    // A large one is unmapped by somebody else.
+    for size in [1 << 20, 512 << 20] {
+        let file = RamFile::tmpfs(size);
+        file.file.write_at(b"z", PAGE).unwrap();
+        let ram = open_ram(&[&file]);
+        let (base, len, keeper) = ram.mapping(BLOCK).unwrap();
+        assert_eq!(len as u64, size);
+        assert!(ram.mapping(BlockId(1)).is_none());
+        drop(ram);
+        let mapped = || {
+            let start = format!("{:x}-", base as usize);
+            std::fs::read_to_string("/proc/self/maps")
+                .unwrap()
+                .lines()
+                .any(|line| line.starts_with(&start))
+        };
+        assert!(mapped());
+        drop(keeper);
+        let begun = Instant::now();
+        while mapped() {
+            assert!(begun.elapsed() < PATIENCE, "{size} bytes are still mapped");
+            std::thread::yield_now();
+        }
+    }
 }
 
 /// Figures, not limits: the machine may be busy.

@@ -25,6 +25,7 @@ use pagecopy::memory::BlockSpec;
 use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 use transport::{Channel, Regions};
 
 use self::holes::Holes;
@@ -124,6 +125,8 @@ pub(crate) struct Session {
     control: Option<Lane<Message>>,
     connection: u32,
     data: Vec<Lane<Command>>,
+    /// Lanes that are being closed.
+    closing: JoinSet<()>,
     /// Of the connection on which pages are pushed: there is only one such.
     encoding: Encoding,
     share: Arc<Share>,
@@ -172,6 +175,7 @@ impl Session {
             control: None,
             connection: 0,
             data: Vec::new(),
+            closing: JoinSet::new(),
             encoding: parts.encoding,
             share: Arc::new(parts.share),
             throttle: None,
@@ -478,8 +482,12 @@ impl Session {
             if let Some(tracker) = tracker {
                 lock(&tracker).disarm();
             }
-            drop(lanes);
         });
+        // The kernel takes some milliseconds over each ring.
+        for lane in lanes {
+            let close = log::inherited(move || drop(lane));
+            self.closing.spawn_blocking(close);
+        }
     }
 
     fn connect(&mut self) {
@@ -501,6 +509,7 @@ impl Session {
             control.close();
         }
         self.memory_worker.finish().await;
+        self.closing.join_all().await;
         if end.state != State::Completed && !self.resume_failed {
             // The engine records it only when it had recorded the intent; a restarted daemon looks for it in any case.
             let journal = Arc::clone(&self.journal);
@@ -545,6 +554,7 @@ impl Session {
     /// The daemon ends while the migration is in doubt: the journal knows, and the next daemon asks on.
     async fn leave(self) {
         self.memory_worker.finish().await;
+        self.closing.join_all().await;
         self.journal_worker.finish().await;
     }
 }

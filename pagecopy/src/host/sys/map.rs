@@ -4,6 +4,7 @@
 //! volatile or a `memcpy` whose result is taken as "some bytes": a torn page is harmless, for its dirty bit is set again.
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
@@ -12,10 +13,14 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use super::zero;
 
-/// A whole file mapped `MAP_SHARED`; unmapped on drop.
+/// Taking a mapping away takes the kernel some 60 ms for each GiB of it that was read. One of fewer bytes is not worth a thread.
+const LARGE: usize = 256 << 20;
+
+/// A whole file mapped `MAP_SHARED`; unmapped on drop, or soon after where that takes long: whoever lets go of it last may
+/// have other things to do.
 #[derive(Debug)]
 pub(crate) struct SharedMap {
-    map: MmapRaw,
+    map: ManuallyDrop<MmapRaw>,
     writable: bool,
 }
 
@@ -31,7 +36,10 @@ impl SharedMap {
         };
         // Only a courtesy to whoever collects core dumps; old kernels may refuse it.
         let _ = map.advise(Advice::DontDump);
-        Ok(SharedMap { map, writable })
+        Ok(SharedMap {
+            map: ManuallyDrop::new(map),
+            writable,
+        })
     }
 
     /// First address.
@@ -110,5 +118,18 @@ impl SharedMap {
             "outside the mapping"
         );
         self.base().wrapping_add(range.start)
+    }
+}
+
+impl Drop for SharedMap {
+    fn drop(&mut self) {
+        // SAFETY: it is taken once, here, and nothing uses it after that.
+        let map = unsafe { ManuallyDrop::take(&mut self.map) };
+        if map.len() >= LARGE {
+            // Without a thread it is unmapped here: an error drops what was to be run.
+            let _ = std::thread::Builder::new()
+                .name("unmap".to_owned())
+                .spawn(move || drop(map));
+        }
     }
 }
