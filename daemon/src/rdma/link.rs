@@ -294,7 +294,7 @@ impl Waiting {
     /// # Errors
     /// They did not come in time.
     pub(crate) fn gather(
-        self,
+        mut self,
         regions: &Regions,
         beside: Vec<Box<dyn Channel>>,
     ) -> Result<Vec<Box<dyn Channel>>, String> {
@@ -311,7 +311,7 @@ impl Waiting {
                     self.channels
                 )
             })?;
-            let pending = match Listener::accept_any(&self.listeners, left) {
+            let pending = match Listener::accept_any(&mut self.listeners, left) {
                 Ok(Some(pending)) => pending,
                 Ok(None) => continue,
                 Err(error) => return Err(error.to_string()),

@@ -51,7 +51,7 @@ fn registrations() -> usize {
 }
 
 /// Waits until nothing is registered any more: a lane may take a moment to end.
-fn assert_none_registered() {
+pub(super) fn assert_none_registered() {
     let gone = eventually(PATIENCE, || match registrations() {
         0 => Ok(()),
         left => Err(format!("{left} registrations")),
@@ -60,7 +60,7 @@ fn assert_none_registered() {
 }
 
 /// It went over that, and says why if it does.
-fn assert_went_over(outcome: &Outcome, transport: &str, why: &str) {
+pub(super) fn assert_went_over(outcome: &Outcome, transport: &str, why: &str) {
     for event in &outcome.events {
         if event["event"] != "progress" {
             println!("{event}");
@@ -252,7 +252,7 @@ fn any_below(below: u64) -> u64 {
 }
 
 /// Waits for a notice that says that.
-fn notice(migration: &Migration, what: &str) {
+pub(super) fn notice(migration: &Migration, what: &str) {
     migration.wait_event(what, PATIENCE, |event| {
         event["event"] == "notice" && event["text"].as_str().is_some_and(|it| it.contains(what))
     });
@@ -302,7 +302,7 @@ fn rdma_queue_pair_breaks_in_a_round() {
 }
 
 /// A post-copy of which so much and no more is there.
-fn postcopy_under_way(world: &World, from: Side, guest: &Qemu) -> Migration {
+pub(super) fn postcopy_under_way(world: &World, from: Side, guest: &Qemu) -> Migration {
     let options = [
         "--mode",
         "postcopy",

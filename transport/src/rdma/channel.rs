@@ -20,8 +20,9 @@ use crate::rdma::frame::Frame;
 use crate::rdma::memory::Memory;
 use crate::rdma::receiver::{RECEIVE_SLOTS, Receiver, is_receive};
 use crate::rdma::sender::{DEPTH, SEND_SLOTS, Sender};
+use crate::rdma::silence::{LONGEST, LOOK, Silence};
 use crate::rdma::slots::Slots;
-use crate::rdma::sys::{Device, EventKind, Id, QueuePair, Wc, status_text};
+use crate::rdma::sys::{Device, EventKind, Id, QueuePair, Wc, devices, status_text};
 use crate::stream::channel::check_message;
 use crate::wake::WakeFd;
 
@@ -48,6 +49,7 @@ pub struct RdmaChannel {
     woken: bool,
     fetched: u64,
     idle: u32,
+    silence: Silence,
     /// We have broken the connection off ourselves.
     broken_off: bool,
     failed: Option<Error>,
@@ -84,6 +86,7 @@ impl RdmaChannel {
             woken: false,
             fetched: 0,
             idle: 0,
+            silence: Silence::new(),
             broken_off: false,
             failed: None,
             pair,
@@ -138,6 +141,9 @@ impl RdmaChannel {
     fn reap(&mut self) -> Result<bool, Error> {
         let mut completions = [Wc::default(); 16];
         let count = self.pair.poll(&mut completions)?;
+        if count > 0 {
+            self.silence.ended(Instant::now());
+        }
         for completion in &completions[..count] {
             self.completed(completion)?;
         }
@@ -251,6 +257,7 @@ impl RdmaChannel {
 
     /// One round without waiting. Returns whether anything happened.
     fn turn(&mut self) -> Result<bool, Error> {
+        let had_work = self.sender.under_way();
         self.post()?;
         let any = self.reap()?;
         if any {
@@ -261,6 +268,15 @@ impl RdmaChannel {
             if self.idle.is_multiple_of(LOOK_EVERY) {
                 self.look()?;
             }
+        }
+        if !had_work {
+            self.silence.ended(Instant::now());
+        } else if !any && self.silence.goes_on(Instant::now()) {
+            return Err(Error::Io {
+                what: "the peer's RDMA device does not answer",
+                kind: ErrorKind::TimedOut,
+                message: format!("nothing in {} s", LONGEST.as_secs()),
+            });
         }
         Ok(any)
     }
@@ -280,6 +296,12 @@ impl RdmaChannel {
             return Ok(());
         }
         let left = timeout.map(|timeout| timeout.saturating_sub(begun.elapsed()));
+        // While it has work, to look again whether it has been silent for too long.
+        let left = if self.sender.under_way() {
+            Some(left.map_or(LOOK, |left| left.min(LOOK)))
+        } else {
+            left
+        };
         let (completions, connection) = self.sleep(left)?;
         if completions {
             self.pair.take_events()?;
@@ -325,6 +347,9 @@ impl RdmaChannel {
             // The peer's device was told that it came: it is reported, paused or not. There is an error already.
             self.receiver.pause(false);
             let _ = self.take_arrived();
+        }
+        if matches!(error, Error::Io { .. }) && !devices().contains(&self.device) {
+            self.memory.forget(self.device);
         }
         // The peer is told what it cannot know by itself.
         let fault = match &error {

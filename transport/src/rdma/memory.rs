@@ -199,6 +199,22 @@ impl Memory {
         })
     }
 
+    /// A device is gone, and all that was registered with it.
+    pub(super) fn forget(&self, device: Device) {
+        let mut state = self.0.lock();
+        state.closed += 1;
+        state.domains.remove(&device);
+        let all = std::mem::take(&mut state.chunks);
+        for (key, chunk) in all {
+            if key.0 == device {
+                chunk.registration.close();
+                state.pinned -= chunk.pinned();
+            } else {
+                state.chunks.insert(key, chunk);
+            }
+        }
+    }
+
     /// The chunk that holds `offset`, registered. `given`: the peer gets its key.
     pub(super) fn piece(
         &self,

@@ -24,6 +24,7 @@ mod frame;
 mod memory;
 mod receiver;
 mod sender;
+mod silence;
 mod slots;
 mod sys;
 #[cfg(test)]

@@ -212,6 +212,11 @@ impl Sender {
         })
     }
 
+    /// Whether the device has work that it has not reported.
+    pub(super) fn under_way(&self) -> bool {
+        self.in_queue > 0
+    }
+
     /// Whether the device has work, or will have.
     pub(super) fn busy(&self) -> bool {
         !self.posted.is_empty() || !self.control.is_empty()

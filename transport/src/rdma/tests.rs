@@ -138,7 +138,7 @@ fn settings() -> Settings {
 }
 
 fn pair(ip: IpAddr, a: &Memory, b: &Memory) -> (RdmaChannel, RdmaChannel) {
-    let listener = Listener::bind(SocketAddr::new(ip, 0)).unwrap();
+    let mut listener = Listener::bind(SocketAddr::new(ip, 0)).unwrap();
     let address = listener.local_address();
     std::thread::scope(|scope| {
         let acceptor = scope.spawn(move || {
