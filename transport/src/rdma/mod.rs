@@ -42,3 +42,10 @@ use crate::error::Error;
 pub fn available() -> Result<(), Error> {
     sys::available()
 }
+
+/// Whether every RDMA device of this host fetches pages on demand, so that none of a guest's is pinned for it. Found out by
+/// trying, with a page.
+pub fn pages_on_demand() -> bool {
+    let devices = sys::devices();
+    !devices.is_empty() && devices.into_iter().all(memory::fetches)
+}

@@ -238,6 +238,7 @@ fn memory_is_fetched_on_demand_where_the_device_can() {
         "{partial:?}"
     );
     let on_demand = std::env::var_os("PAGECOPY_RDMA_ON_DEMAND").is_some();
+    assert_eq!(crate::rdma::pages_on_demand(), on_demand);
     let pinned = if on_demand { 0 } else { 2 * CHUNK };
     assert_eq!((ours.pinned(), theirs.pinned()), (pinned, pinned));
 }
