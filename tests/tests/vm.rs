@@ -19,6 +19,8 @@ use tests::real::{
 
 #[path = "vm/rdma.rs"]
 mod rdma;
+#[path = "vm/rdma_lost.rs"]
+mod rdma_lost;
 
 const PAGE: u64 = 4096;
 const PAGES_PER_MIB: u64 = (1 << 20) / PAGE;

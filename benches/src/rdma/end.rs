@@ -210,7 +210,7 @@ impl Near {
         let mut begun = Instant::now();
         let pages = LEN / PAGE;
         let mut page = 0;
-        while all.len() < WARM || begun.elapsed() < time {
+        while all.len() <= WARM || begun.elapsed() < time {
             if all.len() == WARM {
                 begun = Instant::now();
             }

@@ -87,7 +87,7 @@ fn over_tcp(at: SocketAddr, regions: &Regions) -> Result<SocketAddr, String> {
 }
 
 fn over_rdma(at: SocketAddr, regions: &Regions) -> Result<SocketAddr, String> {
-    let listener = rdma::Listener::bind(SocketAddr::new(at.ip(), 0)).map_err(text)?;
+    let mut listener = rdma::Listener::bind(SocketAddr::new(at.ip(), 0)).map_err(text)?;
     let address = listener.local_address();
     let memory = Memory::new(regions, Settings::default());
     std::thread::spawn(move || {

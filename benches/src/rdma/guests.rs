@@ -1,6 +1,7 @@
 //! Guests, moved on this host over its RDMA device: what a page fault takes in post-copy, and how long whole migrations
 //! take, ours and QEMU's own.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Instant;
 
@@ -20,14 +21,23 @@ const FAULTS: f64 = 5.0;
 /// What a fault may take, in terms of `ib_read_lat`, beside what it takes on this host.
 const PROMISE: f64 = 2.0;
 const PORT: u16 = 4444;
+/// The stages of a fault, as the daemon names them.
+const STAGES: [&str; 4] = ["read_us", "queue_us", "wire_us", "place_us"];
 
 /// Medians of the page faults of one post-copy, in microseconds.
 #[derive(Clone, Copy, Debug)]
 struct Faults {
     count: f64,
     all: f64,
+    /// Of that, in turn: until the kernel's report was read, the page was asked for, its bytes were here, and it was mapped.
+    stages: [f64; 4],
+}
+
+impl Faults {
     /// Until its bytes were here, from when they were asked for.
-    wire: f64,
+    fn wire(&self) -> f64 {
+        self.stages[2]
+    }
 }
 
 /// What was measured.
@@ -108,10 +118,14 @@ fn faults(network: &str, transport: &str) -> Result<Faults, String> {
         let why = || format!("a post-copy over {transport} without figures: {shown}");
         value.as_f64().ok_or_else(why)
     };
+    let mut stages = [0.0; 4];
+    for (took, stage) in stages.iter_mut().zip(STAGES) {
+        *took = figure(&shown["faults"][stage]["p50"])?;
+    }
     Ok(Faults {
         count: figure(&event["faults"])?,
         all: figure(&event["fault_us"]["p50"])?,
-        wire: figure(&shown["faults"]["wire_us"]["p50"])?,
+        stages,
     })
 }
 
@@ -177,7 +191,7 @@ impl Guests {
     pub(super) fn say(&self, read_latency: Option<f64>) {
         let [rdma, tcp] = [&self.rdma, &self.tcp].map(|all| {
             let of = |pick: fn(&Faults) -> f64| median(all.iter().map(pick));
-            (of(|it| it.all), of(|it| it.all - it.wire))
+            (of(|it| it.all), of(|it| it.all - it.wire()))
         });
         println!(
             "a page fault over RDMA: {:.2} times one over TCP",
@@ -205,8 +219,10 @@ impl Guests {
 
     pub(super) fn value(&self) -> Value {
         let faults = |all: &[Faults]| -> Vec<Value> {
-            let one =
-                |it: &Faults| json!({"count": it.count, "p50_us": it.all, "wire_p50_us": it.wire});
+            let one = |it: &Faults| {
+                let stages: BTreeMap<_, _> = STAGES.iter().zip(it.stages).collect();
+                json!({"count": it.count, "p50_us": it.all, "stages_p50": stages})
+            };
             all.iter().map(one).collect()
         };
         let moves: Vec<Value> = WAYS

@@ -98,14 +98,14 @@ fn wait(bells: &Receiver<()>, pause: Duration) -> bool {
 /// # Errors
 /// There is no thread left.
 pub(super) fn answer(
-    listeners: Vec<Listener>,
+    mut listeners: Vec<Listener>,
     secret: [u8; 32],
     berths: Vec<Weak<Berth>>,
     bells: Receiver<()>,
 ) -> io::Result<()> {
     let answer = log::inherited(move || {
         while bells.try_recv() != Err(TryRecvError::Disconnected) {
-            match Listener::accept_any(&listeners, TURN) {
+            match Listener::accept_any(&mut listeners, TURN) {
                 Ok(None) => continue,
                 Ok(Some(pending)) => {
                     let admitted = pending.establish(GREETS, |call| {

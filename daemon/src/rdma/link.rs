@@ -39,6 +39,11 @@ pub(super) fn available() -> Result<(), String> {
     rdma::available().map_err(|error| error.to_string())
 }
 
+/// Whether nothing is pinned for this host's devices.
+pub(super) fn pages_on_demand() -> bool {
+    rdma::pages_on_demand()
+}
+
 /// Asks the destination for RDMA in the place of the data channels of a connection, control channel first. Blocks.
 pub(crate) fn ask(mut channels: Vec<Box<dyn Channel>>, regions: &Regions, plan: &Plan) -> Asked {
     let data = u16::try_from(channels.len().saturating_sub(1)).unwrap_or(u16::MAX);
@@ -74,7 +79,7 @@ pub(crate) fn ask(mut channels: Vec<Box<dyn Channel>>, regions: &Regions, plan: 
             "the destination listens at {address}, which is not in this host's networks of [rdma] ({networks})"
         ));
     }
-    to.truncate(rails_for(plan.bytes, plan.pin_limit));
+    to.truncate(rails(plan.bytes, plan.pin_limit));
     let memory = Memory::new(regions, settings(plan.bytes, plan.pin_limit));
     let call = |channel| Call {
         secret: secret.0,
@@ -135,7 +140,15 @@ fn listed<'a>(addresses: impl Iterator<Item = &'a SocketAddr>) -> String {
     all.join(",")
 }
 
-/// How many devices a guest with so many bytes may go over: each of them pins all of it.
+/// How many devices a guest with so many bytes may go over.
+fn rails(bytes: u64, pin_limit: Option<u64>) -> usize {
+    match pages_on_demand() {
+        true => MAX_RAILS,
+        false => rails_for(bytes, pin_limit),
+    }
+}
+
+/// The same where each of them pins all of it.
 fn rails_for(bytes: u64, pin_limit: Option<u64>) -> usize {
     let fit = pin_limit.map_or(u64::MAX, |limit| limit / bytes.max(1));
     usize::try_from(fit).map_or(MAX_RAILS, |fit| fit.clamp(1, MAX_RAILS))
@@ -249,7 +262,7 @@ impl Waiting {
         let addresses = if_addrs::get_if_addrs()
             .map_err(|error| format!("this host's addresses are not known: {error}"))?;
         let addresses = addresses.iter().map(if_addrs::Interface::ip);
-        let most = rails_for(bytes, limit).min(usize::from(channels).max(1));
+        let most = rails(bytes, limit).min(usize::from(channels).max(1));
         let mut listeners: Vec<Listener> = Vec::new();
         for ip in addresses.filter(|ip| allowed.includes(*ip)) {
             if listeners.len() < most
@@ -294,7 +307,7 @@ impl Waiting {
     /// # Errors
     /// They did not come in time.
     pub(crate) fn gather(
-        self,
+        mut self,
         regions: &Regions,
         beside: Vec<Box<dyn Channel>>,
     ) -> Result<Vec<Box<dyn Channel>>, String> {
@@ -311,7 +324,7 @@ impl Waiting {
                     self.channels
                 )
             })?;
-            let pending = match Listener::accept_any(&self.listeners, left) {
+            let pending = match Listener::accept_any(&mut self.listeners, left) {
                 Ok(Some(pending)) => pending,
                 Ok(None) => continue,
                 Err(error) => return Err(error.to_string()),

@@ -139,16 +139,31 @@ fn usable(allowed: &Rdma) -> Result<(), (String, String)> {
     }
 }
 
-/// What may be pinned of a guest with so many bytes, `whole`: at a time. Without the system's limit there is none.
+/// What may be pinned of a guest with so many bytes, `whole`: at a time. Without the system's limit there is none. No limit is
+/// too low where all devices fetch pages on demand, for which nothing is pinned.
 fn pin_limit(pin: Pin, bytes: u64, whole: bool) -> Result<Option<u64>, (String, String)> {
-    limit_within(getrlimit(Resource::Memlock).current, pin, bytes, whole)
+    let least = match link::pages_on_demand() {
+        true => 0,
+        false => least(pin, bytes, whole),
+    };
+    limit_within(getrlimit(Resource::Memlock).current, pin, bytes, least)
 }
 
+/// How much of a guest has to be pinned, where anything is.
+fn least(pin: Pin, bytes: u64, whole: bool) -> u64 {
+    if whole || pin == Pin::All {
+        bytes
+    } else {
+        bytes.min(4 * chunk(bytes))
+    }
+}
+
+/// What may be pinned, which is to be `least` at least.
 fn limit_within(
     system: Option<u64>,
     pin: Pin,
     bytes: u64,
-    whole: bool,
+    least: u64,
 ) -> Result<Option<u64>, (String, String)> {
     let channels = CHANNEL_BYTES * u64::from(pagecopy::limits::MAX_DATA_CHANNELS).min(8);
     let system = system.map(|limit| limit.saturating_sub(channels));
@@ -163,11 +178,6 @@ fn limit_within(
             "RLIMIT_MEMLOCK",
             "LimitMEMLOCK=infinity in the daemon's unit raises it (`ulimit -l unlimited` in a shell)",
         ),
-    };
-    let least = if whole || pin == Pin::All {
-        bytes
-    } else {
-        bytes.min(4 * chunk(bytes))
     };
     match limit {
         Some(limit) if limit < least => Err((
@@ -224,7 +234,8 @@ mod tests {
 
     #[test]
     fn no_more_is_pinned_than_the_system_allows_and_the_remedy_is_said() {
-        let limit = |system, pin, whole| limit_within(system, pin, 4 * GIB, whole);
+        let bytes = 4 * GIB;
+        let limit = |system, pin, whole| limit_within(system, pin, bytes, least(pin, bytes, whole));
         assert_eq!(limit(None, Pin::Auto, true), Ok(None));
         assert_eq!(limit(None, Pin::All, false), Ok(None));
         assert_eq!(
@@ -241,6 +252,9 @@ mod tests {
         assert_eq!(limit(Some(GIB), half, false), Ok(Some(GIB / 2)));
         let (why, _) = limit(None, half, true).unwrap_err();
         assert!(why.contains("--rdma-pin"), "{why}");
+        // Nothing is to be pinned, and no more may be than was said.
+        assert_eq!(limit_within(None, half, bytes, 0), Ok(Some(GIB / 2)));
+        assert_eq!(limit_within(Some(8 << 20), Pin::All, bytes, 0), Ok(Some(0)));
     }
 
     #[test]

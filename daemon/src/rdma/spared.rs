@@ -36,6 +36,8 @@ mod tests;
 
 /// The other way is looked at so often, when there is no quiet moment before.
 const LOOK: Duration = Duration::from_millis(50);
+/// It is looked at after so long, whatever comes.
+const LOOK_AT_LAST: Duration = Duration::from_millis(200);
 /// How long a queue pair that was broken off may take to report what it had.
 const DRAIN: Duration = Duration::from_millis(500);
 /// How long who listens waits for the call of a peer that says it has called.
@@ -149,18 +151,20 @@ impl Spared {
             self.over_tcp(slice)?;
             return self.return_if_ready();
         };
+        let begun = Instant::now();
         let idle = match rail.poll(Some(slice)) {
             Ok(Some(event)) => {
                 self.by_rail(event);
                 false
             }
-            Ok(None) => true,
+            // Not woken, for then there is something to do.
+            Ok(None) => begun.elapsed() >= slice,
             Err(error @ (Error::Io { .. } | Error::Refused(_) | Error::NoMemory(_))) => {
                 return self.fall(&error);
             }
             Err(error) => return Err(error),
         };
-        if idle || self.looked.elapsed() >= LOOK {
+        if idle || self.looked.elapsed() >= LOOK_AT_LAST {
             self.looked = Instant::now();
             self.look_at_tcp()?;
             #[cfg(feature = "steps")]

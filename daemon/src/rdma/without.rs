@@ -21,6 +21,10 @@ pub(super) fn available() -> Result<(), String> {
     Err(LACKS.to_owned())
 }
 
+pub(super) fn pages_on_demand() -> bool {
+    false
+}
+
 /// The channels stay as they are.
 pub(crate) fn ask(channels: Vec<Box<dyn Channel>>, _: &Regions, _: &Plan) -> Asked {
     Asked::Declined(channels, LACKS.to_owned())

@@ -166,6 +166,94 @@ impl Net {
         self.ip(Side::A, &["link", "set", "veth0", "up"]);
     }
 
+    /// Joins the namespaces by a second link, 10.78.0.1 and 10.78.0.2, with a switch between its ends and a software RDMA
+    /// device at each.
+    ///
+    /// # Errors
+    /// That this kernel has none in a namespace.
+    pub fn add_rail(&self) -> Result<(), String> {
+        let switch = self.switch();
+        ip(&["netns", "add", &switch]);
+        let within = |arguments: &[&str]| ip(&[&["-n", &switch], arguments].concat());
+        within(&[
+            "link", "add", "bridge", "mtu", "9000", "up", "type", "bridge",
+        ]);
+        for side in [Side::A, Side::B] {
+            let (host, port) = (self.namespace(side), port(side));
+            ip(&[
+                "link", "add", "rail0", "netns", &host, "type", "veth", "peer", "name", &port,
+                "netns", &switch,
+            ]);
+            within(&[
+                "link", "set", &port, "mtu", "9000", "master", "bridge", "up",
+            ]);
+            let address = format!("{}/24", side.address().replace("10.77.", "10.78."));
+            self.ip(side, &["address", "add", &address, "dev", "rail0"]);
+            self.ip(side, &["link", "set", "rail0", "mtu", "9000", "up"]);
+            self.plug_in(side)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the RDMA device of a host's end of the second link.
+    ///
+    /// # Errors
+    /// That this kernel has none in a namespace.
+    pub fn plug_in(&self, side: Side) -> Result<(), String> {
+        self.rdma(
+            side,
+            &["add", &self.rail(side), "type", "rxe", "netdev", "rail0"],
+        )
+    }
+
+    /// Takes it away.
+    ///
+    /// # Errors
+    /// Why it stays.
+    pub fn unplug(&self, side: Side) -> Result<(), String> {
+        self.rdma(side, &["delete", &self.rail(side)])
+    }
+
+    fn rdma(&self, side: Side, arguments: &[&str]) -> Result<(), String> {
+        let mut rdma = self.command(side, "rdma");
+        let output = rdma
+            .arg("link")
+            .args(arguments)
+            .output()
+            .map_err(|error| format!("rdma does not start: {error}"))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let why = String::from_utf8_lossy(&output.stderr);
+        let what = arguments.join(" ");
+        Err(format!("rdma link {what}, in a namespace: {}", why.trim()))
+    }
+
+    /// Its name, which all namespaces may share.
+    fn rail(&self, side: Side) -> String {
+        format!("{}-{}", self.name, side.name())
+    }
+
+    fn switch(&self) -> String {
+        format!("{}-s", self.name)
+    }
+
+    /// Cuts the second link, as if both cables were pulled: its ends lose their carrier.
+    pub fn cut_rail(&self) {
+        self.set_ports("down");
+    }
+
+    /// Joins it again.
+    pub fn mend_rail(&self) {
+        self.set_ports("up");
+    }
+
+    fn set_ports(&self, state: &str) {
+        for side in [Side::A, Side::B] {
+            ip(&["-n", &self.switch(), "link", "set", &port(side), state]);
+        }
+    }
+
     /// Drops every packet that arrives at `side`, in silence: the link looks up, and nobody answers.
     pub fn drop_arriving(&self, side: Side) {
         let rules = "add table inet cut; add chain inet cut in { type filter hook input priority 0; policy drop; }";
@@ -249,10 +337,22 @@ impl Net {
 impl Drop for Net {
     fn drop(&mut self) {
         let sides = [Side::A, Side::B];
+        let mut namespaces = Vec::new();
         for side in &sides[..if self.one { 1 } else { 2 }] {
+            namespaces.push(self.namespace(*side));
+        }
+        let switch = self.switch();
+        if std::path::Path::new("/run/netns").join(&switch).exists() {
+            for side in sides {
+                // It goes with its namespace, which may take the kernel a while; or it is gone.
+                let _ = self.unplug(side);
+            }
+            namespaces.push(switch);
+        }
+        for namespace in namespaces {
             // Nothing to be done about a failure here: the next run sweeps.
             let _ = Command::new("ip")
-                .args(["netns", "delete", &self.namespace(*side)])
+                .args(["netns", "delete", &namespace])
                 .status();
         }
     }
@@ -289,6 +389,11 @@ fn sweep() {
             let _ = Command::new("ip").args(["netns", "delete", &name]).output();
         }
     }
+}
+
+/// The switch's end of a host's cable.
+fn port(side: Side) -> String {
+    format!("port-{}", side.name())
 }
 
 fn ip(arguments: &[&str]) {

@@ -51,7 +51,7 @@ fn registrations() -> usize {
 }
 
 /// Waits until nothing is registered any more: a lane may take a moment to end.
-fn assert_none_registered() {
+pub(super) fn assert_none_registered() {
     let gone = eventually(PATIENCE, || match registrations() {
         0 => Ok(()),
         left => Err(format!("{left} registrations")),
@@ -60,7 +60,7 @@ fn assert_none_registered() {
 }
 
 /// It went over that, and says why if it does.
-fn assert_went_over(outcome: &Outcome, transport: &str, why: &str) {
+pub(super) fn assert_went_over(outcome: &Outcome, transport: &str, why: &str) {
     for event in &outcome.events {
         if event["event"] != "progress" {
             println!("{event}");
@@ -224,6 +224,31 @@ fn rdma_is_not_used_where_a_host_does_not_allow_it() {
     verified(&world, Side::B, &mut there, &mut back);
 }
 
+/// Nothing is pinned for devices that fetch pages on demand: no limit on that is in the way, there and back, in a round and in
+/// post-copy.
+#[test]
+fn rdma_on_demand_takes_no_pinned_memory() {
+    if std::env::var_os("PAGECOPY_RDMA_ON_DEMAND").is_none() {
+        return skipped(
+            "PAGECOPY_RDMA_ON_DEMAND does not say that the devices fetch pages on demand",
+        );
+    }
+    let Some(rail) = rail() else { return };
+    let world = on_rail(&rail, false, &[Side::A, Side::B]);
+    let machine = small(Version::V10_0, "rate=2 set=2");
+    there_and_back(&world, &machine, |from, here| {
+        let mode = if from == Side::A {
+            "precopy"
+        } else {
+            "postcopy"
+        };
+        let options = ["--transport", "rdma", "--rdma-pin", "1MiB", "--mode", mode];
+        let options = [&options[..], &["--downtime-limit", "1s"]].concat();
+        let migration = world.cli(from).migrate("vm", here, from.other(), &options);
+        assert_went_over(&migration.finish(), "rdma", "pages go over RDMA");
+    });
+}
+
 /// Either daemon is killed in the middle of a round: the guest stays, and nothing stays registered.
 #[test]
 fn rdma_daemon_killed_in_a_round_leaves_the_guest_and_no_registration() {
@@ -252,7 +277,7 @@ fn any_below(below: u64) -> u64 {
 }
 
 /// Waits for a notice that says that.
-fn notice(migration: &Migration, what: &str) {
+pub(super) fn notice(migration: &Migration, what: &str) {
     migration.wait_event(what, PATIENCE, |event| {
         event["event"] == "notice" && event["text"].as_str().is_some_and(|it| it.contains(what))
     });
@@ -302,7 +327,7 @@ fn rdma_queue_pair_breaks_in_a_round() {
 }
 
 /// A post-copy of which so much and no more is there.
-fn postcopy_under_way(world: &World, from: Side, guest: &Qemu) -> Migration {
+pub(super) fn postcopy_under_way(world: &World, from: Side, guest: &Qemu) -> Migration {
     let options = [
         "--mode",
         "postcopy",

@@ -20,13 +20,16 @@ use crate::rdma::frame::Frame;
 use crate::rdma::memory::Memory;
 use crate::rdma::receiver::{RECEIVE_SLOTS, Receiver, is_receive};
 use crate::rdma::sender::{DEPTH, SEND_SLOTS, Sender};
+use crate::rdma::silence::{LONGEST, LOOK, Silence};
 use crate::rdma::slots::Slots;
-use crate::rdma::sys::{Device, EventKind, Id, QueuePair, Wc, status_text};
+use crate::rdma::sys::{Device, EventKind, Id, QueuePair, Wc, devices, status_text};
 use crate::stream::channel::check_message;
 use crate::wake::WakeFd;
 
 /// How long completions are polled for before the thread sleeps: about what a sleep and a wake-up cost.
 const SPIN: Duration = Duration::from_micros(20);
+/// The same while a few pages are read, for which somebody stands still: where that is about what they take.
+const SPIN_READ: Duration = Duration::from_micros(200);
 /// How long the last words may take when a channel is dropped.
 const LINGER: Duration = Duration::from_millis(500);
 /// One poll in so many that finds nothing looks whether the connection has ended.
@@ -48,6 +51,9 @@ pub struct RdmaChannel {
     woken: bool,
     fetched: u64,
     idle: u32,
+    silence: Silence,
+    /// What a read of a few pages has taken of late.
+    read_takes: Duration,
     /// We have broken the connection off ourselves.
     broken_off: bool,
     failed: Option<Error>,
@@ -84,6 +90,8 @@ impl RdmaChannel {
             woken: false,
             fetched: 0,
             idle: 0,
+            silence: Silence::new(),
+            read_takes: Duration::ZERO,
             broken_off: false,
             failed: None,
             pair,
@@ -138,6 +146,9 @@ impl RdmaChannel {
     fn reap(&mut self) -> Result<bool, Error> {
         let mut completions = [Wc::default(); 16];
         let count = self.pair.poll(&mut completions)?;
+        if count > 0 {
+            self.silence.ended(Instant::now());
+        }
         for completion in &completions[..count] {
             self.completed(completion)?;
         }
@@ -251,6 +262,7 @@ impl RdmaChannel {
 
     /// One round without waiting. Returns whether anything happened.
     fn turn(&mut self) -> Result<bool, Error> {
+        let had_work = self.sender.under_way();
         self.post()?;
         let any = self.reap()?;
         if any {
@@ -262,32 +274,83 @@ impl RdmaChannel {
                 self.look()?;
             }
         }
+        if !had_work {
+            self.silence.ended(Instant::now());
+        } else if !any && self.silence.goes_on(Instant::now()) {
+            return Err(Error::Io {
+                what: "the peer's RDMA device does not answer",
+                kind: ErrorKind::TimedOut,
+                message: format!("nothing in {} s", LONGEST.as_secs()),
+            });
+        }
         Ok(any)
     }
 
     /// Waits for the device, the connection or the waker: spins, then sleeps. `None`: for as long as it takes.
     fn wait(&mut self, timeout: Option<Duration>) -> Result<(), Error> {
         let begun = Instant::now();
-        let spin = timeout.map_or(SPIN, |timeout| SPIN.min(timeout));
-        while begun.elapsed() < spin {
-            if self.reap()? {
-                return Ok(());
-            }
-            std::hint::spin_loop();
+        let reads = self.sender.reads_little();
+        if self.spin(begun, timeout, reads)? {
+            return Ok(());
         }
         self.pair.arm()?;
         if self.reap()? {
             return Ok(());
         }
         let left = timeout.map(|timeout| timeout.saturating_sub(begun.elapsed()));
+        // While it has work, to look again whether it has been silent for too long.
+        let left = if self.sender.under_way() {
+            Some(left.map_or(LOOK, |left| left.min(LOOK)))
+        } else {
+            left
+        };
         let (completions, connection) = self.sleep(left)?;
         if completions {
             self.pair.take_events()?;
+            self.read_took(reads, begun.elapsed());
         }
         if connection {
             self.look()?;
         }
         Ok(())
+    }
+
+    /// Polls for as long as that is likely to be of use. Returns whether something came.
+    fn spin(
+        &mut self,
+        begun: Instant,
+        timeout: Option<Duration>,
+        reads: bool,
+    ) -> Result<bool, Error> {
+        let longest = if reads && self.read_takes <= 2 * SPIN_READ {
+            SPIN_READ
+        } else {
+            SPIN
+        };
+        let longest = timeout.map_or(longest, |timeout| longest.min(timeout));
+        loop {
+            if self.wake.is_rung() {
+                self.take_wake();
+                return Ok(true);
+            }
+            if self.reap()? {
+                self.read_took(reads, begun.elapsed());
+                return Ok(true);
+            }
+            match begun.elapsed() {
+                spun if spun >= longest => return Ok(false),
+                spun if spun < SPIN => std::hint::spin_loop(),
+                // What is waited for may need this processor: a software device does.
+                _ => std::thread::yield_now(),
+            }
+        }
+    }
+
+    /// Takes note of what a read took: for the next one, those before count three times as much.
+    fn read_took(&mut self, reads: bool, took: Duration) {
+        if reads {
+            self.read_takes = (3 * self.read_takes + took) / 4;
+        }
     }
 
     /// Sleeps. Returns whether the device has an event, and the connection.
@@ -314,7 +377,7 @@ impl RdmaChannel {
 
     /// Takes note of a call of the waker.
     fn take_wake(&mut self) {
-        self.woken |= rustix::io::read(&*self.wake, &mut [0u8; 8]).is_ok();
+        self.woken |= self.wake.take();
     }
 
     fn fail(&mut self, error: Error) {
@@ -325,6 +388,9 @@ impl RdmaChannel {
             // The peer's device was told that it came: it is reported, paused or not. There is an error already.
             self.receiver.pause(false);
             let _ = self.take_arrived();
+        }
+        if matches!(error, Error::Io { .. }) && !devices().contains(&self.device) {
+            self.memory.forget(self.device);
         }
         // The peer is told what it cannot know by itself.
         let fault = match &error {

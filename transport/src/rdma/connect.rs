@@ -127,9 +127,10 @@ fn decode_answer(bytes: &[u8]) -> Result<u16, Error> {
     }
 }
 
-/// Waits for calls at an address.
+/// Waits for calls at an address. If its device is removed, it waits for one that comes in its place.
 pub struct Listener {
-    id: Id,
+    /// None while there is no device.
+    id: Option<Id>,
     address: SocketAddr,
 }
 
@@ -150,7 +151,10 @@ impl Listener {
         let id = Id::new()?;
         id.listen(address, BACKLOG)?;
         let address = SocketAddr::new(address.ip(), id.port());
-        Ok(Listener { id, address })
+        Ok(Listener {
+            id: Some(id),
+            address,
+        })
     }
 
     /// Where it listens.
@@ -160,33 +164,48 @@ impl Listener {
 
     /// Whether both listen at addresses of one device.
     pub fn shares_device(&self, other: &Listener) -> bool {
-        self.id.device().is_some() && self.id.device() == other.id.device()
+        let device = |it: &Listener| it.id.as_ref().and_then(Id::device);
+        device(self).is_some() && device(self) == device(other)
     }
 
     /// The next call, if one comes in time.
     ///
     /// # Errors
     /// [`Error::Io`] when rdma_cm fails.
-    pub fn accept(&self, timeout: Duration) -> Result<Option<Pending>, Error> {
-        Listener::accept_any(std::slice::from_ref(self), timeout)
+    pub fn accept(&mut self, timeout: Duration) -> Result<Option<Pending>, Error> {
+        Listener::accept_any(std::slice::from_mut(self), timeout)
     }
 
-    /// The next call at any of these, if one comes in time.
+    /// The next call at any of these, if one comes in time. Looks first whether devices that were removed are back.
     ///
     /// # Errors
     /// [`Error::Io`] when rdma_cm fails.
-    pub fn accept_any(listeners: &[Listener], timeout: Duration) -> Result<Option<Pending>, Error> {
+    pub fn accept_any(
+        listeners: &mut [Listener],
+        timeout: Duration,
+    ) -> Result<Option<Pending>, Error> {
         let end = Instant::now() + timeout;
-        let ids: Vec<&Id> = listeners.iter().map(|listener| &listener.id).collect();
-        while let Some(event) = next_event(&ids, end)? {
+        for listener in listeners.iter_mut().filter(|it| it.id.is_none()) {
+            if let Ok(again) = Listener::bind(listener.address) {
+                *listener = again;
+            }
+        }
+        loop {
+            let ids: Vec<Option<&Id>> = listeners.iter().map(|it| it.id.as_ref()).collect();
+            let Some((which, event)) = next_event(&ids, end)? else {
+                return Ok(None);
+            };
             if let Some(id) = event.request {
                 return Ok(Some(Pending {
                     id,
                     private: event.private,
                 }));
             }
+            if event.kind == EventKind::DeviceRemoved {
+                // It hears nothing more, and would keep its port.
+                listeners[which].id = None;
+            }
         }
-        Ok(None)
     }
 }
 
@@ -264,22 +283,23 @@ pub fn connect(
     Ok(channel)
 }
 
-/// The next event of one of these until `end`.
-fn next_event(ids: &[&Id], end: Instant) -> Result<Option<CmEvent>, Error> {
+/// The next event of one of these until `end`, and whose it is.
+fn next_event(ids: &[Option<&Id>], end: Instant) -> Result<Option<(usize, CmEvent)>, Error> {
     loop {
-        for id in ids {
-            if let Some(event) = id.next_event()? {
-                return Ok(Some(event));
+        for (which, id) in ids.iter().enumerate() {
+            let event = id.map(Id::next_event).transpose()?;
+            if let Some(event) = event.flatten() {
+                return Ok(Some((which, event)));
             }
         }
         let left = end.saturating_duration_since(Instant::now());
-        let fds = ids.iter().filter_map(|id| id.fd());
+        if left.is_zero() {
+            return Ok(None);
+        }
+        let fds = ids.iter().filter_map(|id| id.and_then(Id::fd));
         let mut fds: Vec<_> = fds
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
             .collect();
-        if fds.is_empty() || left.is_zero() {
-            return Ok(None);
-        }
         let left = Timespec::try_from(left).ok();
         match poll(&mut fds, left.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -295,7 +315,7 @@ fn wait_for(id: &Id, wanted: EventKind, end: Instant) -> Result<CmEvent, Error> 
         kind,
         message,
     };
-    while let Some(event) = next_event(&[id], end)? {
+    while let Some((_, event)) = next_event(&[Some(id)], end)? {
         match event.kind {
             kind if kind == wanted => return Ok(event),
             EventKind::Rejected => return Err(rejected(&event)),

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::channel::SubmitError;
 use crate::error::Error;
 use crate::rdma::sys::{Device, Pd, Registration};
-use crate::region::{Access, Extent, RegionId, Regions, Watcher};
+use crate::region::{Access, Extent, Region, RegionId, Regions, Watcher};
 use crate::stream::channel::check_extents;
 
 /// What devices fetch on demand.
@@ -199,6 +199,22 @@ impl Memory {
         })
     }
 
+    /// A device is gone, and all that was registered with it.
+    pub(super) fn forget(&self, device: Device) {
+        let mut state = self.0.lock();
+        state.closed += 1;
+        state.domains.remove(&device);
+        let all = std::mem::take(&mut state.chunks);
+        for (key, chunk) in all {
+            if key.0 == device {
+                chunk.registration.close();
+                state.pinned -= chunk.pinned();
+            } else {
+                state.chunks.insert(key, chunk);
+            }
+        }
+    }
+
     /// The chunk that holds `offset`, registered. `given`: the peer gets its key.
     pub(super) fn piece(
         &self,
@@ -256,7 +272,7 @@ impl Memory {
     fn register(
         &self,
         device: Device,
-        region: &crate::region::Region,
+        region: &Region,
         extent: Extent,
         access: Access,
     ) -> Result<Registration, Error> {
@@ -303,6 +319,25 @@ impl Memory {
         state.pinned += len;
         Ok(())
     }
+}
+
+/// Whether a device fetches pages on demand.
+pub(super) fn fetches(device: Device) -> bool {
+    let page = usize::try_from(PAGE)
+        .ok()
+        .and_then(|len| Region::anonymous(len).ok());
+    let (Some(page), Ok(domain)) = (page, Pd::new(device)) else {
+        return false;
+    };
+    let whole = Extent {
+        offset: 0,
+        len: PAGE,
+    };
+    let access = Access {
+        peer_writes: true,
+        peer_reads: true,
+    };
+    Registration::new(&domain, &page, whole, access, true).is_ok()
 }
 
 /// The region is not there, or is closed.

@@ -24,6 +24,7 @@ mod frame;
 mod memory;
 mod receiver;
 mod sender;
+mod silence;
 mod slots;
 mod sys;
 #[cfg(test)]
@@ -40,4 +41,11 @@ use crate::error::Error;
 /// [`Error::Io`] of kind `NotFound`, with what is missing: the libraries, or a device.
 pub fn available() -> Result<(), Error> {
     sys::available()
+}
+
+/// Whether every RDMA device of this host fetches pages on demand, so that none of a guest's is pinned for it. Found out by
+/// trying, with a page.
+pub fn pages_on_demand() -> bool {
+    let devices = sys::devices();
+    !devices.is_empty() && devices.into_iter().all(memory::fetches)
 }

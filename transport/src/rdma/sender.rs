@@ -23,6 +23,8 @@ pub(super) const DEPTH: u32 = 512;
 pub(super) const SEND_SLOTS: usize = 32;
 /// One work in so many is signalled.
 const SIGNAL_EVERY: usize = 32;
+/// Bytes that somebody waits for, and reads nothing else meanwhile.
+const LITTLE: u64 = 64 << 10;
 /// Works handed to the device in one call.
 const BATCH: usize = 64;
 
@@ -210,6 +212,21 @@ impl Sender {
             event: record.event,
             fetched: record.fetched,
         })
+    }
+
+    /// Whether the device has work that it has not reported.
+    pub(super) fn under_way(&self) -> bool {
+        self.in_queue > 0
+    }
+
+    /// Whether all that the device has are reads of a few pages: somebody waits for each of them.
+    pub(super) fn reads_little(&self) -> bool {
+        let mut bytes = 0;
+        let little = self.posted.iter().all(|record| {
+            bytes += record.fetched;
+            record.fetched > 0 && bytes <= LITTLE
+        });
+        little && bytes > 0
     }
 
     /// Whether the device has work, or will have.

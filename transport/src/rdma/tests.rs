@@ -138,7 +138,7 @@ fn settings() -> Settings {
 }
 
 fn pair(ip: IpAddr, a: &Memory, b: &Memory) -> (RdmaChannel, RdmaChannel) {
-    let listener = Listener::bind(SocketAddr::new(ip, 0)).unwrap();
+    let mut listener = Listener::bind(SocketAddr::new(ip, 0)).unwrap();
     let address = listener.local_address();
     std::thread::scope(|scope| {
         let acceptor = scope.spawn(move || {
@@ -238,6 +238,7 @@ fn memory_is_fetched_on_demand_where_the_device_can() {
         "{partial:?}"
     );
     let on_demand = std::env::var_os("PAGECOPY_RDMA_ON_DEMAND").is_some();
+    assert_eq!(crate::rdma::pages_on_demand(), on_demand);
     let pinned = if on_demand { 0 } else { 2 * CHUNK };
     assert_eq!((ours.pinned(), theirs.pinned()), (pinned, pinned));
 }

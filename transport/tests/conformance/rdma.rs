@@ -45,7 +45,7 @@ impl Rails {
 impl Harness for Rails {
     fn pair(&self, a: &Regions, b: &Regions) -> (Box<dyn Channel>, Box<dyn Channel>) {
         let rail = self.next.fetch_add(1, Ordering::Relaxed) % self.rails.len();
-        let listener = Listener::bind(SocketAddr::new(self.rails[rail], 0)).unwrap();
+        let mut listener = Listener::bind(SocketAddr::new(self.rails[rail], 0)).unwrap();
         let (a, b) = (Memory::new(a, self.settings), Memory::new(b, self.settings));
         let address = listener.local_address();
         std::thread::scope(|scope| {
@@ -94,7 +94,7 @@ fn rdma_callers_without_the_secret_are_turned_away() {
     let Some(rail) = rails().first().copied() else {
         return;
     };
-    let listener = Listener::bind(SocketAddr::new(rail, 0)).unwrap();
+    let mut listener = Listener::bind(SocketAddr::new(rail, 0)).unwrap();
     let (regions, _) = memory(Access {
         peer_writes: true,
         peer_reads: true,

@@ -226,6 +226,7 @@ functions! {
     }
     in rdmacm "librdmacm.so.1" {
         fn rdma_get_devices(*mut c_int) -> *mut *mut Context;
+        fn rdma_free_devices(*mut *mut Context) -> ();
         fn rdma_create_event_channel() -> *mut EventChannel;
         fn rdma_destroy_event_channel(*mut EventChannel) -> ();
         fn rdma_create_id(*mut EventChannel, *mut *mut CmId, *mut c_void, c_int) -> c_int;

@@ -166,7 +166,7 @@ impl Id {
     /// The device of a connection; none before its address is resolved.
     pub(in crate::rdma) fn device(&self) -> Option<Device> {
         // SAFETY: the identifier is alive.
-        Device::new(unsafe { (*self.id).verbs })
+        Device::of(unsafe { (*self.id).verbs })
     }
 
     pub(super) fn raw(&self) -> *mut CmId {

@@ -7,7 +7,8 @@ mod bindings;
 mod cm;
 mod verbs;
 
-use std::sync::OnceLock;
+use std::collections::BTreeSet;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use self::bindings::Functions;
 pub(super) use self::bindings::Wc;
@@ -15,22 +16,56 @@ pub(super) use self::cm::{CmEvent, EventKind, Id};
 pub(super) use self::verbs::{Device, Kind, Pd, QueuePair, Registration, Work, status_text};
 use crate::error::Error;
 
+/// Devices that have been seen. Each stays open from then on, whatever connections come and go.
+static KEPT: Mutex<BTreeSet<Device>> = Mutex::new(BTreeSet::new());
+
 /// The libraries and at least one device, or why there is none.
 fn library() -> Result<&'static Functions, Error> {
-    static DEVICES: OnceLock<bool> = OnceLock::new();
     let functions = bindings::functions()
         .map_err(|error| no_device(&format!("install libibverbs1 and librdmacm1: {error}")))?;
-    // The list is never given back: it keeps each device open, whatever connections come and go.
-    // SAFETY: the count may be null, says rdma_get_devices(3).
-    let found = *DEVICES
-        .get_or_init(|| !unsafe { (functions.rdma_get_devices)(std::ptr::null_mut()) }.is_null());
-    if found {
-        Ok(functions)
-    } else {
-        Err(no_device(
-            "`rdma link` lists none when the first one was looked for",
-        ))
+    let none = kept().is_empty();
+    if none && devices().is_empty() {
+        return Err(no_device("`rdma link` lists none"));
     }
+    Ok(functions)
+}
+
+fn kept() -> MutexGuard<'static, BTreeSet<Device>> {
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The devices that this host has now.
+pub(super) fn devices() -> Vec<Device> {
+    let Ok(functions) = bindings::functions() else {
+        return Vec::new();
+    };
+    let mut count = 0;
+    // SAFETY: the count is written during the call only.
+    let list = unsafe { (functions.rdma_get_devices)(&raw mut count) };
+    if list.is_null() {
+        return Vec::new();
+    }
+    // SAFETY: it is a list of so many, which is ours until it is given back.
+    let contexts = unsafe { std::slice::from_raw_parts(list, usize::try_from(count).unwrap_or(0)) };
+    let devices: Vec<Device> = contexts
+        .iter()
+        .filter_map(|it| Device::listed(*it))
+        .collect();
+    let mut kept = kept();
+    if devices.iter().all(|device| kept.contains(device)) {
+        // SAFETY: it is given back once. Another one, which is not, keeps each of its devices open.
+        unsafe { (functions.rdma_free_devices)(list) };
+    } else {
+        // Never given back: it keeps them open.
+        kept.extend(&devices);
+    }
+    devices
+}
+
+/// Whether a device that somebody has open now stays so. One that has just been removed does not.
+fn keep(device: Device) -> bool {
+    let known = kept().contains(&device);
+    known || devices().contains(&device)
 }
 
 /// Whether this host has an RDMA device.

@@ -11,7 +11,7 @@ use super::bindings::{
     self, CompChannel, Context, Cq, Mr, QpAttr, QpInitAttr, RecvWr, SendWr, Sge,
 };
 use super::cm::Id;
-use super::{Wc, checked, last_error, library};
+use super::{Wc, checked, keep, last_error, library};
 use crate::error::Error;
 use crate::region::{Access, Extent, Region};
 
@@ -32,13 +32,19 @@ const STATE_ERROR: i32 = 6;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::rdma) struct Device(*mut Context);
 
-// SAFETY: verbs may be called by any thread; the device is never closed.
+// SAFETY: verbs may be called by any thread; the device is never closed: see `keep`.
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
 
 impl Device {
-    pub(super) fn new(context: *mut Context) -> Option<Device> {
+    /// The device of an identifier that lives, if it is still there.
+    pub(super) fn of(context: *mut Context) -> Option<Device> {
+        Device::listed(context).filter(|device| keep(*device))
+    }
+
+    /// One of a list, which is to keep it open.
+    pub(super) fn listed(context: *mut Context) -> Option<Device> {
         (!context.is_null()).then_some(Device(context))
     }
 }
