@@ -163,6 +163,12 @@ impl Way {
         self.base.postcopy
     }
 
+    /// Why it cannot be measured between two hosts, if so.
+    pub fn only_here(&self) -> Option<&'static str> {
+        (self.base.id == "memcpy")
+            .then_some("it copies memory of one host, and nothing of it crosses the link")
+    }
+
     /// What it may be held against: whether they do the same for the guest's owner.
     pub fn is_like(&self, other: &Way) -> bool {
         let kind = |way: &Way| (way.base.tls, way.base.postcopy);
@@ -347,6 +353,13 @@ mod tests {
         assert!(!way("tcp").is_like(&way("qemu-tls")));
         assert!(!way("postcopy").is_like(&way("qemu-tcp")));
         assert!(!way("iperf3").is_like(&way("memcpy")));
+    }
+
+    #[test]
+    fn what_needs_one_host_says_why() {
+        for way in Way::all() {
+            assert_eq!(way.only_here().is_some(), way.id() == "memcpy");
+        }
     }
 
     #[test]

@@ -126,6 +126,7 @@ mod tests {
             pairs: 3,
             downtime_limit_ms: 300,
             patience_s: 60,
+            hosts: None,
         };
         let record = Record {
             schema: String::new(),
@@ -133,6 +134,7 @@ mod tests {
             commit: String::new(),
             command: vec![],
             machine: Default::default(),
+            hosts: None,
             plan,
             ways: vec![],
             cells: vec![

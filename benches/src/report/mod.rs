@@ -9,7 +9,7 @@ mod plot;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use self::compare::{COMPARED, ratio, rivals, way};
-use crate::record::{Cell, FIGURES, Figure, Record};
+use crate::record::{Cell, FIGURES, Figure, Machine, Record};
 use crate::work::Work;
 
 const STYLE: &str = include_str!("style.css");
@@ -100,8 +100,15 @@ fn head(record: &Record) -> Markup {
         header {
             h1 { "Live migration, pagecopy beside QEMU" }
             dl.facts {
-                dt { "Machine" }
-                dd { (machine.cpus) " × " (machine.cpu) ", " (machine.memory_mib) " MiB, Linux " (machine.kernel) }
+                @match &record.hosts {
+                    Some(joined) => {
+                        dt { "Source" } dd { (joined.source.name) " (" (joined.source.address) "): " (hardware(&joined.source.machine)) }
+                        dt { "Destination" }
+                        dd { (joined.destination.name) " (" (joined.destination.address) "): " (hardware(&joined.destination.machine)) }
+                        dt { "Link" } dd { (joined) }
+                    }
+                    None => { dt { "Machine" } dd { (hardware(machine)) } }
+                }
                 dt { "QEMU" } dd { (machine.qemu) }
                 dt { "Commit" } dd { code { (record.commit) } }
                 dt { "Began" } dd { time datetime=(record.began) { (record.began) } }
@@ -114,6 +121,17 @@ fn head(record: &Record) -> Markup {
             }
         }
     }
+}
+
+fn hardware(machine: &Machine) -> String {
+    let Machine {
+        cpu,
+        cpus,
+        memory_mib,
+        kernel,
+        ..
+    } = machine;
+    format!("{cpus} × {cpu}, {memory_mib} MiB, Linux {kernel}")
 }
 
 /// Ours by the best of QEMU's, for each link and work.
