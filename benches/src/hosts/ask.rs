@@ -43,6 +43,10 @@ pub enum Ask {
     Iperf3Server(SocketAddr),
     /// Sends to that server. Answered by bits per second.
     Iperf3(SocketAddr),
+    /// Reads all that one caller's streams bring to this address; whether the kernel opens it.
+    Drain(SocketAddr, bool),
+    /// Sends so many MiB there; whether the kernel seals them. Answered by milliseconds.
+    Fill(SocketAddr, u64, bool),
     /// Starts one side of a migration. Answered by the ids of its processes.
     Start(Box<Start>),
     /// Waits until the guest has filled its memory and has beaten for a while.

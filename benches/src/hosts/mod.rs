@@ -10,6 +10,7 @@ mod facts;
 mod host;
 mod reach;
 mod side;
+mod stream;
 
 use std::any::Any;
 use std::net::{IpAddr, SocketAddr};
@@ -192,6 +193,17 @@ impl Hosts {
         let at = self.at(IPERF3);
         self.destination.ask::<()>(&Ask::Iperf3Server(at))?;
         self.source.ask(&Ask::Iperf3(at))
+    }
+
+    /// How many milliseconds `mib` MiB take over two streams, as they are or sealed by both kernels.
+    ///
+    /// # Errors
+    /// A kernel has no TLS.
+    pub fn streams(&mut self, mib: u64, sealed: bool) -> Result<f64, String> {
+        let at = self.at(IPERF3);
+        self.destination
+            .ask::<SocketAddr>(&Ask::Drain(at, sealed))?;
+        self.source.ask(&Ask::Fill(at, mib, sealed))
     }
 
     /// Ends all that was started for a run.

@@ -18,7 +18,7 @@ use tests::real::{
 
 use super::ask::{Ask, By, Counters, Ended, Heard, Order, Pem, Start, Touched};
 use super::clock::{self, Clock};
-use super::{facts, words_of};
+use super::{facts, stream, words_of};
 
 /// What the guest is called.
 const VM: &str = "vm";
@@ -65,6 +65,8 @@ impl Agent {
                 told(())
             }
             Ask::Iperf3(to) => told(iperf3(to)?),
+            Ask::Drain(at, sealed) => told(stream::drain(at, sealed)?),
+            Ask::Fill(to, mib, sealed) => told(stream::fill(to, mib, sealed)?),
             Ask::Warm(mib) => {
                 warm(mib);
                 told(())

@@ -8,7 +8,7 @@ mod plot;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use self::compare::{COMPARED, ratio, rivals, way};
+use self::compare::{COMPARED, ratio, rivals, sealed, way};
 use crate::record::{Cell, FIGURES, Figure, Machine, Record};
 use crate::work::Work;
 
@@ -33,6 +33,7 @@ pub fn page(record: &Record) -> String {
                 main {
                     (head(record))
                     (ratios(record))
+                    (encryption(record))
                     @for (number, cells) in groups(record).iter().enumerate() {
                         (group(record, number, cells))
                     }
@@ -171,6 +172,31 @@ fn ratios(record: &Record) -> Markup {
                                 }
                             }
                         } }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What TLS leaves of each way's rate.
+fn encryption(record: &Record) -> Markup {
+    let all = sealed(record);
+    html! {
+        @if !all.is_empty() {
+            section aria-labelledby="encryption" {
+                h2 #encryption { "What TLS leaves of the rate" }
+                p {
+                    "The total time of the same way in the clear by that with TLS, in runs that followed each other: the "
+                    "median, with the least and the greatest."
+                }
+                ul {
+                    @for one in &all {
+                        li {
+                            (one.way[0]) ", " (one.way[1]) ", " (title(record, &one.way[2])) ": "
+                            strong { (ratio(one.rate.median)) }
+                            " (" (ratio(one.rate.least)) "–" (ratio(one.rate.most)) ") of " (title(record, &one.clear))
+                        }
                     }
                 }
             }

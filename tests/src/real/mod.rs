@@ -40,7 +40,7 @@ pub use daemon::{Daemon, Manner, Trust, program};
 pub use guest::{guest_elf, outside_downtime};
 pub use hostile::{Conduct, Ended, HostileDestination, HostileSource, Mallory, hello, stranger};
 pub use hugepages::Hugepages;
-pub use kernel::{hardware_kvm, kernel_tls};
+pub use kernel::{Sealing, hardware_kvm, kernel_tls, seal_by_kernel};
 pub use leftovers::{Footprint, assert_nothing_left_in, nothing_left_in};
 pub use levels::Levels;
 pub use linux::{Download, LinuxGuest, LinuxState, Ping, Pinged, Switch};

@@ -11,6 +11,8 @@ use benches::ways::Way;
 pub(crate) fn run(way: &Way, hosts: &mut Hosts, mib: u64) -> Result<Run, String> {
     let total_ms = match way.id() {
         "iperf3" => iperf3(hosts, mib)?,
+        "sockets" => hosts.streams(mib, false)?,
+        "ktls" => hosts.streams(mib, true)?,
         _ => memcpy(mib),
     };
     Ok(Run {

@@ -1,7 +1,7 @@
 //! What the terminal shows meanwhile, and at the end.
 
 use benches::record::{Cell, FIGURES, Machine, Record, Run};
-use benches::report::compare::rivals;
+use benches::report::compare::{rivals, sealed};
 use benches::ways::Way;
 
 /// Columns of the table at the end: the figure, its head and its digits behind the point.
@@ -85,5 +85,8 @@ pub(crate) fn medians(record: &Record) {
     println!();
     for rival in rivals(record) {
         println!("{rival}");
+    }
+    for sealed in sealed(record) {
+        println!("{sealed}");
     }
 }
