@@ -1,9 +1,10 @@
 //! What the benchmarks share: what can be compared, how it is written down, and how it is shown.
 //!
 //! `ways`, `work` and `link` say what a run is; [`record`] is the file that says what came out; [`report`] makes a page of
-//! it for people. What moves guests is the program `bench` (`src/bin/bench`).
+//! it for people. [`hosts`] are the two that guests are moved between; what does so is the program `bench` (`src/bin/bench`).
 
 pub mod faults;
+pub mod hosts;
 pub mod link;
 pub mod predictions;
 pub mod rdma;

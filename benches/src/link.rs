@@ -12,6 +12,8 @@ pub enum Link {
     Veth,
     /// The same, limited to so many Mbit/s in each direction.
     Limited(u32),
+    /// Whatever joins two hosts that are named.
+    Hosts,
 }
 
 impl fmt::Display for Link {
@@ -19,6 +21,7 @@ impl fmt::Display for Link {
         match self {
             Link::Loopback => f.write_str("loopback"),
             Link::Veth => f.write_str("veth"),
+            Link::Hosts => f.write_str("hosts"),
             Link::Limited(mbit) if mbit % 1000 == 0 => write!(f, "{}gbit", mbit / 1000),
             Link::Limited(mbit) => write!(f, "{mbit}mbit"),
         }
@@ -38,6 +41,7 @@ impl FromStr for Link {
         let mbit = match text {
             "loopback" => return Ok(Link::Loopback),
             "veth" => return Ok(Link::Veth),
+            "hosts" => return Ok(Link::Hosts),
             _ => match (text.strip_suffix("gbit"), text.strip_suffix("mbit")) {
                 (Some(number), _) => limited(number, 1000),
                 (_, Some(number)) => limited(number, 1),
@@ -56,7 +60,7 @@ mod tests {
 
     #[test]
     fn a_link_is_read_as_it_is_written() {
-        for text in ["loopback", "veth", "1gbit", "10gbit", "250mbit"] {
+        for text in ["loopback", "veth", "hosts", "1gbit", "10gbit", "250mbit"] {
             let link: Link = text.parse().expect("a link");
             assert_eq!(link.to_string(), text);
         }

@@ -4,7 +4,9 @@
 //! measured is absent, never zero. Files are read back to render a report again, or to repeat the run (`--replay`).
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -26,8 +28,11 @@ pub struct Record {
     pub commit: String,
     /// The command, word for word.
     pub command: Vec<String>,
-    /// What it ran on.
+    /// What it ran on; of two hosts, the source.
     pub machine: Machine,
+    /// Both hosts, and what joins them, when they are two machines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hosts: Option<Joined>,
     /// What was asked for; enough to do the same again.
     pub plan: Plan,
     /// Each way that was measured, and all that was set for it.
@@ -51,6 +56,67 @@ pub struct Machine {
     pub qemu: String,
 }
 
+/// Two hosts and the link between them, before anything is measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Joined {
+    /// Where guests are.
+    pub source: HostFacts,
+    /// Where they go.
+    pub destination: HostFacts,
+    /// The link's round trip, in microseconds: the median of some over TCP.
+    pub rtt_us: f64,
+    /// How well the distance of their clocks is known, in milliseconds.
+    pub clock_error_ms: f64,
+    /// What two streams of iperf3's bring, in Mbit/s; none when there is no iperf3.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iperf3_mbit_s: Option<f64>,
+}
+
+impl fmt::Display for Joined {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "round trip {:.0} µs", self.rtt_us)?;
+        if let Some(rate) = self.iperf3_mbit_s {
+            write!(f, ", {rate:.0} Mbit/s by iperf3 with 2 streams")?;
+        }
+        write!(f, ", clocks known to {:.3} ms", self.clock_error_ms)
+    }
+}
+
+/// One of two hosts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostFacts {
+    /// As it was named.
+    pub name: String,
+    /// Its address on the link.
+    pub address: IpAddr,
+    /// The network device that it sends by, all of whose bytes are counted.
+    pub device: String,
+    /// What it is.
+    pub machine: Machine,
+}
+
+/// Which two hosts are asked for, and how they are reached.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TwoHosts {
+    /// Where guests are: a name for `ssh`, or `local`.
+    pub source: String,
+    /// Where they go.
+    pub destination: String,
+    /// The destination's address on the link; none when ssh's is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub destination_address: Option<IpAddr>,
+    /// The first of four ports of the destination's.
+    pub port: u16,
+    /// The command that leads to a host, its words apart.
+    pub ssh: Vec<String>,
+    /// A folder there with the programs; none when they are copied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub programs: Option<PathBuf>,
+    /// QEMU there; none for that of the `PATH`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu: Option<PathBuf>,
+}
+
 /// What a benchmark does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
@@ -70,6 +136,9 @@ pub struct Plan {
     pub downtime_limit_ms: u32,
     /// When a migration that has not ended counts as failed, in seconds.
     pub patience_s: u64,
+    /// The two hosts, when they are not namespaces of this machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hosts: Option<TwoHosts>,
 }
 
 /// How a way was set.
@@ -148,10 +217,12 @@ pub const FIGURES: &[Figure] = &[
         "from the command until the side that sends says that it is done"),
     figure("downtime_ms", "Downtime", "ms",
         "from the guest's last beat at the source to its first at the destination; it beats each millisecond"),
+    figure("downtime_error_ms", "Downtime, known to", "ms",
+        "how far the downtime may be off: each host has its own clock, and the distance of both is read over the link before and after each run"),
     figure("cpu_s_per_gib", "CPU seconds per GiB", "s",
         "of both QEMUs and both daemons over the total time, the guest's own work in it, by GiB of content"),
     figure("wire_mb", "Bytes on the wire", "MB",
-        "sent by both ends of the link, headers included"),
+        "sent by the network devices of both ends of the link, headers included, and whatever else uses them meanwhile"),
     figure("daemon_mb", "Memory of a daemon", "MB",
         "of its own (RssAnon), the greater of both daemons, at most, looked at each 10 ms over the total time"),
     figure("touch_p99_us", "Page touch, 99th percentile", "µs",

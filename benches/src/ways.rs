@@ -113,6 +113,8 @@ const BASES: &[Base] = &[
     qemu("qemu-tls-preempt", "QEMU, tls, postcopy-preempt", TLS_POSTCOPY,
         &["postcopy-ram", "postcopy-preempt"], &[]),
     limit("iperf3", "limit: iperf3, 2 streams"),
+    limit("sockets", "limit: sockets, 2 streams"),
+    limit("ktls", "limit: sockets, 2 streams, TLS by the kernel"),
     limit("memcpy", "limit: memcpy, 1 thread"),
 ];
 
@@ -161,6 +163,31 @@ impl Way {
     /// Whether the guest runs at the destination before its memory is there.
     pub fn is_postcopy(&self) -> bool {
         self.base.postcopy
+    }
+
+    /// The same way in the clear, of one that is encrypted.
+    pub fn in_the_clear(&self) -> Option<Way> {
+        let base = match self.base.id {
+            "tls" => "tcp",
+            "tls-postcopy" => "postcopy",
+            "tls-hybrid" => "hybrid",
+            "qemu-tls" => "qemu-tcp",
+            "qemu-tls-multifd2" => "qemu-multifd2",
+            "qemu-tls-preempt" => "qemu-preempt",
+            "ktls" => "sockets",
+            _ => return None,
+        };
+        let clear: Way = base.parse().ok()?;
+        Some(Way {
+            added: self.added.clone(),
+            ..clear
+        })
+    }
+
+    /// Why it cannot be measured between two hosts, if so.
+    pub fn only_here(&self) -> Option<&'static str> {
+        (self.base.id == "memcpy")
+            .then_some("it copies memory of one host, and nothing of it crosses the link")
     }
 
     /// What it may be held against: whether they do the same for the guest's owner.
@@ -350,6 +377,25 @@ mod tests {
     }
 
     #[test]
+    fn what_needs_one_host_says_why() {
+        for way in Way::all() {
+            assert_eq!(way.only_here().is_some(), way.id() == "memcpy");
+        }
+    }
+
+    #[test]
+    fn each_encrypted_way_has_one_in_the_clear() {
+        for way in Way::all() {
+            assert_eq!(
+                way.in_the_clear().is_some(),
+                way.has_tls() || way.id() == "ktls"
+            );
+        }
+        let clear = way("tls+channels=4").in_the_clear().expect("tcp");
+        assert_eq!(clear.to_string(), "tcp+channels=4");
+    }
+
+    #[test]
     fn a_group_stands_for_its_members_once() {
         let words = ["tcp", "default", "limits"].map(str::to_owned);
         let ways = read_list(&words).expect("a list");
@@ -364,6 +410,8 @@ mod tests {
                 "qemu-tls",
                 "qemu-tls-multifd2",
                 "iperf3",
+                "sockets",
+                "ktls",
                 "memcpy"
             ]
         );

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use benches::record::Record;
+use benches::record::{HostFacts, Joined, Record};
 use benches::report::page;
 use serde_json::Value;
 use tests::real::{Scratch, Version, program};
@@ -159,6 +159,35 @@ fn a_recorded_run_is_readable_on_a_phone_and_on_a_wide_screen() {
     // Each link and work, the ratios, what the figures are, how each way was set.
     let groups = record.plan.links.len() * record.plan.work.len();
     let page = page(&record);
+    assert_readable(&page, u64::try_from(groups).expect("few") + 3);
+}
+
+#[test]
+fn a_run_between_two_machines_is_as_readable_and_shows_both() {
+    let mut record = Record::read(&recorded()).expect("a record of this schema");
+    let host = |name: &str, address: &str| HostFacts {
+        name: name.to_owned(),
+        address: address.parse().expect("an address"),
+        device: "enp65s0f0np0".to_owned(),
+        machine: record.machine.clone(),
+    };
+    record.hosts = Some(Joined {
+        source: host("alpha.rack-17.example.org", "2001:db8:17:4::a1fa"),
+        destination: host("root@beta.rack-18.example.org", "2001:db8:18:4::be7a"),
+        rtt_us: 61.0,
+        clock_error_ms: 0.021,
+        iperf3_mbit_s: Some(24_310.0),
+    });
+    let page = page(&record);
+    for shown in [
+        "alpha.rack-17",
+        "2001:db8:18:4::be7a",
+        "round trip 61",
+        "24310 Mbit/s",
+    ] {
+        assert!(page.contains(shown), "{shown} is not on the page");
+    }
+    let groups = record.plan.links.len() * record.plan.work.len();
     assert_readable(&page, u64::try_from(groups).expect("few") + 3);
 }
 

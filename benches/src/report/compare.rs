@@ -53,6 +53,52 @@ impl fmt::Display for Rival {
     }
 }
 
+/// An encrypted way beside the same in the clear.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sealed {
+    /// Link, work and the encrypted way.
+    pub way: [String; 3],
+    /// The one in the clear.
+    pub clear: String,
+    /// The rate of the former by that of the latter.
+    pub rate: Spread,
+}
+
+impl fmt::Display for Sealed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [link, work, way] = &self.way;
+        let Spread {
+            least,
+            median,
+            most,
+        } = self.rate;
+        write!(
+            f,
+            "{link} {work} {way}: {} ({} to {}) of the rate of {}",
+            ratio(median),
+            ratio(least),
+            ratio(most),
+            self.clear
+        )
+    }
+}
+
+/// What encryption leaves of each way's rate, over the total time, where both were measured.
+pub fn sealed(record: &Record) -> Vec<Sealed> {
+    let of = |cell: &Cell| {
+        let clear = way(cell)?.in_the_clear()?.to_string();
+        let mut beside = record.cells.iter().filter(|other| other.is_beside(cell));
+        let beside = beside.find(|other| other.way == clear)?;
+        let (ours, theirs) = (cell.values("total_ms"), beside.values("total_ms"));
+        Some(Sealed {
+            way: [&cell.link, &cell.work, &cell.way].map(Clone::clone),
+            clear,
+            rate: Spread::of_ratios(&theirs, &ours)?,
+        })
+    };
+    record.cells.iter().filter_map(of).collect()
+}
+
 /// A ratio as a person reads it.
 pub(super) fn ratio(value: f64) -> String {
     if value < 0.1 {
@@ -126,6 +172,7 @@ mod tests {
             pairs: 3,
             downtime_limit_ms: 300,
             patience_s: 60,
+            hosts: None,
         };
         let record = Record {
             schema: String::new(),
@@ -133,6 +180,7 @@ mod tests {
             commit: String::new(),
             command: vec![],
             machine: Default::default(),
+            hosts: None,
             plan,
             ways: vec![],
             cells: vec![
@@ -142,9 +190,19 @@ mod tests {
                 // Faster, but with TLS, or no migration: nobody's rival here.
                 cell("qemu-tls", &[1.0, 1.0, 1.0]),
                 cell("iperf3", &[1.0, 1.0, 1.0]),
+                cell("tls", &[20.0, 40.0, 20.0]),
             ],
         };
-        let rivals = rivals(&record);
+        let all = sealed(&record);
+        assert_eq!(
+            all.iter().map(Sealed::to_string).collect::<Vec<_>>(),
+            [
+                "veth idle qemu-tls: 50.00 (50.00 to 50.00) of the rate of qemu-tcp",
+                "veth idle tls: 0.50 (0.25 to 0.50) of the rate of tcp",
+            ]
+        );
+        let mut rivals = rivals(&record);
+        rivals.retain(|rival| rival.ours[2] == "tcp");
         assert_eq!(
             rivals.iter().map(Rival::to_string).collect::<Vec<_>>(),
             ["veth idle tcp: total_ms 0.50 (0.25 to 1.00) of qemu-multifd2"]

@@ -8,8 +8,8 @@ mod plot;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use self::compare::{COMPARED, ratio, rivals, way};
-use crate::record::{Cell, FIGURES, Figure, Record};
+use self::compare::{COMPARED, ratio, rivals, sealed, way};
+use crate::record::{Cell, FIGURES, Figure, Machine, Record};
 use crate::work::Work;
 
 const STYLE: &str = include_str!("style.css");
@@ -33,6 +33,7 @@ pub fn page(record: &Record) -> String {
                 main {
                     (head(record))
                     (ratios(record))
+                    (encryption(record))
                     @for (number, cells) in groups(record).iter().enumerate() {
                         (group(record, number, cells))
                     }
@@ -100,8 +101,15 @@ fn head(record: &Record) -> Markup {
         header {
             h1 { "Live migration, pagecopy beside QEMU" }
             dl.facts {
-                dt { "Machine" }
-                dd { (machine.cpus) " × " (machine.cpu) ", " (machine.memory_mib) " MiB, Linux " (machine.kernel) }
+                @match &record.hosts {
+                    Some(joined) => {
+                        dt { "Source" } dd { (joined.source.name) " (" (joined.source.address) "): " (hardware(&joined.source.machine)) }
+                        dt { "Destination" }
+                        dd { (joined.destination.name) " (" (joined.destination.address) "): " (hardware(&joined.destination.machine)) }
+                        dt { "Link" } dd { (joined) }
+                    }
+                    None => { dt { "Machine" } dd { (hardware(machine)) } }
+                }
                 dt { "QEMU" } dd { (machine.qemu) }
                 dt { "Commit" } dd { code { (record.commit) } }
                 dt { "Began" } dd { time datetime=(record.began) { (record.began) } }
@@ -114,6 +122,17 @@ fn head(record: &Record) -> Markup {
             }
         }
     }
+}
+
+fn hardware(machine: &Machine) -> String {
+    let Machine {
+        cpu,
+        cpus,
+        memory_mib,
+        kernel,
+        ..
+    } = machine;
+    format!("{cpus} × {cpu}, {memory_mib} MiB, Linux {kernel}")
 }
 
 /// Ours by the best of QEMU's, for each link and work.
@@ -153,6 +172,31 @@ fn ratios(record: &Record) -> Markup {
                                 }
                             }
                         } }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What TLS leaves of each way's rate.
+fn encryption(record: &Record) -> Markup {
+    let all = sealed(record);
+    html! {
+        @if !all.is_empty() {
+            section aria-labelledby="encryption" {
+                h2 #encryption { "What TLS leaves of the rate" }
+                p {
+                    "The total time of the same way in the clear by that with TLS, in runs that followed each other: the "
+                    "median, with the least and the greatest."
+                }
+                ul {
+                    @for one in &all {
+                        li {
+                            (one.way[0]) ", " (one.way[1]) ", " (title(record, &one.way[2])) ": "
+                            strong { (ratio(one.rate.median)) }
+                            " (" (ratio(one.rate.least)) "–" (ratio(one.rate.most)) ") of " (title(record, &one.clear))
+                        }
                     }
                 }
             }

@@ -1,6 +1,7 @@
 //! A `pagecopyd` for a test, started from a configuration and ready when the call returns.
 
 use std::fs::{self, Permissions};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::{Identity, Net, PATIENCE, Process, RunAs, Side, eventually};
+use super::{Identity, Net, PATIENCE, Place, Process, RunAs, Side, eventually, listens_at};
 
 /// Port on which every test's daemons listen; the namespaces keep them apart.
 pub(super) const PORT: u16 = 7700;
@@ -43,7 +44,8 @@ pub struct Daemon {
     process: Process,
     api: PathBuf,
     config: PathBuf,
-    side: Side,
+    /// On a link; none when it runs on this process's own host.
+    side: Option<Side>,
     manner: Manner,
 }
 
@@ -61,23 +63,41 @@ impl Daemon {
         manner: &Manner,
         adjust: impl FnOnce(&mut Command),
     ) -> Daemon {
+        Self::start_new(Place::On(net, side), folder, manner, adjust)
+    }
+
+    /// Starts a daemon on this process's own host, where it listens at `address`.
+    pub fn start_here(address: SocketAddr, folder: &Path, manner: &Manner) -> Daemon {
+        Self::start_new(Place::Here(address), folder, manner, |_| {})
+    }
+
+    fn start_new(
+        place: Place<'_>,
+        folder: &Path,
+        manner: &Manner,
+        adjust: impl FnOnce(&mut Command),
+    ) -> Daemon {
         let api = folder.join("api.sock");
         let config = folder.join("pagecopyd.toml");
-        let text = configuration(side, folder, manner);
+        let listen = match place {
+            Place::On(_, side) => listens_at(side),
+            Place::Here(address) => address.to_string(),
+        };
+        let text = configuration(&listen, folder, manner);
         fs::write(&config, manner.run_as.configuration() + &text).expect("a configuration file");
-        Self::start_from(net, side, &config, &api, manner, adjust)
+        Self::start_from(place, &config, &api, manner, adjust)
     }
 
     /// Starts the daemon again after its end, from the same files.
     pub fn restart(&mut self, net: &Net) {
         self.process.kill();
         let (config, api, manner) = (self.config.clone(), self.api.clone(), self.manner.clone());
-        *self = Self::start_from(net, self.side, &config, &api, &manner, |_| {});
+        let side = self.side.expect("a daemon on a link");
+        *self = Self::start_from(Place::On(net, side), &config, &api, &manner, |_| {});
     }
 
     fn start_from(
-        net: &Net,
-        side: Side,
+        place: Place<'_>,
         config: &Path,
         api: &Path,
         manner: &Manner,
@@ -95,7 +115,7 @@ impl Daemon {
         let folder = config.parent().expect("a file is in a folder");
         let mut command = manner
             .run_as
-            .command(net, side, folder, &program("pagecopyd"));
+            .command_at(place, folder, &program("pagecopyd"));
         command
             .arg("--config")
             .arg(config)
@@ -103,7 +123,7 @@ impl Daemon {
             .envs(manner.steps.iter().map(|socket| ("PAGECOPY_STEPS", socket)));
         adjust(&mut command);
         let mut process = Process::spawn(
-            &format!("daemon {}", side.name()),
+            &format!("daemon {}", manner.name),
             &mut command,
             &config.with_extension("log"),
         );
@@ -129,7 +149,10 @@ impl Daemon {
             process,
             api: api.to_owned(),
             config: config.to_owned(),
-            side,
+            side: match place {
+                Place::On(_, side) => Some(side),
+                Place::Here(_) => None,
+            },
             manner: manner.clone(),
         }
     }
@@ -222,11 +245,11 @@ impl Daemon {
 }
 
 /// The text of a configuration file.
-pub(super) fn configuration(side: Side, folder: &Path, manner: &Manner) -> String {
+fn configuration(listen: &str, folder: &Path, manner: &Manner) -> String {
     let mut text = format!(
-        "name = {:?}\nlisten = \"{}:{PORT}\"\napi = {:?}\nstate-dir = {:?}\nmemory-margin = \"64MiB\"\n",
+        "name = {:?}\nlisten = {:?}\napi = {:?}\nstate-dir = {:?}\nmemory-margin = \"64MiB\"\n",
         manner.name,
-        side.address(),
+        listen,
         folder.join("api.sock"),
         folder.join("state"),
     );

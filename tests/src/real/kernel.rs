@@ -40,3 +40,29 @@ pub fn kernel_tls() -> io::Result<()> {
     let socket = TcpStream::connect(listener.local_addr()?)?;
     sys::set_tcp_ulp(&socket, "tls")
 }
+
+/// One direction of a connection, as the kernel's TLS numbers them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sealing {
+    /// What is sent is sealed.
+    Sent = 1,
+    /// What is received is opened.
+    Received = 2,
+}
+
+/// Has the kernel seal or open what goes over a connected socket: TLS 1.3 with AES-128-GCM, and a key that is no secret. For
+/// measuring what that takes.
+///
+/// # Errors
+/// The kernel's answer: `ENOENT` where it has no TLS.
+pub fn seal_by_kernel(socket: &TcpStream, direction: Sealing) -> io::Result<()> {
+    const TLS_1_3: u16 = 0x0304;
+    const AES_GCM_128: u16 = 51;
+    // Version, cipher, 8 bytes of IV, 16 of the key, 4 of salt, 8 of the first record's number.
+    let mut info = [0; 40];
+    info[..2].copy_from_slice(&TLS_1_3.to_ne_bytes());
+    info[2..4].copy_from_slice(&AES_GCM_128.to_ne_bytes());
+    info[4..32].fill(0x5a);
+    sys::set_tcp_ulp(socket, "tls")?;
+    sys::set_tls_key(socket, direction as libc::c_int, &info)
+}

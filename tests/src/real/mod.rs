@@ -40,11 +40,11 @@ pub use daemon::{Daemon, Manner, Trust, program};
 pub use guest::{guest_elf, outside_downtime};
 pub use hostile::{Conduct, Ended, HostileDestination, HostileSource, Mallory, hello, stranger};
 pub use hugepages::Hugepages;
-pub use kernel::{hardware_kvm, kernel_tls};
+pub use kernel::{Sealing, hardware_kvm, kernel_tls, seal_by_kernel};
 pub use leftovers::{Footprint, assert_nothing_left_in, nothing_left_in};
 pub use levels::Levels;
 pub use linux::{Download, LinuxGuest, LinuxState, Ping, Pinged, Switch};
-pub use net::{Net, Side};
+pub use net::{Net, Place, Side};
 pub use overlay::{has_overlay, overlay_script};
 pub use patience::{eventually, let_it_last};
 pub use process::{Process, cpu_seconds, waited_for_processor};
@@ -57,7 +57,10 @@ pub use spawned::{SpawnAs, SpawnHost, Spawned};
 pub use steps::{Held, Steps};
 pub use used::{Watch, wait_level};
 pub use user::{DAEMON_ID, DAEMON_USER, MONITOR_GROUP, QEMU_ID, RunAs};
-pub use world::{Moved, World, assert_moved, assert_stayed, certified};
+pub use world::{
+    Moved, World, assert_arrived, assert_follows, assert_left, assert_moved, assert_stayed,
+    certified,
+};
 
 use std::time::Duration;
 

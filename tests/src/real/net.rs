@@ -1,5 +1,6 @@
 //! Two network namespaces joined by a veth pair: two hosts and the link between them.
 
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::process::Command;
 
@@ -38,6 +39,29 @@ impl Side {
         match self {
             Side::A => "10.77.0.1",
             Side::B => "10.77.0.2",
+        }
+    }
+}
+
+/// A host that a daemon is started on.
+#[derive(Clone, Copy, Debug)]
+pub enum Place<'a> {
+    /// One of the two on a link.
+    On(&'a Net, Side),
+    /// This process's own, where the daemon listens at this address.
+    Here(SocketAddr),
+}
+
+impl Place<'_> {
+    /// A command that will run there, with mounts of its own. The process has the pid of the command.
+    pub(super) fn command(self, program: &str) -> Command {
+        match self {
+            Place::On(net, side) => net.command(side, program),
+            Place::Here(_) => {
+                let mut command = Command::new("unshare");
+                command.args(["--mount", program]);
+                command
+            }
         }
     }
 }

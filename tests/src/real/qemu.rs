@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::user::{open_to_group, unprivileged_qemu};
 use super::{PATIENCE, Process, Qmp, Scratch, Serial, guest_elf};
 
@@ -199,7 +201,7 @@ impl Ram {
 }
 
 /// What a QEMU is started for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Role {
     /// It runs the guest.
     Source,

@@ -41,14 +41,8 @@ impl Default for Scratch {
 impl Scratch {
     /// Makes both folders, and removes those of processes that are gone.
     pub fn new() -> Scratch {
+        Self::sweep();
         let name = unique();
-        super::small_fs::sweep(|path| {
-            let mut names = path.iter().filter_map(|name| name.to_str());
-            names.any(is_stale)
-        });
-        for parent in ["/tmp", "/dev/shm"] {
-            sweep(Path::new(parent));
-        }
         let scratch = Scratch {
             files: Path::new("/tmp").join(&name),
             ram: Path::new("/dev/shm").join(&name),
@@ -56,6 +50,21 @@ impl Scratch {
         fs::create_dir_all(&scratch.files).expect("a folder under /tmp");
         fs::create_dir_all(&scratch.ram).expect("a folder under /dev/shm");
         scratch
+    }
+
+    /// Removes those of processes that are gone.
+    pub fn sweep() {
+        super::small_fs::sweep(|path| {
+            let mut names = path.iter().filter_map(|name| name.to_str());
+            names.any(is_stale)
+        });
+        remove(is_stale);
+    }
+
+    /// Removes all of this process, which is about to end without dropping them.
+    pub fn abandon() {
+        let mine = format!("{PREFIX}{}-", std::process::id());
+        remove(|name| name.starts_with(&mine));
     }
 
     /// The folder for sockets, logs and state.
@@ -88,12 +97,11 @@ impl Drop for Scratch {
     }
 }
 
-fn sweep(parent: &Path) {
-    let Ok(entries) = fs::read_dir(parent) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        if entry.file_name().to_str().is_some_and(is_stale) {
+/// Removes folders by their names.
+fn remove(unwanted: impl Fn(&str) -> bool) {
+    let folders = ["/tmp", "/dev/shm"].into_iter().flat_map(fs::read_dir);
+    for entry in folders.flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(&unwanted) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }

@@ -8,7 +8,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Net, Scratch, Side, Version};
+use super::{Net, Place, Scratch, Side, Version};
 
 /// Name of the daemon's user, and of its group.
 pub const DAEMON_USER: &str = "pagecopy-test";
@@ -47,6 +47,11 @@ impl RunAs {
     /// A command that runs `program` on a host in this way, with the user known to it; what it needs is put into `folder`,
     /// which is given to the user. The process has the pid of the command.
     pub fn command(self, net: &Net, side: Side, folder: &Path, program: &Path) -> Command {
+        self.command_at(Place::On(net, side), folder, program)
+    }
+
+    /// The same, wherever that is.
+    pub(super) fn command_at(self, place: Place<'_>, folder: &Path, program: &Path) -> Command {
         let lists = ["passwd", "group"].map(|list| list_with_user(folder, list));
         if self != RunAs::Root {
             for path in [folder.to_owned(), folder.join("state")] {
@@ -55,7 +60,7 @@ impl RunAs {
                 }
             }
         }
-        let mut command = net.command(side, "sh");
+        let mut command = place.command("sh");
         command.args([
             "-c",
             "mount --bind \"$1\" /etc/passwd && mount --bind \"$2\" /etc/group && shift 2 && exec \"$@\"",

@@ -251,11 +251,29 @@ fn report(outcome: &Outcome, source: &Qemu, destination: &Qemu) {
 /// Panics unless the guest runs at the destination only, whole, and nothing is left at the source.
 pub fn assert_moved(source: &mut Qemu, destination: &mut Qemu) {
     assert_eq!(destination.qmp.status(), "running", "at the destination");
-    assert_eq!(source.qmp.status(), "postmigrate", "at the source");
     destination.serial.wait_beats(300);
     let beats = source.serial.beats();
+    assert_arrived(destination);
+    let (_, last) = source.serial.last_beat().expect("the source has beaten");
+    let (_, first) = destination
+        .serial
+        .first_beat()
+        .expect("the destination has beaten");
+    assert_follows(last, first);
+    assert_left(source, beats);
+}
+
+/// Panics unless the guest runs here, whole, and nothing is left in its QEMU.
+pub fn assert_arrived(destination: &mut Qemu) {
+    assert_eq!(destination.qmp.status(), "running", "at the destination");
     destination.serial.verify();
-    assert_beats_continue(source, destination);
+    assert_nothing_left_in(destination.pid());
+}
+
+/// Panics unless the guest has gone from here, whole, and nothing is left in its QEMU; `beats` were counted here when it
+/// ran at the destination already.
+pub fn assert_left(source: &mut Qemu, beats: usize) {
+    assert_eq!(source.qmp.status(), "postmigrate", "at the source");
     assert_eq!(
         source.serial.beats(),
         beats,
@@ -263,17 +281,11 @@ pub fn assert_moved(source: &mut Qemu, destination: &mut Qemu) {
     );
     source.serial.assert_whole();
     assert_nothing_left_in(source.pid());
-    assert_nothing_left_in(destination.pid());
 }
 
-/// The guest counts its beats: the first one at the destination follows the last one at the source, up to a beat that
-/// was lost in a serial port that was busy when QEMU stopped.
-fn assert_beats_continue(source: &Qemu, destination: &Qemu) {
-    let (_, last) = source.serial.last_beat().expect("the source has beaten");
-    let (_, first) = destination
-        .serial
-        .first_beat()
-        .expect("the destination has beaten");
+/// The guest counts its beats: panics unless the first one at the destination follows the last one at the source, up to a
+/// beat that was lost in a serial port that was busy when QEMU stopped.
+pub fn assert_follows(last: u8, first: u8) {
     let step = (128 + first - last) % 128;
     assert!(
         (1..=20).contains(&step),

@@ -1,8 +1,10 @@
 //! The command line.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
-use benches::record::Plan;
+use benches::hosts;
+use benches::record::{Plan, TwoHosts};
 use clap::Parser;
 
 /// Measures ways to move a guest beside each other, in turn, and writes one JSON file and one page about it.
@@ -19,6 +21,30 @@ pub(crate) struct Args {
     /// Links: loopback, veth, or a limited veth, as in 1gbit or 250mbit.
     #[arg(long, value_delimiter = ',', default_value = "veth")]
     pub links: Vec<String>,
+    /// Where guests are: a host as `ssh` knows it, or `local`. It and the other host are namespaces of this machine when
+    /// neither is said. Both need root (or sudo that asks for no password), the same QEMU, and iproute2.
+    #[arg(long, value_name = "HOST", conflicts_with = "links")]
+    pub source_host: Option<String>,
+    /// Where guests go: the same.
+    #[arg(long, value_name = "HOST", conflicts_with = "links")]
+    pub destination_host: Option<String>,
+    /// The destination's address on the link that is measured; that by which ssh reaches it, when absent.
+    #[arg(long, value_name = "ADDRESS")]
+    pub destination_address: Option<IpAddr>,
+    /// The first of four ports at which the destination listens, from that address.
+    #[arg(long, default_value_t = hosts::PORT)]
+    pub port: u16,
+    /// What leads to a host, words apart by blanks: it is called with the host's name and a line for its shell, as
+    /// `ssh` is. For jump hosts, `kubectl exec` and the like; a script of one's own will do.
+    #[arg(long, value_name = "COMMAND", default_value = hosts::SSH)]
+    pub ssh: String,
+    /// A folder on the other hosts that has bench, pagecopy, pagecopyd and test-guest.elf of this very build. They are
+    /// copied there and removed again when absent.
+    #[arg(long, value_name = "FOLDER")]
+    pub programs: Option<PathBuf>,
+    /// QEMU on both hosts; qemu-system-x86_64 of the PATH when absent.
+    #[arg(long, value_name = "PROGRAM")]
+    pub qemu: Option<PathBuf>,
     /// Content of the guest's memory, in MiB. With `empty` the guest has eight times as much RAM.
     #[arg(long, default_value_t = 1024)]
     pub mib: u64,
@@ -37,7 +63,7 @@ pub(crate) struct Args {
     /// Where to write, without the endings .json and .html; bench/latest below the folder that cargo builds to, when absent.
     #[arg(long)]
     pub out: Option<PathBuf>,
-    /// Does again what FILE.json is a record of; only --out is heeded besides.
+    /// Does again what FILE.json is a record of; only --out is heeded besides, and between two hosts what says which.
     #[arg(long, value_name = "FILE.json")]
     pub replay: Option<PathBuf>,
     /// Measures nothing: makes FILE.html of FILE.json.
@@ -54,12 +80,45 @@ impl Args {
         Plan {
             ways: self.ways.clone(),
             work: self.work.clone(),
-            links: self.links.clone(),
+            links: match self.hosts() {
+                Some(_) => vec!["hosts".to_owned()],
+                None => self.links.clone(),
+            },
             mib: self.mib,
             set_mib: self.set,
             pairs: self.pairs,
             downtime_limit_ms: self.downtime_limit,
             patience_s: self.patience,
+            hosts: self.hosts(),
+        }
+    }
+
+    /// The two hosts, if any is named.
+    fn hosts(&self) -> Option<TwoHosts> {
+        if self.source_host.is_none() && self.destination_host.is_none() {
+            return None;
+        }
+        let name = |host: &Option<String>| host.clone().unwrap_or(hosts::LOCAL.to_owned());
+        Some(TwoHosts {
+            source: name(&self.source_host),
+            destination: name(&self.destination_host),
+            destination_address: self.destination_address,
+            port: self.port,
+            ssh: hosts::words(&self.ssh),
+            programs: self.programs.clone(),
+            qemu: self.qemu.clone(),
+        })
+    }
+
+    /// What was measured before: between the same hosts, or those that are named now.
+    pub(crate) fn again(&self, before: Plan) -> Plan {
+        match self.hosts() {
+            None => before,
+            Some(hosts) => Plan {
+                links: vec!["hosts".to_owned()],
+                hosts: Some(hosts),
+                ..before
+            },
         }
     }
 

@@ -6,39 +6,52 @@
 //! QEMU is set as well as we know how: its limit of 128 MiB/s lifted, the same downtime limit, and a destination without
 //! `-S` that resumes by itself.
 //!
+//! The two hosts are namespaces on this machine, or two machines (`--source-host`, `--destination-host`): see
+//! [`benches::hosts`].
+//!
 //! What comes out is one JSON file and one page for people, both written again after each run. With `--faults`, see
 //! [`benches::faults`]; with `--predictions`, [`benches::predictions`]; with `--transport rdma`, [`benches::rdma`].
 
 mod args;
 mod limits;
-mod machine;
 mod migration;
+mod origin;
 mod print;
 mod qemu;
-mod warm;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::ExitCode;
 
+use benches::hosts::{self, Hosts};
 use benches::link::Link;
-use benches::record::{Cell, Plan, Record, Run, SCHEMA, WaySettings};
+use benches::record::{Cell, Joined, Plan, Record, Run, SCHEMA, WaySettings};
 use benches::report;
 use benches::ways::{Mover, Way, read_list};
 use benches::work::Work;
 use clap::Parser;
+use tests::real::Version;
 
 use self::args::Args;
 
 fn main() -> ExitCode {
-    let wants = |mode: &str| std::env::args().any(|word| word == mode);
-    if wants("--faults") {
-        return benches::faults::run(std::env::args());
+    if std::env::args().nth(1).as_deref() == Some("agent") {
+        return hosts::agent::run(std::env::args().skip(1));
     }
-    if wants("--predictions") {
-        return benches::predictions::run(std::env::args());
-    }
-    if std::env::args().any(|word| word == "--transport" || word.starts_with("--transport=")) {
-        return benches::rdma::run(std::env::args());
+    let wants = |mode: &str| {
+        std::env::args().any(|word| word == mode || word.starts_with(&format!("{mode}=")))
+    };
+    let modes = ["--faults", "--predictions", "--transport"];
+    if let Some(mode) = modes.into_iter().find(|mode| wants(mode)) {
+        if wants("--source-host") || wants("--destination-host") {
+            eprintln!("error: {}", only_here(mode));
+            return ExitCode::FAILURE;
+        }
+        return match mode {
+            "--faults" => benches::faults::run(std::env::args()),
+            "--predictions" => benches::predictions::run(std::env::args()),
+            _ => benches::rdma::run(std::env::args()),
+        };
     }
     let args = Args::parse();
     match dispatch(&args) {
@@ -54,6 +67,18 @@ fn main() -> ExitCode {
     }
 }
 
+/// Why a mode is not for two hosts that are named.
+fn only_here(mode: &str) -> String {
+    match mode {
+        "--transport" => "--transport rdma reaches another host by itself: --listen ADDRESS there, --to ADDRESS here",
+        _ => {
+            "--faults and --predictions look into both daemons and are for the two namespaces of one machine: leave out \
+             --source-host and --destination-host"
+        }
+    }
+    .to_owned()
+}
+
 /// Does what was asked for; how many runs failed.
 fn dispatch(args: &Args) -> Result<usize, String> {
     if args.list {
@@ -67,14 +92,16 @@ fn dispatch(args: &Args) -> Result<usize, String> {
         return Ok(0);
     }
     let plan = match &args.replay {
-        Some(path) => Record::read(path)?.plan,
+        Some(path) => args.again(Record::read(path)?.plan),
         None => args.plan(),
     };
     let matrix = Matrix::read(&plan)?;
     let (json, html) = args.outputs();
-    let mut record = matrix.begin(plan);
+    let mut two = plan.hosts.as_ref().map(Hosts::reach).transpose()?;
+    let joined = two.as_mut().map(Hosts::facts).transpose()?;
+    let mut record = matrix.begin(plan, joined)?;
     print::head(&record);
-    matrix.run(&mut record, |record| {
+    matrix.run(&mut record, two.as_mut(), |record| {
         write(&json, &record.to_text())?;
         write(&html, &report::page(record))
     })?;
@@ -101,7 +128,7 @@ struct Matrix {
 
 impl Matrix {
     fn read(plan: &Plan) -> Result<Matrix, String> {
-        let matrix = Matrix {
+        let mut matrix = Matrix {
             ways: read_list(&plan.ways)?,
             work: plan
                 .work
@@ -117,11 +144,33 @@ impl Matrix {
         if plan.mib < 64 {
             return Err("--mib: a guest needs 64 MiB".to_owned());
         }
+        let between = matrix.links.contains(&Link::Hosts);
+        if between != plan.hosts.is_some() || (between && matrix.links.len() > 1) {
+            return Err("--links hosts: what joins two hosts is measured with --source-host and --destination-host, alone".to_owned());
+        }
+        if between {
+            matrix.leave_out(&plan.ways)?;
+        }
         Ok(matrix)
     }
 
+    /// Without those ways that are for one host; whoever has named one is told so.
+    fn leave_out(&mut self, named: &[String]) -> Result<(), String> {
+        for way in &self.ways {
+            match way.only_here() {
+                Some(reason) if named.contains(&way.to_string()) => {
+                    return Err(format!("--ways {way} is not for two hosts: {reason}"));
+                }
+                Some(reason) => eprintln!("{way} is left out: {reason}"),
+                None => {}
+            }
+        }
+        self.ways.retain(|way| way.only_here().is_none());
+        Ok(())
+    }
+
     /// A record without runs.
-    fn begin(&self, plan: Plan) -> Record {
+    fn begin(&self, plan: Plan, joined: Option<Joined>) -> Result<Record, String> {
         let settings = |way: &Way| WaySettings {
             way: way.to_string(),
             title: way.title(),
@@ -140,23 +189,29 @@ impl Matrix {
                 }));
             }
         }
-        Record {
+        let machine = match &joined {
+            Some(joined) => joined.source.machine.clone(),
+            None => hosts::describe(&Version::V10_0.binary())?,
+        };
+        Ok(Record {
             schema: SCHEMA.to_owned(),
-            began: machine::now(),
-            commit: machine::commit(),
+            began: origin::now(),
+            commit: origin::commit(),
             command: std::env::args().collect(),
-            machine: machine::describe(),
+            machine,
+            hosts: joined,
             ways: self.ways.iter().map(settings).collect(),
             cells,
             plan,
-        }
+        })
     }
 
     /// Runs everything: for each link and work, all ways in turn, as often as there are pairs. `keep` has the record after
-    /// each run.
+    /// each run. A host that is lost ends it.
     fn run(
         &self,
         record: &mut Record,
+        mut two: Option<&mut Hosts>,
         keep: impl Fn(&Record) -> Result<(), String>,
     ) -> Result<(), String> {
         let pairs = record.plan.pairs;
@@ -168,10 +223,16 @@ impl Matrix {
             for pair in 0..pairs {
                 for (at, way) in self.ways.iter().enumerate() {
                     let cell = group * self.ways.len() + at;
-                    let run = measure(way, link, work, &record.plan);
+                    let run = match &mut two {
+                        Some(hosts) => measure(way, work, &record.plan, hosts),
+                        None => measure_here(way, link, work, &record.plan),
+                    };
                     print::run(&record.cells[cell], pair, &run);
                     record.cells[cell].runs.push(run);
                     keep(record)?;
+                    if let Some(lost) = two.as_ref().and_then(|hosts| hosts.lost()) {
+                        return Err(format!("nothing more is measured: {lost}"));
+                    }
                 }
             }
         }
@@ -179,25 +240,36 @@ impl Matrix {
     }
 }
 
-/// One run. What goes wrong is written down and does not end the others.
-fn measure(way: &Way, link: Link, work: Work, plan: &Plan) -> Run {
-    let measured = std::panic::catch_unwind(|| match way.mover() {
-        Mover::Limit => limits::run(way, link, plan.mib),
-        _ => migration::run(way, link, work, plan),
+/// One run between two namespaces of this machine, made for it.
+fn measure_here(way: &Way, link: Link, work: Work, plan: &Plan) -> Run {
+    let hosts = catch_unwind(|| Hosts::here(link)).unwrap_or_else(|panic| {
+        let words = hosts::words_of(panic.as_ref());
+        Err(words)
     });
-    let failed = match measured {
-        Ok(Ok(run)) => return run,
-        Ok(Err(reason)) => reason,
+    match hosts {
+        Ok(mut hosts) => measure(way, work, plan, &mut hosts),
+        Err(reason) => failed(reason),
+    }
+}
+
+/// One run. What goes wrong is written down and does not end the others.
+fn measure(way: &Way, work: Work, plan: &Plan, hosts: &mut Hosts) -> Run {
+    let measured = catch_unwind(AssertUnwindSafe(|| match way.mover() {
+        Mover::Limit => limits::run(way, hosts, plan.mib),
+        _ => migration::run(way, work, plan, hosts),
+    }));
+    hosts.stop();
+    match measured {
+        Ok(Ok(run)) => run,
+        Ok(Err(reason)) => failed(reason),
         // The harness says what it misses by a panic, whose text has gone to the terminal.
-        Err(panic) => panic
-            .downcast_ref::<String>()
-            .map(String::as_str)
-            .or_else(|| panic.downcast_ref::<&str>().copied())
-            .unwrap_or("a panic without words")
-            .to_owned(),
-    };
+        Err(panic) => failed(hosts::words_of(panic.as_ref())),
+    }
+}
+
+fn failed(reason: String) -> Run {
     Run {
-        failed: Some(failed),
+        failed: Some(reason),
         ..Run::default()
     }
 }

@@ -1,7 +1,7 @@
 //! What the terminal shows meanwhile, and at the end.
 
-use benches::record::{Cell, FIGURES, Record, Run};
-use benches::report::compare::rivals;
+use benches::record::{Cell, FIGURES, Machine, Record, Run};
+use benches::report::compare::{rivals, sealed};
 use benches::ways::Way;
 
 /// Columns of the table at the end: the figure, its head and its digits behind the point.
@@ -27,14 +27,26 @@ pub(crate) fn ways() {
 
 /// What will be measured, and on what.
 pub(crate) fn head(record: &Record) {
-    let machine = &record.machine;
-    println!(
-        "{} × {}, {} MiB, Linux {}, {}; commit {}",
-        machine.cpus, machine.cpu, machine.memory_mib, machine.kernel, machine.qemu, record.commit
-    );
+    match &record.hosts {
+        None => println!("{}; commit {}", described(&record.machine), record.commit),
+        Some(joined) => {
+            for host in [&joined.source, &joined.destination] {
+                let (name, address) = (&host.name, host.address);
+                println!("{name} ({address}): {}", described(&host.machine));
+            }
+            println!("{joined}; commit {}", record.commit);
+        }
+    }
     for way in &record.ways {
         println!("{:<20} {}", way.way, way.settings);
     }
+}
+
+fn described(machine: &Machine) -> String {
+    format!(
+        "{} × {}, {} MiB, Linux {}, {}",
+        machine.cpus, machine.cpu, machine.memory_mib, machine.kernel, machine.qemu
+    )
 }
 
 /// A run that has ended.
@@ -73,5 +85,8 @@ pub(crate) fn medians(record: &Record) {
     println!();
     for rival in rivals(record) {
         println!("{rival}");
+    }
+    for sealed in sealed(record) {
+        println!("{sealed}");
     }
 }
