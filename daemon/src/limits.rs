@@ -35,6 +35,9 @@ pub const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// How long a source that asks may be silent between two questions. An honest one asks at least every 30 seconds.
 pub const ASKING_PAUSE: Duration = Duration::from_secs(90);
 
+/// How long data channels that have joined a migration are kept until the source asks for them.
+pub const JOIN_LIMIT: Duration = Duration::from_secs(10);
+
 /// How long a peer may look at this host, and fill the link for it.
 pub const PREFLIGHT_LIMIT: Duration = Duration::from_secs(10);
 /// Peers that may do so at a time; each asks a QEMU, and has 16 MiB to write to.

@@ -27,6 +27,7 @@ use crate::limits::MAX_HISTORY;
 use crate::preflight::outcome::Foresight;
 use crate::pull::FaultReport;
 use crate::queue::turns::Place;
+use crate::session::Joining;
 use crate::session::arrive::Caller;
 
 /// Ended migrations that stay visible.
@@ -61,6 +62,8 @@ pub(crate) enum Request {
     /// At the destination: the source asks about a committed guest, or serves the memory of one in post-copy, on this
     /// connection.
     Serve(Caller),
+    /// At the destination, before the guest is handed over: the source has made data channels more.
+    Join(Joining),
     /// At the destination of a post-copy: the source does not have what the guest lacks any more, and why.
     Lost(String),
     /// At the destination, of a committed guest: the source's operator has taken it back.
@@ -92,6 +95,9 @@ pub struct Shown {
     /// At the source: percent of its time for which the guest is kept from writing now.
     #[serde(default)]
     pub throttle_percent: u32,
+    /// Data channels that carry pages, once that was decided anew.
+    #[serde(default)]
+    pub channels: Option<u16>,
     /// Why it is paused, while it is.
     pub reason: Option<String>,
     /// The last progress event.
@@ -168,6 +174,7 @@ impl Migration {
             priority: 0,
             place: None,
             throttle_percent: 0,
+            channels: None,
             reason: None,
             progress: None,
             faults: None,
@@ -259,6 +266,7 @@ impl Migration {
             Report::Throttle { throttle_percent } => {
                 inner.shown.throttle_percent = *throttle_percent;
             }
+            Report::Channels { channels, .. } => inner.shown.channels = Some(*channels),
             Report::Paused { reason } => inner.shown.reason = Some(reason.clone()),
             Report::Progress { .. } | Report::Postcopy { .. } => {
                 inner.shown.progress = Some(value.clone());

@@ -19,8 +19,12 @@ pub(crate) const POSTCOPY_CHANNELS: u16 = 2;
 /// How many data channels to open to `address`: as many as its link needs, one besides where there may be a post-copy, since
 /// that which is for pages that somebody waits for carries little else, and no more than there are cores.
 pub(crate) fn default_channels(address: &Address, may_be_postcopy: bool) -> u16 {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    channels(cores, link_mbit_s(address), may_be_postcopy)
+    channels(cores(), link_mbit_s(address), may_be_postcopy)
+}
+
+/// Cores that this process may use.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 fn channels(cores: usize, link_mbit_s: Option<u32>, may_be_postcopy: bool) -> u16 {

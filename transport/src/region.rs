@@ -232,10 +232,17 @@ pub trait Watcher: fmt::Debug + Send + Sync {
     fn closed(&self, id: Option<RegionId>);
 }
 
+#[derive(Debug, Default)]
+struct Map {
+    own: BTreeMap<RegionId, (Region, Access)>,
+    /// Those of another connection, instead.
+    of: Option<Regions>,
+}
+
 /// The regions of one migration, shared by all its channels. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Regions {
-    map: Arc<RwLock<BTreeMap<RegionId, (Region, Access)>>>,
+    map: Arc<RwLock<Map>>,
     watchers: Arc<Mutex<Vec<Weak<dyn Watcher>>>>,
 }
 
@@ -247,7 +254,7 @@ impl Regions {
 
     /// Makes `region` known as `id`. Replaces an earlier one of that name.
     pub fn register(&self, id: RegionId, region: Region, access: Access) {
-        let earlier = self.lock_write().insert(id, (region, access));
+        let earlier = self.lock_write().own.insert(id, (region, access));
         if earlier.is_some() {
             self.tell(Some(id));
         }
@@ -255,13 +262,20 @@ impl Regions {
 
     /// Forgets `id`: the peer's later writes and reads of it are refused.
     pub fn revoke(&self, id: RegionId) {
-        self.lock_write().remove(&id);
+        self.lock_write().own.remove(&id);
         self.tell(Some(id));
     }
 
     /// Forgets every region.
     pub fn revoke_all(&self) {
-        self.lock_write().clear();
+        self.lock_write().own.clear();
+        self.tell(None);
+    }
+
+    /// From now on these are the regions of `other`, for channels of another connection that take part in the same transfers. `other`
+    /// must not follow these.
+    pub fn follow(&self, other: &Regions) {
+        self.lock_write().of = Some(other.clone());
         self.tell(None);
     }
 
@@ -288,14 +302,17 @@ impl Regions {
 
     /// The region called `id`, with what the peer may do to it. Called once per frame, never per page.
     pub fn get(&self, id: RegionId) -> Option<(Region, Access)> {
-        self.map
+        let map = self
+            .map
             .read()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .get(&id)
-            .cloned()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        match &map.of {
+            Some(other) => other.get(id),
+            None => map.own.get(&id).cloned(),
+        }
     }
 
-    fn lock_write(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<RegionId, (Region, Access)>> {
+    fn lock_write(&self) -> std::sync::RwLockWriteGuard<'_, Map> {
         self.map
             .write()
             .unwrap_or_else(std::sync::PoisonError::into_inner)

@@ -72,6 +72,34 @@ pub enum Transport {
     Tcp,
 }
 
+/// How many data channels there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "expected a number of channels, or auto")]
+pub enum Channels {
+    /// So many, always.
+    Number(u16),
+    /// At first as when absent; then, while pages are sent, as many as are measured to pay.
+    Measured(Auto),
+}
+
+impl Channels {
+    /// The number, where one was given.
+    pub(crate) fn number(self) -> Option<u16> {
+        match self {
+            Channels::Number(number) => Some(number),
+            Channels::Measured(Auto::Auto) => None,
+        }
+    }
+}
+
+/// The word for what is found out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Auto {
+    /// As it is measured
+    Auto,
+}
+
 /// `POST /v1/migrations`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -104,8 +132,8 @@ pub struct MigrationRequest {
     /// absent.
     #[schema(value_type = Option<String>)]
     pub rdma_pin: Option<Pin>,
-    /// Data channels; chosen from the cores when absent.
-    pub channels: Option<u16>,
+    /// Data channels: so many, or `auto`; when absent as many as the link and the cores ask for, always.
+    pub channels: Option<Channels>,
     /// Longest downtime, in milliseconds; 300 when absent.
     pub downtime_limit_ms: Option<f64>,
     /// Bytes a second; unlimited when absent.

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use pagecopy::limits::MAX_DATA_CHANNELS;
 
 use super::set::Changes;
-use crate::api::types::{Compress, MigrationRequest, Mode, Throttle, Transport};
+use crate::api::types::{Auto, Channels, Compress, MigrationRequest, Mode, Throttle, Transport};
 use crate::rdma::Pin;
 use crate::units::{millis, parse_duration, parse_rate, parse_size};
 
@@ -210,6 +211,17 @@ fn parse_postcopy_after(text: &str) -> Result<PostcopyAfter, String> {
     }
 }
 
+fn parse_channels(text: &str) -> Result<Channels, String> {
+    if text == "auto" {
+        return Ok(Channels::Measured(Auto::Auto));
+    }
+    let number = text.parse().ok();
+    number
+        .filter(|number| (1..=MAX_DATA_CHANNELS).contains(number))
+        .map(Channels::Number)
+        .ok_or_else(|| format!("write auto, or a number from 1 to {MAX_DATA_CHANNELS}"))
+}
+
 /// Arguments of `migrate`.
 #[derive(Debug, clap::Args)]
 pub struct MigrateArguments {
@@ -295,9 +307,10 @@ pub struct How {
     /// Memory that may be pinned here for RDMA [default: auto, what the system allows, or the daemon's configuration]
     #[arg(long, value_name = "auto|SIZE|all", value_parser = str::parse::<Pin>)]
     pub rdma_pin: Option<Pin>,
-    /// Data channels [default: as many as the link needs, one more where there may be a post-copy, at most one a core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub channels: Option<u16>,
+    /// Data channels. auto: as by default at first, and then, while pages are sent, as many as are measured to pay [default: as many as
+    /// the link needs, one more where there may be a post-copy, at most one a core]
+    #[arg(long, value_name = "auto|N", value_parser = parse_channels)]
+    pub channels: Option<Channels>,
     /// Longest downtime, such as 50ms [default: 300ms]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub downtime_limit: Option<Duration>,
@@ -441,7 +454,9 @@ mod tests {
             "--json",
         ])
         .unwrap();
-        assert_eq!(request.channels, Some(3));
+        assert_eq!(request.channels, Some(Channels::Number(3)));
+        let measured = migrate(&["--channels", "auto"]).unwrap().channels;
+        assert_eq!(measured, Some(Channels::Measured(Auto::Auto)));
         assert_eq!(
             (request.transport, request.rdma_pin),
             (Transport::Rdma, Some(Pin::Bytes(1 << 30)))

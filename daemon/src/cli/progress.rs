@@ -142,6 +142,9 @@ pub(super) fn line(report: &Report) -> Option<String> {
         Report::Throttle { throttle_percent } => Some(format!(
             "the guest is kept from writing for {throttle_percent} % of its time"
         )),
+        Report::Channels { channels, decision } => {
+            Some(format!("{channels} data channels: {decision}"))
+        }
         Report::Notice { text } => Some(text.clone()),
         Report::Paused { reason } => Some(reason.clone()),
         Report::Postcopy(progress) => Some(postcopy_words(progress)),
@@ -203,6 +206,7 @@ mod tests {
             dirty_bytes_s: 50_000_000,
             predicted_downtime_ms: Some(12.3),
             throttle_percent: 40,
+            channels: 2,
             eta_s: Some(0.5),
         });
         assert_eq!(

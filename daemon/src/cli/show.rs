@@ -39,7 +39,7 @@ pub(super) fn status(one: &Value) -> String {
     for key in ["vm", "state", "side", "peer", "qmp"] {
         out += &format!("  {key:<22} {}\n", word(one, key));
     }
-    for key in ["priority", "place", "reason"] {
+    for key in ["priority", "place", "channels", "reason"] {
         if let Some(value) = one.get(key).filter(|value| !value.is_null()) {
             out += &format!("  {key:<22} {}\n", plain(value));
         }

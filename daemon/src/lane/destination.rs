@@ -12,7 +12,7 @@ use pagecopy::memory::BlockSpec;
 use pagecopy::wire::Message;
 use transport::Token;
 
-use super::{Events, Handler, LaneEvent, Ops};
+use super::{Events, Handler, LaneEvent, Ops, Over};
 
 /// Places encoded pages and zero runs, and reports barriers behind them.
 pub struct DestinationData {
@@ -25,6 +25,8 @@ pub struct DestinationData {
     specs: Arc<[BlockSpec]>,
     placer: Arc<dyn Placer>,
     zero_bytes: u64,
+    /// `Leave` has come.
+    left: bool,
 }
 
 /// Nothing is ever sent on it.
@@ -48,7 +50,17 @@ impl DestinationData {
             specs,
             placer,
             zero_bytes: 0,
+            left: false,
         }
+    }
+
+    /// One that joins while `round` is under way: all before it is in place.
+    #[must_use]
+    pub fn since(mut self, round: u32) -> DestinationData {
+        if let Some(before) = round.checked_sub(1) {
+            self.decoder.barrier(before);
+        }
+        self
     }
 }
 
@@ -60,6 +72,10 @@ impl Handler for DestinationData {
     }
 
     fn sent(&mut self, _token: Token, _events: &Events) {}
+
+    fn over(&self) -> Option<Over> {
+        self.left.then_some(Over::Received)
+    }
 
     fn message(&mut self, message: Bytes, events: &Events) -> Result<(), String> {
         let message = Message::decode(&message).map_err(|error| error.to_string())?;
@@ -105,6 +121,14 @@ impl Handler for DestinationData {
                     round,
                     zero_bytes,
                 });
+                Ok(())
+            }
+            // Not all before it is in place.
+            Message::Leave { .. } if self.full => Ok(()),
+            Message::Leave { round } => {
+                self.left = true;
+                let channel = self.id;
+                events.tell(LaneEvent::Left { channel, round });
                 Ok(())
             }
             other => Err(format!("{} on data channel {}", other.name(), self.id.0)),

@@ -29,6 +29,9 @@ use crate::limits::{CLOSE_LIMIT, LINGER, MAX_BACKLOG};
 use crate::log;
 use crate::sys;
 
+/// A lane's thread asks so often how much processor time it has had.
+const ASK_EVERY: Duration = Duration::from_millis(20);
+
 /// What a lane tells its session.
 #[derive(Debug)]
 pub enum LaneEvent {
@@ -51,6 +54,13 @@ pub enum LaneEvent {
         round: u32,
         /// Bytes of zero runs placed since the barrier before.
         zero_bytes: u64,
+    },
+    /// Nothing more goes over the channel: `Leave` has left, or has come with all before it in place. The lane has ended.
+    Left {
+        /// The channel.
+        channel: ChannelId,
+        /// The round of which that is the barrier.
+        round: u32,
     },
     /// The peer sent what it may not.
     Misbehaved(String),
@@ -115,6 +125,15 @@ impl Events {
     }
 }
 
+/// That nothing more goes over a channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// All has left: the peer closes when it has it.
+    Sent,
+    /// All has come: nothing of the peer's may land any more.
+    Received,
+}
+
 /// What one kind of channel is used for.
 pub trait Handler: Send + 'static {
     /// What the session may ask of it.
@@ -135,6 +154,16 @@ pub trait Handler: Send + 'static {
 
     /// How long nothing more is taken from the peer, if it has had its share.
     fn hold(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Whether what is to be sent waits for the operator's limit.
+    fn is_held(&self) -> bool {
+        false
+    }
+
+    /// Whether the channel is done with.
+    fn over(&self) -> Option<Over> {
         None
     }
 
@@ -176,6 +205,10 @@ impl Ops {
 pub struct Moved {
     sent: AtomicU64,
     received: AtomicU64,
+    /// In microseconds, as the next two.
+    busy: AtomicU64,
+    held: AtomicU64,
+    cpu: AtomicU64,
     kind: Mutex<&'static str>,
 }
 
@@ -184,6 +217,9 @@ impl Moved {
         Moved {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            busy: AtomicU64::new(0),
+            held: AtomicU64::new(0),
+            cpu: AtomicU64::new(0),
             kind: Mutex::new(kind),
         }
     }
@@ -200,6 +236,17 @@ impl Moved {
     /// Bytes on the wire, to the peer.
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
+    }
+
+    /// How long it had something under way, and how long that waited for the operator's limit.
+    pub fn busy_and_held(&self) -> (Duration, Duration) {
+        let of = |time: &AtomicU64| Duration::from_micros(time.load(Ordering::Relaxed));
+        (of(&self.busy), of(&self.held))
+    }
+
+    /// Processor time of its thread, as it was some milliseconds ago at most.
+    pub fn cpu(&self) -> Duration {
+        Duration::from_micros(self.cpu.load(Ordering::Relaxed))
     }
 
     /// Bytes on the wire, both ways.
@@ -223,6 +270,7 @@ type Ended = (Box<dyn Channel>, Box<dyn Send>);
 /// A channel with its thread. Dropping it closes the channel at once.
 #[derive(Debug)]
 pub struct Lane<C: Send + 'static> {
+    id: ChannelId,
     orders: Sender<Order<C>>,
     waker: Waker,
     thread: Option<JoinHandle<Ended>>,
@@ -265,6 +313,7 @@ impl<C: Send + 'static> Lane<C> {
             queue,
             ops: Ops::default(),
             kind,
+            spent: Spent::new(),
             moved: Arc::clone(&moved),
         };
         let thread = std::thread::Builder::new()
@@ -279,12 +328,18 @@ impl<C: Send + 'static> Lane<C> {
                 )
             })?;
         Ok(Lane {
+            id,
             orders,
             waker,
             thread: Some(thread),
             kind,
             moved,
         })
+    }
+
+    /// The channel's number.
+    pub fn id(&self) -> ChannelId {
+        self.id
     }
 
     /// Gives a command. One to a lane that has ended is lost; the session was told of the end.
@@ -347,7 +402,52 @@ struct Driver<H: Handler> {
     ops: Ops,
     /// What it went over when that was last looked at.
     kind: &'static str,
+    spent: Spent,
     moved: Arc<Moved>,
+}
+
+/// What a lane's time has gone to.
+struct Spent {
+    since: Instant,
+    busy: Duration,
+    held: Duration,
+    /// When the thread was last asked how much processor time it has had.
+    asked: Instant,
+}
+
+impl Spent {
+    fn new() -> Spent {
+        let now = Instant::now();
+        Spent {
+            since: now,
+            busy: Duration::ZERO,
+            held: Duration::ZERO,
+            asked: now,
+        }
+    }
+
+    /// The time since the last call was such.
+    fn note(&mut self, busy: bool, held: bool) {
+        let now = Instant::now();
+        let took = now - std::mem::replace(&mut self.since, now);
+        match (held, busy) {
+            (true, _) => self.held += took,
+            (false, true) => self.busy += took,
+            (false, false) => {}
+        }
+    }
+
+    fn publish(&mut self, moved: &Moved) {
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        moved.busy.store(micros(self.busy), Ordering::Relaxed);
+        moved.held.store(micros(self.held), Ordering::Relaxed);
+        if self.since - self.asked >= ASK_EVERY {
+            self.asked = self.since;
+            moved
+                .cpu
+                .store(micros(sys::thread_time()), Ordering::Relaxed);
+        }
+    }
 }
 
 enum Next {
@@ -414,6 +514,8 @@ impl<H: Handler> Driver<H> {
             if !produced {
                 self.handler.waited(begun.elapsed());
             }
+            self.spent
+                .note(produced || under_way > 0, self.handler.is_held());
             self.publish();
             match event? {
                 Some(Event::Sent(token)) => {
@@ -427,6 +529,11 @@ impl<H: Handler> Driver<H> {
                     }
                 }
                 Some(Event::Message(_) | Event::Fetched(_)) | None => {}
+            }
+            match self.handler.over() {
+                Some(Over::Sent) => return Ok(Next::Close),
+                Some(Over::Received) => return Ok(Next::Park),
+                None => {}
             }
         }
     }
@@ -478,6 +585,7 @@ impl<H: Handler> Driver<H> {
         self.handler.moved(stats.sent);
         self.moved.sent.store(stats.sent, Ordering::Relaxed);
         self.moved.received.store(stats.received, Ordering::Relaxed);
+        self.spent.publish(&self.moved);
         let kind = self.channel.kind();
         if kind != self.kind {
             self.kind = kind;

@@ -29,7 +29,7 @@ use transport::limits::{MAX_EXTENTS, MAX_PAYLOAD};
 use transport::{Extent, Op, RegionId, Token};
 
 use super::meter::Meter;
-use super::{Events, Handler, LaneEvent, Ops};
+use super::{Events, Handler, LaneEvent, Ops, Over};
 use crate::queue::budget::Share;
 
 /// Encoded bytes that may wait for the link.
@@ -96,6 +96,10 @@ pub struct SourceData {
     reads: bool,
     /// When something last went over the channel.
     went: Instant,
+    /// `Leave` and its round, under way; behind it goes nothing.
+    leaves: Option<(Token, u32)>,
+    /// It has left.
+    left: bool,
     /// Made when the first batch says what was agreed on.
     policy: Option<Policy>,
     /// How pages went last.
@@ -141,6 +145,8 @@ impl SourceData {
             until: None,
             reads: false,
             went: Instant::now(),
+            leaves: None,
+            left: false,
             policy: None,
             choice: Choice::default(),
             meter: Meter::new(),
@@ -318,7 +324,10 @@ impl Handler for SourceData {
         }
         match self.work.pop_front() {
             Some(Work::Message(message)) => {
-                ops.push(Op::Send(message.encode()));
+                let token = ops.push(Op::Send(message.encode()));
+                if let Message::Leave { round } = message {
+                    self.leaves = Some((token, round));
+                }
             }
             Some(Work::Batch(batch)) => self.begin(&batch, ops),
             Some(Work::Rest(rest)) => self.go_on(rest, ops),
@@ -340,6 +349,14 @@ impl Handler for SourceData {
         let holds =
             self.share.is_serving() && self.id != FAULTS && self.went.elapsed() < LONGEST_HOLD;
         holds.then(|| self.share.wait()).flatten()
+    }
+
+    fn is_held(&self) -> bool {
+        self.until.is_some()
+    }
+
+    fn over(&self) -> Option<Over> {
+        self.left.then_some(Over::Sent)
     }
 
     fn moved(&mut self, sent: u64) {
@@ -367,7 +384,7 @@ impl Handler for SourceData {
         }
         while let Some((last, batch, pushed)) = self.batches.front().copied() {
             if last > token {
-                return;
+                break;
             }
             self.batches.pop_front();
             events.tell(LaneEvent::Pushed {
@@ -375,6 +392,11 @@ impl Handler for SourceData {
                 batch,
                 pushed,
             });
+        }
+        if let Some((_, round)) = self.leaves.filter(|(last, _)| *last <= token) {
+            self.left = true;
+            let channel = self.id;
+            events.tell(LaneEvent::Left { channel, round });
         }
     }
 

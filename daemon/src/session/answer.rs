@@ -2,6 +2,7 @@
 //! guest back. It is answered from the journal; a session that still serves the migration is ended first, unless it has
 //! committed. Only the peer that the migration came from is answered so.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ impl Visit {
         loop {
             if let Some(asked) = asked.take() {
                 let id = asked.id();
-                if let Some(standing) = self.refuse_foreign(&asked) {
+                if let Some(standing) = self.refuse_foreign(id, &asked) {
                     self.control.give(Message::Answer { id, standing });
                     continue;
                 }
@@ -126,8 +127,11 @@ impl Visit {
 
     /// What a peer is answered that does not speak for the migration, by its certificate: it must not end a session, nor run
     /// a guest, nor be fetched from. Nothing is known of who does while the journal cannot be read.
-    fn refuse_foreign(&self, asked: &Asked) -> Option<Standing> {
-        let id = asked.id();
+    pub(super) fn refuse_foreign(
+        &self,
+        id: MigrationId,
+        asked: &dyn fmt::Debug,
+    ) -> Option<Standing> {
         let journals = &self.service.store.journals;
         let records = match journals.read(id, Side::Destination) {
             Ok(records) => records.unwrap_or_default(),
@@ -216,7 +220,7 @@ async fn withdraw(held: &Migration) -> Standing {
 }
 
 /// The session that serves the migration at this side, if one does.
-fn live(service: &Service, id: MigrationId) -> Option<Arc<Migration>> {
+pub(super) fn live(service: &Service, id: MigrationId) -> Option<Arc<Migration>> {
     service
         .migrations
         .side(Uuid::from_bytes(id.0), Side::Destination)

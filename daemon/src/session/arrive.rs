@@ -175,6 +175,9 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
         }
         Ok(Some(LaneEvent::Message(ask @ Message::Spawn { .. }))) => visit.spawn(ask).await,
         Ok(Some(LaneEvent::Message(Message::Serve { id }))) => visit.answer(Asked::Serve(id)).await,
+        Ok(Some(LaneEvent::Message(Message::Join { id, first, key }))) => {
+            visit.join(id, first, key);
+        }
         Ok(Some(LaneEvent::Message(Message::Lost { id, reason }))) => {
             visit.answer(Asked::Lost(id, reason)).await;
         }
@@ -404,6 +407,11 @@ impl Visit {
     /// Whose it is, for what is limited for each peer.
     pub(super) fn peer_key(&self) -> String {
         listener::key(&self.peer)
+    }
+
+    /// How many data channels it brings.
+    pub(super) fn channels(&self) -> usize {
+        self.data.len()
     }
 
     /// Whether it brings channels to fetch pages over.

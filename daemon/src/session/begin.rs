@@ -5,6 +5,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use pagecopy::engine::channels::Bounds;
 use pagecopy::engine::encoding::policy;
 use pagecopy::engine::encoding::versions::Versions;
 use pagecopy::engine::event::Report;
@@ -23,7 +24,7 @@ use transport::{Access, Address, Channel, RegionId, Regions};
 use super::arrive::Over;
 use super::source::{Memory, Parts, Session};
 use super::{CANCELLED, Clock, journal_failure, spawn, wait};
-use crate::api::types::{Compress, MigrationRequest, Mode, Throttle};
+use crate::api::types::{Channels, Compress, MigrationRequest, Mode, Throttle};
 use crate::config::Config;
 use crate::dial::{Target, dial};
 use crate::failure::{host, operator};
@@ -31,7 +32,7 @@ use crate::lane::source::Encoding;
 use crate::limits::MAX_DELTA_CACHE;
 use crate::migrations::{Migration, Request};
 use crate::names;
-use crate::nic::{POSTCOPY_CHANNELS, default_channels};
+use crate::nic::{POSTCOPY_CHANNELS, cores, default_channels};
 use crate::preflight::outcome::Foresight;
 use crate::preflight::start;
 use crate::qemu::discover::{self, map_ram, track_failure};
@@ -59,10 +60,8 @@ pub(crate) fn check(request: &MigrationRequest) -> Result<(), Failure> {
         crate::dial::check_host_port(&request.to)?;
     }
     let refuse = |what: &str, remedy: &str| Err(operator(what, remedy));
-    if request
-        .channels
-        .is_some_and(|channels| channels == 0 || channels > MAX_DATA_CHANNELS)
-    {
+    let number = request.channels.and_then(Channels::number);
+    if number.is_some_and(|number| number == 0 || number > MAX_DATA_CHANNELS) {
         return refuse(
             "the number of channels is out of range",
             &format!("use 1 to {MAX_DATA_CHANNELS} channels"),
@@ -84,10 +83,7 @@ pub(crate) fn check(request: &MigrationRequest) -> Result<(), Failure> {
                 "leave --verify out, or use --mode precopy",
             );
         }
-        if request
-            .channels
-            .is_some_and(|channels| channels < POSTCOPY_CHANNELS)
-        {
+        if number.is_some_and(|number| number < POSTCOPY_CHANNELS) {
             return refuse(
                 "this mode needs a data channel for the pages that the guest waits for, and another for the rest",
                 "use --channels 2 or more",
@@ -288,7 +284,7 @@ async fn look(
         rdma: None,
         names: Vec::new(),
     };
-    let wanted = request.channels;
+    let wanted = request.channels.and_then(Channels::number);
     let may_be_postcopy = !matches!(
         mode(request, service.in_force.now().allow_postcopy),
         source::Mode::Precopy | source::Mode::Auto { postcopy: false }
@@ -369,7 +365,10 @@ impl Looked {
             direct_io: self.guest.direct_io,
             data_channels: self.data_channels,
             fixed_downtime: service.store.downtime.get(),
-            options: options(request, &service.in_force.now()),
+            options: Options {
+                channels: growth(request, &self.channels),
+                ..options(request, &service.in_force.now())
+            },
             timeouts: Timeouts::default(),
         };
         let begun = Record::Begun {
@@ -514,6 +513,17 @@ fn encoding(
     }
 }
 
+/// Between which numbers of data channels is chosen while pages are sent, where the operator wants that. Over RDMA a queue pair is no
+/// stream, and there are as many as there were.
+fn growth(request: &MigrationRequest, channels: &[Box<dyn Channel>]) -> Option<Bounds> {
+    let data = channels.get(1..).unwrap_or_default();
+    let over_rdma = data.iter().any(|channel| channel.kind() == "rdma");
+    let is_open =
+        matches!(request.channels, Some(Channels::Measured(_))) && !over_rdma && !data.is_empty();
+    let first = u16::try_from(data.len()).unwrap_or(u16::MAX);
+    is_open.then(|| Bounds::of(first, cores()))
+}
+
 fn options(request: &MigrationRequest, config: &Config) -> Options {
     Options {
         downtime_limit: request
@@ -528,5 +538,6 @@ fn options(request: &MigrationRequest, config: &Config) -> Options {
         mode: mode(request, config.allow_postcopy),
         verify: request.verify,
         quit_source: request.quit_source,
+        channels: None,
     }
 }

@@ -131,8 +131,8 @@ pub(crate) async fn hold(
                 // Whoever asked may have left.
                 let _ = reply.send(Err(in_doubt()));
             }
-            // It is too late to cancel, and there is no connection.
-            Some(Request::Cancel | Request::Disconnect) => {}
+            // It is too late to cancel, and there is no connection that channels could join.
+            Some(Request::Cancel | Request::Disconnect | Request::Join(_)) => {}
             Some(Request::Lost(reason)) => held.source_lost(&reason, requests).await,
         }
     }

@@ -9,6 +9,7 @@ pub(crate) mod begin;
 pub(crate) mod change;
 mod destination;
 pub(crate) mod held;
+mod joining;
 mod link;
 mod looked_at;
 pub(crate) mod recover;
@@ -32,6 +33,7 @@ use pagecopy::memory::BlockId;
 use crate::failure::{Failure, host};
 use crate::log;
 
+pub(crate) use joining::Joining;
 pub(crate) use link::{Broken, link_failure};
 pub(crate) use teller::{CANCELLED, Teller, end_early, tell};
 pub(crate) use worker::Worker;

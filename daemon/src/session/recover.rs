@@ -228,6 +228,7 @@ fn setup(service: &Service, id: MigrationId, vm: &str) -> Setup {
             throttle: false,
             verify: false,
             quit_source: false,
+            channels: None,
         },
         timeouts: Timeouts::default(),
     }

@@ -43,6 +43,9 @@ pub(crate) fn tell(migration: &Migration, report: &Report) {
         Report::Throttle { throttle_percent } => {
             tracing::info!(%id, throttle_percent, "the guest is kept from writing");
         }
+        Report::Channels { channels, decision } => {
+            tracing::info!(%id, channels, decision, "data channels");
+        }
         Report::Notice { text } => tracing::info!(%id, text, "notice"),
         Report::Progress { .. } | Report::Postcopy { .. } => {}
     }

@@ -13,6 +13,7 @@ use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Timeouts};
 use pagecopy::wire::{Message, Standing};
 use tokio::sync::mpsc::unbounded_channel;
 use tokio::time::{sleep, timeout};
+use transport::Channel;
 use uuid::Uuid;
 
 use crate::dial::{Target, Unreached, dial_control};
@@ -63,7 +64,15 @@ pub(crate) async fn ask(
     target: &Target,
     patience: Duration,
 ) -> Result<Message, Unreached> {
-    let channel = dial_control(target).await?;
+    ask_on(dial_control(target).await?, question, patience).await
+}
+
+/// The same, on the control channel of a connection that was made for it and is closed then.
+pub(crate) async fn ask_on(
+    channel: Box<dyn Channel>,
+    question: Message,
+    patience: Duration,
+) -> Result<Message, Unreached> {
     let (sender, mut events) = unbounded_channel();
     let to_us = move |told: Told| {
         // Nobody waits for an answer any more.
@@ -79,6 +88,7 @@ pub(crate) async fn ask(
                 LaneEvent::Message(
                     answer @ (Message::Answer { .. }
                     | Message::Whole { .. }
+                    | Message::ChannelsTaken { .. }
                     | Message::Abort { .. }),
                 ) => return Some(answer),
                 LaneEvent::Lost(..) | LaneEvent::Misbehaved(_) => return None,

@@ -151,6 +151,13 @@ pub enum Report {
         /// Percent of its time; 0: it is not slowed any more.
         throttle_percent: u32,
     },
+    /// What was decided about the number of data channels, and why.
+    Channels {
+        /// Data channels that carry pages from now on.
+        channels: u16,
+        /// The decision and its reason, in words with figures.
+        decision: String,
+    },
     /// Where post-copy stands. About one a second.
     Postcopy(PostcopyProgress),
     /// Something that a person should know and that changes no state: a request that was refused, an attempt that failed
@@ -182,6 +189,9 @@ pub struct Progress {
     /// Percent of its time for which the guest is kept from writing.
     #[serde(default)]
     pub throttle_percent: u32,
+    /// Data channels that carry pages.
+    #[serde(default)]
+    pub channels: u16,
     /// What has gone encoded so far.
     #[serde(flatten)]
     pub encoded: Encoded,

@@ -13,6 +13,7 @@
 //! in a call, never panics on an input, and ignores a late answer to something that it has given up.
 
 pub mod bitmap;
+pub mod channels;
 mod course;
 pub mod destination;
 pub mod doubt;

@@ -35,6 +35,8 @@ pub mod capability {
     pub const ZSTD: u64 = 1 << 2;
     /// Pages may come as what differs from the version sent before.
     pub const DELTA: u64 = 1 << 3;
+    /// Data channels may join and leave while pages are sent.
+    pub const CHANNELS: u64 = 1 << 4;
 }
 
 /// Why a side gives up, as a number that tools can decide by.
@@ -128,7 +130,7 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// A message. Control messages go on channel 0; `Zero`, `Barrier`, `Copied` and `Deltas` on data channels.
+/// A message. Control messages go on channel 0; `Zero`, `Barrier`, `Copied`, `Deltas` and `Leave` on data channels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
     /// Source → destination, first: this guest, with this memory, wants to move to you.
@@ -392,6 +394,38 @@ pub enum Message {
         vm: String,
         /// The guest may come where only the margin of free memory is missing.
         force: bool,
+    },
+    /// Source → destination, first message of a new connection with data channels: they are for that migration.
+    Join {
+        /// The migration.
+        id: MigrationId,
+        /// The number of the first of them there.
+        first: u16,
+        /// By which `AddChannels` knows them.
+        key: Secret,
+    },
+    /// Source → destination: data channels that wait by `Join` carry pages and barriers from its answer on.
+    AddChannels {
+        /// The number of the first.
+        first: u16,
+        /// How many.
+        channels: u16,
+        /// As in their `Join`.
+        key: Secret,
+    },
+    /// The answer to `Join`: they wait; and to `AddChannels`: they belong to the round under way.
+    ChannelsTaken {
+        /// The number of the first.
+        first: u16,
+        /// Otherwise nothing has changed.
+        taken: bool,
+        /// Why not, for people.
+        reason: String,
+    },
+    /// Source → destination, on a data channel, the last on it: a barrier for round `round` and all that follow.
+    Leave {
+        /// The round under way.
+        round: u32,
     },
     /// Either way, any time before `Commit`: given up.
     Abort {

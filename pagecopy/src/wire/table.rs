@@ -113,4 +113,8 @@ messages! {
     39 RdmaBack;
     40 RdmaTaken { taken: Flag };
     41 Compare { vm: Name, force: Flag };
+    53 Join { id: Id, first: u16, key: Key };
+    54 AddChannels { first: u16, channels: u16, key: Key };
+    55 ChannelsTaken { first: u16, taken: Flag, reason: Reason };
+    56 Leave { round: u32 };
 }

@@ -291,6 +291,31 @@ fn samples() -> Vec<(Message, String)> {
             },
             "2900 02000000 766d 01".into(),
         ),
+        (
+            Message::Join {
+                id: ID,
+                first: 3,
+                key: Secret([0xab; 32]),
+            },
+            format!("3500 {ID_HEX} 0300 {}", "ab".repeat(32)),
+        ),
+        (
+            Message::AddChannels {
+                first: 3,
+                channels: 2,
+                key: Secret([0xab; 32]),
+            },
+            format!("3600 0300 0200 {}", "ab".repeat(32)),
+        ),
+        (
+            Message::ChannelsTaken {
+                first: 3,
+                taken: true,
+                reason: "no".into(),
+            },
+            "3700 0300 01 02000000 6e6f".into(),
+        ),
+        (Message::Leave { round: 7 }, "3800 07000000".into()),
     ]
 }
 

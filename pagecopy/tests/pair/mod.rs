@@ -1,6 +1,7 @@
 //! Both engines in one world: virtual time, a network with latency, guests whose pages are numbers, journals that survive
 //! crashes. Everything is deterministic, so a run can be repeated and disturbed at any of its steps.
 
+mod channels;
 mod doubt;
 mod outputs;
 mod postcopy;
@@ -14,7 +15,7 @@ use pagecopy::engine::encoding::policy::Compress;
 use pagecopy::engine::event::{Finished, State};
 use pagecopy::engine::journal::{self, Record, Side};
 use pagecopy::engine::source::{self, Source};
-use pagecopy::engine::{Failure, Fault, MigrationId, Time, Timeouts};
+use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
 use pagecopy::memory::BlockSpec;
 
 pub use trouble::Trouble;
@@ -30,7 +31,9 @@ enum Event {
     ToSource(source::Input),
     ToDestination(destination::Input),
     /// A batch lands at the destination: pages with the content they had when they were read.
-    Land(Vec<(usize, u64)>),
+    Land(ChannelId, Vec<(usize, u64)>),
+    /// The source's driver looks at what its channels have done.
+    Measure,
     Reconnect,
     /// All channels.
     ReconnectAll,
@@ -74,6 +77,12 @@ pub struct Pair {
     pub qemu_refuses: bool,
     /// With post-copy: what outlives the daemons.
     pub moved: postcopy::Moved,
+    /// Channels that come and go.
+    pub channels: channels::Channels,
+    /// How long a byte takes on a channel, in nanoseconds.
+    pub byte_ns: u64,
+    /// The guest writes so often.
+    pub write_every: Duration,
     setup: source::Setup,
     arriving: destination::Setup,
     queue: BTreeMap<(Time, u64), Event>,
@@ -84,7 +93,7 @@ pub struct Pair {
     source_journal: Vec<u8>,
     destination_journal: Vec<u8>,
     /// When each data channel has carried what was given to it.
-    lanes: Vec<Time>,
+    lanes: BTreeMap<ChannelId, Time>,
 }
 
 pub fn blocks(pages: usize) -> Vec<BlockSpec> {
@@ -117,6 +126,7 @@ impl Pair {
                 verify: false,
                 mode: source::Mode::Precopy,
                 quit_source: false,
+                channels: None,
             },
             timeouts: Timeouts::default(),
         };
@@ -166,6 +176,9 @@ impl Pair {
             refused_but_there: false,
             qemu_refuses: false,
             moved: postcopy::Moved::default(),
+            channels: channels::Channels::default(),
+            byte_ns: 1,
+            write_every: WORK,
             setup,
             arriving,
             queue: BTreeMap::new(),
@@ -175,7 +188,7 @@ impl Pair {
             link: true,
             source_journal: journal::encode(&begun(Side::Source)),
             destination_journal: journal::encode(&begun(Side::Destination)),
-            lanes: vec![now; 2],
+            lanes: BTreeMap::new(),
         };
         pair.after(WORK, Event::GuestWrites);
         pair.drain();
@@ -291,7 +304,9 @@ impl Pair {
                 self.tell_destination(input);
             }
             Event::ToDestination(input) => self.tell_destination(input),
-            Event::Land(pages) => {
+            Event::Measure => self.measure(),
+            Event::Land(channel, pages) => {
+                self.channels.carry(channel);
                 for (page, content) in pages {
                     self.destination_pages[page] = content;
                 }
@@ -353,7 +368,7 @@ impl Pair {
             self.guest_writes_there();
         }
         if self.writes_per_ms > 0 && !self.ended() {
-            self.after(WORK, Event::GuestWrites);
+            self.after(self.write_every, Event::GuestWrites);
         }
     }
 

@@ -39,7 +39,8 @@ impl Pair {
                 );
             }
             Output::SendOn(channel, Message::Barrier { round }) if self.link => {
-                let at = self.lane(channel).after(LATENCY);
+                let at = self.lane(channel);
+                let at = self.arrival(channel, at);
                 let barrier = destination::Input::Barrier {
                     channel,
                     round,
@@ -47,7 +48,11 @@ impl Pair {
                 };
                 self.at(at, Event::ToDestination(barrier));
             }
+            Output::SendOn(channel, Message::Leave { round }) => self.leave(channel, round),
             Output::Push { channel, batch } => self.push(channel, &batch),
+            Output::OpenChannels { first, channels } => self.open_channels(first, channels),
+            Output::UseChannels { first } => self.channels.used(first),
+            Output::CloseChannels { first } => self.channels.closed(first),
             Output::Attach => {
                 let populated = self.populated();
                 self.dirty.clear();
@@ -165,8 +170,9 @@ impl Pair {
         {
             spoiled.1 ^= 1 << 40;
         }
-        let done = self.lane(channel).after(Duration::from_nanos(raw));
-        self.lanes[usize::from(channel.0) - 1] = done;
+        let took = Duration::from_nanos(raw * self.byte_ns);
+        let done = self.lane(channel).after(took);
+        self.lanes.insert(channel, done);
         let pushed = Pushed {
             raw_bytes: raw,
             zero_bytes: zero,
@@ -181,12 +187,15 @@ impl Pair {
             }),
         );
         if self.link {
-            self.at(done.after(LATENCY), Event::Land(content));
+            let at = self.arrival(channel, done);
+            self.at(at, Event::Land(channel, content));
         }
     }
 
-    fn lane(&self, channel: ChannelId) -> Time {
-        self.lanes[usize::from(channel.0) - 1].max(self.now)
+    pub(super) fn lane(&mut self, channel: ChannelId) -> Time {
+        self.channels.check_used(channel);
+        let busy = self.lanes.get(&channel).copied();
+        busy.unwrap_or_default().max(self.now)
     }
 
     pub(super) fn destination_output(&mut self, output: destination::Output) {
@@ -218,6 +227,15 @@ impl Pair {
                 self.notices.push(text);
                 return;
             }
+            Output::TakeChannels {
+                first,
+                channels,
+                key,
+                ..
+            } => Input::ChannelsTaken {
+                first,
+                refused: self.channels.take(first, channels, key),
+            },
             Output::Arm { lacking, .. } => return self.arm(lacking),
             Output::Pull => return self.pull(),
             Output::StopPulling => return self.stop_pulling(),

@@ -103,12 +103,14 @@ impl Pair {
         self.queue.retain(|_, event| {
             !matches!(
                 event,
-                Event::Land(_)
+                Event::Land(..)
                     | Event::Reconnect
                     | Event::ReconnectAll
                     | Event::ToSource(source::Input::Message(_))
                     | Event::ToDestination(
-                        destination::Input::Message(_) | destination::Input::Barrier { .. }
+                        destination::Input::Message(_)
+                            | destination::Input::Barrier { .. }
+                            | destination::Input::Left { .. }
                     )
             )
         });

@@ -329,6 +329,35 @@ impl Net {
         }
     }
 
+    /// Lets no more than `stream_mbit` Mbit/s of one TCP connection through, and `mbit` of all, from `side` on (`tc-htb(8)`): its port says which
+    /// of 128 classes a connection is of, so two seldom share one.
+    pub fn limit_streams(&self, side: Side, mbit: u32, stream_mbit: u32) {
+        let mut lines = format!(
+            "qdisc replace dev veth0 root handle 1: htb default 2\n\
+             class add dev veth0 parent 1: classid 1:1 htb rate {mbit}mbit quantum 60000\n\
+             class add dev veth0 parent 1:1 classid 1:2 htb rate 1mbit ceil {mbit}mbit quantum 60000\n"
+        );
+        let mut classes = Vec::new();
+        for port in (0..=254).step_by(2) {
+            let class = 0x10 + port / 2;
+            lines += &format!(
+                "class add dev veth0 parent 1:1 classid 1:{class:x} htb rate 1mbit ceil {stream_mbit}mbit cburst 64k quantum 60000\n"
+            );
+            classes.push(format!("{port} : 1:{class:x}"));
+        }
+        let file = std::env::temp_dir().join(format!("{}.tc", self.name));
+        std::fs::write(&file, lines).expect("a file for tc");
+        run(self.command(side, "tc").arg("-batch").arg(&file));
+        // What it said is done.
+        let _ = std::fs::remove_file(&file);
+        let rules = format!(
+            "add table inet streams; add chain inet streams out {{ type filter hook output priority 0; }}; \
+             add rule inet streams out meta priority set tcp sport & 254 map {{ {} }}",
+            classes.join(", ")
+        );
+        run(self.command(side, "nft").arg(rules));
+    }
+
     /// Packets that [`impair`](Self::impair) has dropped so far of those that `side` sent.
     pub fn dropped(&self, side: Side) -> u64 {
         let mut tc = self.command(side, "tc");

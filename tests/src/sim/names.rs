@@ -159,6 +159,9 @@ pub(super) fn of_source(output: &source::Output) -> Name {
         Output::LookAgain => "LookAgain",
         Output::Throttle { .. } => "Throttle",
         Output::Push { .. } => "Push",
+        Output::OpenChannels { .. } => "OpenChannels",
+        Output::UseChannels { .. } => "UseChannels",
+        Output::CloseChannels { .. } => "CloseChannels",
         Output::StopGuest => "StopGuest",
         Output::SaveDeviceState => "SaveDeviceState",
         Output::Digest => "Digest",
@@ -192,6 +195,7 @@ pub(super) fn of_destination(output: &destination::Output) -> Name {
             };
         }
         Output::Prepare { .. } => "Prepare",
+        Output::TakeChannels { .. } => "TakeChannels",
         Output::Allocate(_) => "Allocate",
         Output::KeepDeviceState(_) => "KeepDeviceState",
         Output::Digest => "Digest",

@@ -298,6 +298,7 @@ impl Plan {
                 How::Postcopy => Mode::Postcopy,
             },
             quit_source: self.wanted.quit_source,
+            channels: None,
             compress: if self.wanted.encoded {
                 Compress::Auto
             } else {

@@ -29,6 +29,7 @@ const OUTPUTS: usize = 12;
 #[derive(Clone, Debug)]
 enum Order {
     Prepare,
+    TakeChannels(u16),
     Digest,
     PageDigests { block: u16, chunk: u64 },
     Arm,
@@ -304,6 +305,10 @@ impl World {
                 chunk,
                 digests: digests(input)?,
             },
+            Order::TakeChannels(first) => Input::ChannelsTaken {
+                first,
+                refused: fails.then(|| "they are not there".to_owned()),
+            },
             Order::Arm if fails => Input::HostFailed(failure("arm")),
             Order::Arm => Input::Armed {
                 pid: 1,
@@ -439,6 +444,7 @@ impl World {
             }
             Output::Send(Message::Resumed) => assert!(facts.started(), "{facts:?}"),
             Output::Send(_) | Output::Report(_) | Output::Allocate(_) | Output::Decided(_) => {}
+            Output::TakeChannels { first, .. } => self.orders.add(Order::TakeChannels(first)),
             Output::Arm { .. } => {
                 facts.arms += 1;
                 assert_eq!((facts.arms, facts.loads), (1, 0), "{facts:?}");

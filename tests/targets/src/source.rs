@@ -96,6 +96,7 @@ fn setup(flags: u8, mode: Mode) -> Setup {
             throttle: flags & 1 != 0,
             verify: flags & 8 != 0,
             quit_source: flags & 16 != 0,
+            channels: None,
         },
         timeouts: Timeouts::default(),
     }
@@ -421,6 +422,9 @@ impl World {
                 while self.orders.take_first(is_connect).is_some() {}
                 self.orders.add(Order::ConnectAll);
             }
+            Output::OpenChannels { .. }
+            | Output::UseChannels { .. }
+            | Output::CloseChannels { .. } => panic!("the number of channels is fixed"),
             Output::SendOn(_, other) => panic!("{other:?} on a data channel"),
             Output::Push { channel, batch } => self.push(channel, batch),
             Output::ResumeGuest => {

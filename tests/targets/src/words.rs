@@ -7,7 +7,7 @@ use bytes::Bytes;
 use pagecopy::engine::event::{FaultFigures, PostcopyCost, Quantiles};
 use pagecopy::engine::{Failure, Fault, MigrationId};
 use pagecopy::memory::{BlockId, BlockSpec, Piece, Run};
-use pagecopy::wire::{AbortCode, Message, Standing};
+use pagecopy::wire::{AbortCode, Message, Secret, Standing};
 
 /// The migration of every input.
 pub(crate) const ID: MigrationId = MigrationId([7; 16]);
@@ -215,6 +215,22 @@ pub(crate) fn message(input: &mut Unstructured<'_>, round: u32) -> Result<Messag
                 vm: "vm".to_owned(),
                 force: bool::arbitrary(input)?,
             },
+            2 => Message::Join {
+                id: id(input)?,
+                first: u16::arbitrary(input)?,
+                key: Secret([3; 32]),
+            },
+            4 => Message::AddChannels {
+                first: u16::arbitrary(input)?,
+                channels: u16::from(u8::arbitrary(input)? % 8),
+                key: Secret([3; 32]),
+            },
+            6 => Message::ChannelsTaken {
+                first: u16::arbitrary(input)?,
+                taken: bool::arbitrary(input)?,
+                reason: "because".to_owned(),
+            },
+            8 => Message::Leave { round },
             odd if odd % 2 == 1 => Message::Preflight {
                 vm: "vm".to_owned(),
                 host: "peer".to_owned(),

@@ -11,6 +11,7 @@ use crate::stream::frame::{self, Kind};
 use crate::stream::layer::{Halves, Layer};
 use crate::stream::receiver::Receiver;
 use crate::stream::sender::Sender;
+use crate::sys::uring::Incoming;
 use crate::tls::layer::Tls;
 use crate::tls::record::{MAX_CONTENT, Records};
 
@@ -154,13 +155,15 @@ fn receive(mut layer: Tls, wire: &[u8], cuts: &[u16]) -> (VecDeque<Event>, Optio
             let cut = cuts
                 .next()
                 .map_or(1, |cut| usize::from(*cut ^ 0x3ff).max(1));
-            let mut scatter = layer.next_receive(&mut halves)?;
+            let Incoming::Copied(mut scatter) = layer.next_receive(&mut halves)? else {
+                unreachable!("what has to be opened is copied first");
+            };
             assert!(scatter.len() > 0, "a whole record fits the buffer");
             let n = scatter
                 .copy_from(&rest[..cut.min(rest.len())])
                 .map_err(|error| Error::io("placing bytes in a test", &error))?;
             rest = &rest[n..];
-            layer.received(&mut halves, scatter, n)?;
+            layer.received(&mut halves, Incoming::Copied(scatter), n)?;
         }
         match layer.ended(&halves) {
             // Every stream here lacks its end.

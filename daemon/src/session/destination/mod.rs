@@ -2,6 +2,7 @@
 
 mod device_state;
 mod fetch;
+mod joined;
 mod work;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize};
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use pagecopy::engine::destination::{Destination, Input, Output};
 use pagecopy::engine::doubt::Resolution;
+use pagecopy::engine::encoding::Encodings;
 use pagecopy::engine::event::{Finished as EngineEnd, State};
 #[cfg(feature = "steps")]
 use pagecopy::engine::journal::Side;
@@ -27,6 +29,7 @@ use transport::{Channel, Regions};
 use self::device_state::DeviceState;
 use self::fetch::Fetch;
 pub(crate) use self::fetch::{TakenOver, has_all, has_ended};
+use self::joined::Waiting;
 use self::work::allocation_failure;
 use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
 use crate::failure::operator;
@@ -82,6 +85,10 @@ pub(crate) struct Session {
     /// Channels before their lanes exist, and after their lanes were parked.
     idle: Vec<Box<dyn Channel>>,
     data: Vec<Lane<Command>>,
+    /// Channels that may join.
+    waiting: Option<Waiting>,
+    /// How pages may come encoded.
+    encodings: Encodings,
     regions: Regions,
     memory: Option<Memory>,
     device_state: DeviceState,
@@ -141,6 +148,8 @@ impl Session {
             fetch: Fetch::new(parts.taken_over),
             idle: parts.data,
             data: Vec::new(),
+            waiting: None,
+            encodings: Encodings::default(),
             regions: parts.regions,
             memory: None,
             device_state: DeviceState::default(),
@@ -213,6 +222,10 @@ impl Session {
                         None
                     }
                     Some(Request::Disconnect) => Some(Input::LinkLost(superseded())),
+                    Some(Request::Join(joining)) => {
+                        self.join(joining);
+                        None
+                    }
                     Some(Request::Lost(reason)) => {
                         let all_here = self.fetch.all_here();
                         Some(Input::SourceLost { reason, all_here })
@@ -234,7 +247,10 @@ impl Session {
                 },
                 Some(done) = self.fetch.done.recv() => Some(self.done(done)),
                 Some(event) = self.fetch.events.recv() => self.pull_event(event),
-                _ = every_second.tick() => self.qemu_gone().or_else(|| self.lacks()),
+                _ = every_second.tick() => {
+                    self.forget_old();
+                    self.qemu_gone().or_else(|| self.lacks())
+                }
                 () = broken => self.broken.take().map(Input::LinkLost),
                 () = self.clock.sleep_until(engine.poll_timeout()) => Some(Input::Tick),
             };
@@ -311,6 +327,10 @@ impl Session {
                 self.broken.set(&error);
                 None
             }
+            LaneEvent::Left { channel, round } => {
+                self.left(channel);
+                Some(Input::Left { channel, round })
+            }
             LaneEvent::NoPlace(error) => Some(Input::HostFailed(allocation_failure(&error))),
             LaneEvent::Pushed { .. } => None,
         }
@@ -343,6 +363,12 @@ impl Session {
                 }
                 Output::Journal(record) => self.journal(record),
                 Output::Prepare { order, encodings } => self.prepare(&order, encodings),
+                Output::TakeChannels {
+                    first,
+                    channels,
+                    key,
+                    round,
+                } => self.take_channels(first, channels, key, round),
                 Output::Allocate(runs) => self.allocate(runs),
                 Output::KeepDeviceState(piece) => self.device_state.push(piece),
                 Output::Digest => self.digest(),

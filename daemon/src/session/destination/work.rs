@@ -11,7 +11,7 @@ use pagecopy::engine::{ChannelId, Failure};
 use pagecopy::host::{Placer, Ram};
 use pagecopy::memory::{BlockId, BlockSpec, Run};
 use tokio::task::JoinHandle;
-use transport::{Access, RegionId, Regions};
+use transport::{Access, Channel, RegionId, Regions};
 
 use super::{Memory, Session};
 use crate::failure::host;
@@ -35,8 +35,10 @@ impl Session {
             Err(failure) => return self.answer(Input::HostFailed(failure)),
         };
         self.memory = Some(memory.clone());
+        self.encodings = encodings;
         let ready = Arc::new(AtomicBool::new(false));
-        let lanes = self.start_lanes(&memory, &ready, encodings).err();
+        let channels = std::mem::take(&mut self.idle);
+        let lanes = self.start_lanes(channels, 1, &memory, &ready, 0).err();
         let regions = self.regions.clone();
         self.order(async move {
             if let Some(failure) = lanes {
@@ -78,21 +80,24 @@ impl Session {
 
     /// Before the regions are registered no page can land: an early one is refused by the transport, and what comes as a message by
     /// the lanes, until the RAM is `ready`.
-    fn start_lanes(
+    pub(super) fn start_lanes(
         &mut self,
+        channels: Vec<Box<dyn Channel>>,
+        first: u16,
         memory: &Memory,
         ready: &Arc<AtomicBool>,
-        encodings: Encodings,
+        round: u32,
     ) -> Result<(), Failure> {
-        for (channel, number) in std::mem::take(&mut self.idle).into_iter().zip(1..) {
+        for (channel, number) in channels.into_iter().zip(first..) {
             let id = ChannelId(number);
             let handler = DestinationData::new(
                 id,
                 Arc::clone(ready),
                 Arc::clone(&memory.specs),
                 Arc::clone(&memory.placer),
-                encodings,
-            );
+                self.encodings,
+            )
+            .since(round);
             let sender = self.lane_events.clone();
             let tell = move |told| {
                 // A session that has ended needs no events.
@@ -218,7 +223,7 @@ impl Session {
         })
     }
 
-    fn answer(&self, input: Input) {
+    pub(super) fn answer(&self, input: Input) {
         // The receiver lives as long as this session.
         let _ = self.sender.send(input);
     }

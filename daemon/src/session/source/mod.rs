@@ -1,5 +1,6 @@
 //! The source's session.
 
+mod growth;
 mod holes;
 mod limits;
 mod serve;
@@ -26,8 +27,10 @@ use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 use transport::{Channel, Regions};
 
+use self::growth::{Coming, Joined};
 use self::holes::Holes;
 use self::serve::Served;
 use super::telling;
@@ -36,7 +39,7 @@ use crate::api::types::ChangeRequest;
 use crate::dial::{Target, Unreached, dial_control};
 use crate::failure::{Shown, operator};
 use crate::lane::control::Control;
-use crate::lane::source::{Command, Encoding, SourceData};
+use crate::lane::source::{Command, Encoding};
 use crate::lane::{Lane, LaneEvent, Told};
 use crate::log;
 use crate::migrations::{Decided, Migration, Request};
@@ -51,6 +54,9 @@ use crate::store::JournalFile;
 /// In post-copy, what the destination has read is counted so often.
 const COUNT_EVERY: Duration = Duration::from_secs(1);
 
+/// While the number of data channels is open, what they have done is looked at so often.
+const MEASURE_EVERY: Duration = Duration::from_millis(100);
+
 /// What the session waits for.
 enum Incoming {
     Engine(Input),
@@ -60,6 +66,8 @@ enum Incoming {
     Connected(u32, Result<Box<dyn Channel>, Unreached>),
     /// All channels, the control channel first.
     ConnectedAll(u32, Result<Vec<Box<dyn Channel>>, Unreached>),
+    /// More data channels for the connection of that number, which the destination keeps, and the number of the first.
+    Joined(u32, u16, Result<Joined, Failure>),
 }
 
 /// The guest's memory, as the session has it.
@@ -127,6 +135,8 @@ pub(crate) struct Session {
     data: Vec<Lane<Command>>,
     /// Lanes that are being closed.
     closing: JoinSet<()>,
+    /// Data channels that do not carry pages yet.
+    coming: Coming,
     /// Of the connection on which pages are pushed: there is only one such.
     encoding: Encoding,
     share: Arc<Share>,
@@ -176,6 +186,7 @@ impl Session {
             connection: 0,
             data: Vec::new(),
             closing: JoinSet::new(),
+            coming: Coming::default(),
             encoding: parts.encoding,
             share: Arc::new(parts.share),
             throttle: None,
@@ -228,30 +239,6 @@ impl Session {
         Ok(())
     }
 
-    fn start_data(
-        &mut self,
-        channels: impl IntoIterator<Item = Box<dyn Channel>>,
-    ) -> Result<(), Failure> {
-        let (Some(served), Some((ram, _))) = (&self.served, self.ram.clone()) else {
-            return Ok(());
-        };
-        let specs = Arc::clone(&served.specs);
-        for (channel, number) in channels.into_iter().zip(1..) {
-            let id = ChannelId(number);
-            let handler = SourceData::new(
-                id,
-                Arc::clone(&specs),
-                Arc::clone(&ram),
-                self.encoding.clone(),
-                Arc::clone(&self.share),
-            );
-            let lane = Lane::start("data", id, channel, handler, (), self.tell())?;
-            self.teller.add_data(&lane);
-            self.data.push(lane);
-        }
-        Ok(())
-    }
-
     fn tell(&self) -> impl Fn(Told) + Send + use<> {
         let (sender, connection) = (self.sender.clone(), self.connection);
         move |told| {
@@ -269,6 +256,8 @@ impl Session {
         let mut end = self.carry_out(&mut engine).await;
         let mut watched = self.qmp.clone();
         let mut every_second = tokio::time::interval(COUNT_EVERY);
+        let mut often = tokio::time::interval(MEASURE_EVERY);
+        often.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while end.is_none() {
             let broken = self.broken.overdue();
             let input = tokio::select! {
@@ -294,7 +283,13 @@ impl Session {
                         None
                     }
                     // For a destination.
-                    Some(Request::Disconnect | Request::Serve(_) | Request::Lost(_) | Request::Withdrawn(_)) => None,
+                    Some(
+                        Request::Disconnect
+                        | Request::Serve(_)
+                        | Request::Join(_)
+                        | Request::Lost(_)
+                        | Request::Withdrawn(_),
+                    ) => None,
                     Some(Request::Shutdown) if engine.outlives_the_daemon() => return self.leave().await,
                     Some(Request::Shutdown) => Some(Input::Cancel),
                 },
@@ -308,6 +303,7 @@ impl Session {
                 },
                 () = broken => self.broken.take().map(Input::LinkLost),
                 _ = every_second.tick(), if self.serves => Some(self.read()),
+                _ = often.tick(), if engine.measures() => Some(self.measure()),
                 () = self.clock.sleep_until(engine.poll_timeout()) => Some(Input::Tick),
             };
             if let Some(input) = input {
@@ -351,6 +347,9 @@ impl Session {
             Incoming::Connected(_, Err(unreached)) | Incoming::ConnectedAll(_, Err(unreached)) => {
                 Some(unreached.into())
             }
+            Incoming::Joined(connection, first, joined) => {
+                Some(self.joined(connection == self.connection, first, joined))
+            }
             Incoming::Lane(connection, _) if connection != self.connection => None,
             Incoming::Lane(_, told) => self.lane_input(told.take()),
         }
@@ -369,8 +368,12 @@ impl Session {
                 pushed,
             }),
             LaneEvent::Lost(ChannelId(0), error) => Some(Input::LinkLost(link_failure(&error))),
-            LaneEvent::Lost(_, error) => {
-                self.broken.set(&error);
+            LaneEvent::Lost(channel, error) => {
+                self.lost(channel, error);
+                None
+            }
+            LaneEvent::Left { channel, .. } => {
+                self.left(channel);
                 None
             }
             LaneEvent::Misbehaved(what) => Some(Input::LinkLost(misbehaved(what))),
@@ -402,6 +405,9 @@ impl Session {
             }
             Output::SendOn(channel, message) => self.on_channel(channel, Command::Send(message)),
             Output::Push { channel, batch } => self.on_channel(channel, Command::Push(batch)),
+            Output::OpenChannels { first, channels } => self.open_channels(first, channels),
+            Output::UseChannels { first } => self.use_channels(first),
+            Output::CloseChannels { first } => self.coming.close(first),
             Output::Attach => self.attach(),
             Output::Scan { holes } => {
                 self.scan(holes);
@@ -464,17 +470,15 @@ impl Session {
     }
 
     fn on_channel(&self, channel: ChannelId, command: Command) {
-        let lane = usize::from(channel.0)
-            .checked_sub(1)
-            .and_then(|index| self.data.get(index));
-        if let Some(lane) = lane {
+        if let Some(lane) = self.data.iter().find(|lane| lane.id() == channel) {
             lane.give(command);
         }
     }
 
     fn detach(&mut self) {
         self.throttle = None;
-        let lanes = std::mem::take(&mut self.data);
+        let mut lanes = std::mem::take(&mut self.data);
+        lanes.extend(self.coming.take(0));
         self.regions.revoke_all();
         self.broken = Broken::default();
         let tracker = self.tracker.clone();

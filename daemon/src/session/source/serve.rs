@@ -67,7 +67,8 @@ impl Session {
                 Err(failure) => return self.tell_lost(failure),
             }
         }
-        let lanes = std::mem::take(&mut self.data);
+        let mut lanes = std::mem::take(&mut self.data);
+        lanes.extend(self.coming.take(0));
         if lanes.first().is_some_and(|lane| lane.kind() == "rdma") {
             self.broken_rdma += 1;
             if self.broken_rdma >= RDMA_ATTEMPTS {

@@ -44,6 +44,8 @@ pub(super) struct Core {
     pub(super) whole: bool,
     /// The source has come without the memory that lacks, in its words.
     pub(super) memory_gone: Option<String>,
+    /// Whether data channels may come and go.
+    pub(super) channels: bool,
     /// Whether digests are compared.
     pub(super) verify: bool,
     /// Whether a `Hello` came: before it there is nothing to record.
@@ -70,6 +72,7 @@ impl Core {
             course: None,
             whole: false,
             memory_gone: None,
+            channels: false,
             verify: false,
             greeted: false,
             qemu_used: false,

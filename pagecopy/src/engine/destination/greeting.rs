@@ -32,6 +32,7 @@ impl Greeting {
                 let version = common_version(version_min, version_max)?;
                 let (capabilities, reason) = common_capabilities(core, capabilities, verify)?;
                 core.postcopy = capabilities & wire::capability::POSTCOPY != 0;
+                core.channels = capabilities & wire::capability::CHANNELS != 0;
                 if vm != core.setup.vm {
                     return Err(unknown_vm(core, &vm));
                 }
@@ -70,7 +71,7 @@ fn common_version(min: u16, max: u16) -> Result<u16, End> {
 
 /// What both sides can do, and why post-copy is not among it although the source would.
 fn common_capabilities(core: &mut Core, theirs: u64, verify: bool) -> Result<(u64, String), End> {
-    let mut ours = wire::capability::VERIFY | Encodings::ALL.bits();
+    let mut ours = wire::capability::VERIFY | Encodings::ALL.bits() | wire::capability::CHANNELS;
     let mut reason = String::new();
     match &core.setup.postcopy {
         Ok(()) if core.setup.data_channels >= 2 && !verify => ours |= wire::capability::POSTCOPY,
@@ -188,7 +189,7 @@ impl Preparing {
                 Ok(Phase::Receive(Receive::new(core)))
             }
             Input::Message(message) => Err(core.out_of_place(&message, "it was not accepted yet")),
-            Input::Barrier { .. } => Err(End::protocol(
+            Input::Barrier { .. } | Input::Left { .. } => Err(End::protocol(
                 "the source sent a barrier before it was accepted",
             )),
             _ => Ok(Phase::Preparing(self)),

@@ -6,7 +6,7 @@ use crate::engine::event::{FaultFigures, Figures, Report, State};
 use crate::engine::journal::{RamFile, Record};
 use crate::engine::{ChannelId, Failure, MigrationId, Timeouts};
 use crate::memory::{BlockSpec, Run};
-use crate::wire::Message;
+use crate::wire::{Message, Secret};
 
 /// All that an engine starts from: a QEMU that waits for a guest.
 #[derive(Clone, Debug)]
@@ -44,6 +44,21 @@ pub enum Input {
         round: u32,
         /// Bytes of zero runs placed on this channel since its barrier before.
         zero_bytes: u64,
+    },
+    /// `Leave` arrived on a data channel, behind which nothing comes: all writes and zero runs before it have been placed. From now on
+    /// its end is nobody's failure.
+    Left {
+        /// The data channel.
+        channel: ChannelId,
+        /// The round of which it is the barrier there.
+        round: u32,
+    },
+    /// Answer to [`Output::TakeChannels`].
+    ChannelsTaken {
+        /// The number of the first.
+        first: u16,
+        /// Why they are not; none: they are.
+        refused: Option<String>,
     },
     /// The peer broke the protocol on a data channel (a run outside a block, a message that does not belong there).
     PeerMisbehaved(String),
@@ -136,6 +151,17 @@ pub enum Output {
         order: Vec<usize>,
         /// How pages may come encoded on the data channels.
         encodings: Encodings,
+    },
+    /// Place what comes on the data channels that wait by a `Join` with this key, so many, as on the others. Answer: `ChannelsTaken`.
+    TakeChannels {
+        /// The number of the first.
+        first: u16,
+        /// How many.
+        channels: u16,
+        /// What they are known by.
+        key: Secret,
+        /// The round under way, until they have brought its barrier: all before it is in place.
+        round: u32,
     },
     /// Allocate these pages in the background. Answer only when it fails: `HostFailed`.
     Allocate(Vec<Run>),

@@ -7,18 +7,21 @@ use super::interface::{Input, Output};
 use super::load::Loading;
 use super::verify::Verify;
 use super::{Phase, Step};
+use crate::engine::ChannelId;
 use crate::engine::bitmap::Bitmap;
 use crate::engine::end::End;
-use crate::engine::event::{State, Switch};
+use crate::engine::event::{Report, State, Switch};
 use crate::engine::journal::Record;
 use crate::limits::MAX_DEVICE_STATE;
 use crate::memory::{BlockId, BlockSpec, Run};
-use crate::wire::Message;
+use crate::wire::{Message, Secret};
 
 /// Rounds of pre-copy and the switchover.
 #[derive(Debug)]
 pub(super) struct Receive {
     barriers: Barriers,
+    /// The first of the channels that are being taken: they count already.
+    taking: Option<u16>,
     /// Set when the guest stands still at the source.
     final_round: Option<u32>,
     device_state: DeviceState,
@@ -63,6 +66,7 @@ impl Receive {
     pub(super) fn new(core: &Core) -> Receive {
         Receive {
             barriers: Barriers::new(core.setup.data_channels),
+            taking: None,
             final_round: None,
             device_state: DeviceState::default(),
             lacking: Lacking::None,
@@ -93,6 +97,10 @@ impl Receive {
                 {
                     core.send(Message::BarrierReached { round });
                 }
+            }
+            Input::Left { channel, round } => self.left(core, channel, round)?,
+            Input::ChannelsTaken { first, refused } if self.taking == Some(first) => {
+                self.taken(core, first, refused)?;
             }
             Input::Digests(digests) => {
                 if let Some(verify) = &mut self.verify {
@@ -138,6 +146,17 @@ impl Receive {
                     )));
                 }
                 core.out.push(Output::Allocate(runs));
+            }
+            (
+                Message::AddChannels {
+                    first,
+                    channels,
+                    key,
+                },
+                None,
+                _,
+            ) if core.channels && self.taking.is_none() => {
+                self.add_channels(core, first, channels, key)?;
             }
             (Message::Stopped { final_round }, None, _) => self.stopped(core, final_round)?,
             (
@@ -209,6 +228,70 @@ impl Receive {
             }
         }
         Ok(())
+    }
+
+    /// More channels for the round under way. It is not over before they have brought its barrier, or were refused.
+    fn add_channels(
+        &mut self,
+        core: &mut Core,
+        first: u16,
+        channels: u16,
+        key: Secret,
+    ) -> Result<(), End> {
+        self.barriers.add(first, channels).map_err(End::protocol)?;
+        self.taking = Some(first);
+        let round = self.barriers.round();
+        core.out.push(Output::TakeChannels {
+            first,
+            channels,
+            key,
+            round,
+        });
+        Ok(())
+    }
+
+    /// They carry pages, or never will.
+    fn taken(&mut self, core: &mut Core, first: u16, refused: Option<String>) -> Result<(), End> {
+        self.taking = None;
+        let taken = refused.is_none();
+        let decision = match &refused {
+            None => "more of them, as the source wants it".to_owned(),
+            Some(reason) => format!("no more of them: {reason}"),
+        };
+        core.send(Message::ChannelsTaken {
+            first,
+            taken,
+            reason: refused.unwrap_or_default(),
+        });
+        if !taken && let Some(round) = self.barriers.remove(first).map_err(End::protocol)? {
+            core.send(Message::BarrierReached { round });
+        }
+        self.tell_channels(core, decision);
+        Ok(())
+    }
+
+    /// A channel brings nothing more.
+    fn left(&mut self, core: &mut Core, channel: ChannelId, round: u32) -> Result<(), End> {
+        core.link.heard(core.now);
+        if !core.channels || self.ram_whole() {
+            return Err(End::protocol(format!(
+                "channel {} left, which it may not",
+                channel.0
+            )));
+        }
+        let over = self.barriers.left(channel, round).map_err(End::protocol)?;
+        if let Some(round) = over {
+            core.send(Message::BarrierReached { round });
+        }
+        self.tell_channels(core, "one fewer, as the source wants it".to_owned());
+        Ok(())
+    }
+
+    fn tell_channels(&self, core: &mut Core, decision: String) {
+        core.out.push(Output::Report(Report::Channels {
+            channels: self.barriers.channels(),
+            decision,
+        }));
     }
 
     fn lacks(&mut self, core: &Core, block: BlockId, first: u64, words: &[u64]) -> Result<(), End> {

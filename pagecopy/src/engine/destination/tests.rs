@@ -11,6 +11,7 @@ use crate::engine::{ChannelId, Failure, Fault, MigrationId, Time, Timeouts};
 use crate::memory::{BlockId, BlockSpec, Run};
 use crate::wire::{AbortCode, Message, Standing, VERSION_MAX, tests::one_of_each};
 
+mod channels;
 mod postcopy;
 
 const NOW: Time = Time(1);
@@ -151,7 +152,7 @@ fn only_these_messages_are_legal_before_commit() {
     let table: [(&str, &[&str]); 5] = [
         ("Greeting", &["Hello"]),
         ("Preparing", &[]),
-        ("Receive", &["Populate", "Stopped"]),
+        ("Receive", &["Populate", "Stopped", "AddChannels"]),
         ("Loading", &[]),
         ("Loaded", &["Commit"]),
     ];

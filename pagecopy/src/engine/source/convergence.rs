@@ -427,6 +427,7 @@ mod tests {
             throttle: false,
             verify: false,
             quit_source: false,
+            channels: None,
         };
         change(&mut options);
         let mut convergence = Convergence::new(&options, 20 * MS, 1 << 30);

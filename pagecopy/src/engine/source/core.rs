@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use super::convergence::{Convergence, Policy};
+use super::growth::Growth;
 use super::heat::Pages;
 use super::interface::{Change, Input, Mode, Output, Setup};
 use super::reasons::by_peer;
@@ -42,6 +43,10 @@ pub(super) struct Core {
     pub(super) started: Time,
     pub(super) pages: Pages,
     pub(super) sender: Sender,
+    /// Data channels that come and go.
+    pub(super) growth: Growth,
+    /// The round whose barriers were sent and are not known to be reached.
+    pub(super) closing: Option<u32>,
     pub(super) convergence: Convergence,
     pub(super) link: Liveness,
     pub(super) figures: Figures,
@@ -76,6 +81,8 @@ impl Core {
             started: now,
             pages: Pages::new(&setup.blocks),
             sender: Sender::new(setup.data_channels, setup.options.bandwidth_limit, now),
+            growth: Growth::new(setup.data_channels, setup.options.channels, now),
+            closing: None,
             convergence: Convergence::new(&setup.options, setup.fixed_downtime, ram_bytes),
             link: Liveness::new(now),
             figures: Figures::default(),
@@ -165,6 +172,7 @@ impl Core {
 
     /// Closes the round on every data channel.
     pub(super) fn send_barriers(&mut self, round: u32) {
+        self.closing = Some(round);
         let barriers = self
             .sender
             .channels()
@@ -210,6 +218,14 @@ impl Core {
                 Ok(None)
             }
             Input::Tick => Ok(None),
+            Input::ChannelsOpened { first, key } => {
+                self.channels_opened(first, key);
+                Ok(None)
+            }
+            Input::ChannelsRefused { first, reason } => {
+                self.channels_refused(first, &reason);
+                Ok(None)
+            }
             other => Ok(Some(other)),
         }
     }
@@ -279,6 +295,14 @@ impl Core {
             }
             Message::Pong { .. } => Ok(None),
             Message::Abort { code, reason } => Err(by_peer(code, &reason)),
+            Message::ChannelsTaken {
+                first,
+                taken,
+                reason,
+            } => {
+                self.channels_taken(first, taken, &reason)?;
+                Ok(None)
+            }
             other => Ok(Some(Input::Message(other))),
         }
     }
@@ -348,6 +372,7 @@ impl Core {
             dirty_bytes_s: whole(self.convergence.dirty_rate()),
             predicted_downtime_ms: self.convergence.predicted().map(millis),
             throttle_percent: self.throttled,
+            channels: self.sender.count(),
             encoded: self.sender.total().encoded,
             eta_s: (done > 0 && seconds > 0.0).then(|| left as f64 * seconds / done as f64),
         };

@@ -49,6 +49,9 @@ impl Greeting {
             }) => {
                 check_accept(core, version, capabilities, &reason)?;
                 agree_on_encodings(core, Encodings::of_bits(capabilities));
+                if capabilities & wire::capability::CHANNELS == 0 {
+                    core.growth.stop();
+                }
                 let can = capabilities & wire::capability::POSTCOPY != 0;
                 if !can && offered(core) & wire::capability::POSTCOPY != 0 {
                     core.out.notice(format!(
@@ -99,6 +102,9 @@ fn offered(core: &Core) -> u64 {
     let mut offered = wire::capability::VERIFY | options.compress.encodings().bits();
     if postcopy && !options.verify && *data_channels >= 2 {
         offered |= wire::capability::POSTCOPY;
+    }
+    if options.channels.is_some() {
+        offered |= wire::capability::CHANNELS;
     }
     offered
 }

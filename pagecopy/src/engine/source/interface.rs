@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::engine::channels::Bounds;
 pub use crate::engine::doubt::Resolution;
 use crate::engine::encoding::policy::Compress;
 use crate::engine::encoding::{Encoded, Encodings};
@@ -9,7 +10,7 @@ use crate::engine::event::{Finished, Report};
 use crate::engine::journal::{RamFile, Record};
 use crate::engine::{ChannelId, Failure, MigrationId, Timeouts};
 use crate::memory::{BlockSpec, Run};
-use crate::wire::Message;
+use crate::wire::{Message, Secret};
 
 /// How the guest's memory moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +62,8 @@ pub struct Options {
     pub compress: Compress,
     /// Quit the source QEMU once the guest has moved.
     pub quit_source: bool,
+    /// Between which numbers data channels are chosen while pages are sent; none: there are as many as there were.
+    pub channels: Option<Bounds>,
 }
 
 /// Limits that the operator may change while pages are sent; what is `None` stays.
@@ -119,6 +122,30 @@ pub struct Pushed {
     pub zero_bytes: u64,
     /// What went encoded.
     pub encoded: Encoded,
+}
+
+/// What a data channel has done since it was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChannelLoad {
+    /// The channel.
+    pub channel: ChannelId,
+    /// Bytes that left.
+    pub sent: u64,
+    /// For so long it had something under way.
+    pub busy: Duration,
+    /// For so long it waited for the operator's limit.
+    pub held: Duration,
+    /// So much processor time its thread has taken.
+    pub cpu: Duration,
+}
+
+/// What the data channels have done, and this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Each channel.
+    pub channels: Vec<ChannelLoad>,
+    /// For so long in all the processors have had nothing to do, since some moment; none where that is not known.
+    pub idle: Option<Duration>,
 }
 
 /// What the RAM files hold, for a scan with the guest stopped.
@@ -187,6 +214,22 @@ pub enum Input {
         /// What went how.
         pushed: Pushed,
     },
+    /// What the data channels have done. Wanted about ten times a second while [`Source::measures`](super::Source::measures).
+    Measured(Load),
+    /// Answer to [`Output::OpenChannels`]: they are there, the destination keeps them, and knows them by `key`.
+    ChannelsOpened {
+        /// The number of the first.
+        first: u16,
+        /// What their `Join` said.
+        key: Secret,
+    },
+    /// Answer to [`Output::OpenChannels`]: there are none, and why.
+    ChannelsRefused {
+        /// The number of the first.
+        first: u16,
+        /// In words.
+        reason: String,
+    },
     /// Answer to [`Output::LookAgain`]: nothing has come that tracking does not see.
     Unchanged,
     /// Answer to [`Output::StopGuest`]: QEMU is at `pre-switchover`; the guest stands still and its RAM is final.
@@ -243,7 +286,8 @@ pub enum Input {
 pub enum Output {
     /// Send a message on the control channel.
     Send(Message),
-    /// Send a message on a data channel, behind the batches pushed there before.
+    /// Send a message on a data channel, behind the batches pushed there before. With `Leave` the channel is closed in order when it
+    /// has left, and that is no loss.
     SendOn(ChannelId, Message),
     /// Inject, register, protect all, and list what is populated. Answer: `Attached` or `HostFailed`.
     Attach,
@@ -261,6 +305,24 @@ pub enum Output {
         channel: ChannelId,
         /// The pages.
         batch: Batch,
+    },
+    /// Make so many data channels more to the peer, and have it keep them (`Join`). Their end is nobody's failure before `UseChannels`.
+    /// Answer: `ChannelsOpened` or `ChannelsRefused`.
+    OpenChannels {
+        /// The number of the first; no other has it, before or after.
+        first: u16,
+        /// How many.
+        channels: u16,
+    },
+    /// From now on these channels are as the others. No answer.
+    UseChannels {
+        /// The number of the first; all from there on.
+        first: u16,
+    },
+    /// Close these channels: they carry nothing. No answer.
+    CloseChannels {
+        /// The number of the first; all from there on.
+        first: u16,
     },
     /// Look again for what tracking does not see and what may have come since the start: a disk with direct I/O where there
     /// was none, another process that maps the RAM, an assigned device. Answer: `Unchanged` or `HostFailed`.

@@ -14,6 +14,7 @@ mod commit;
 mod convergence;
 mod core;
 mod greeting;
+mod growth;
 mod heat;
 mod in_doubt;
 mod interface;
@@ -29,7 +30,8 @@ mod tests;
 mod throttle;
 
 pub use interface::{
-    After, Batch, Change, Input, Mode, Options, Output, Populated, Pushed, Resolution, Setup,
+    After, Batch, Change, ChannelLoad, Input, Load, Mode, Options, Output, Populated, Pushed,
+    Resolution, Setup,
 };
 
 use self::core::{Core, Intent};
@@ -152,6 +154,11 @@ impl Source {
     /// guest depends on the memory here.
     pub fn outlives_the_daemon(&self) -> bool {
         matches!(self.phase, Phase::InDoubt(_) | Phase::Serving(_))
+    }
+
+    /// Whether [`Input::Measured`] is of use now.
+    pub fn measures(&self) -> bool {
+        matches!(self.phase, Phase::Round(_)) && self.core.growth.is_on()
     }
 
     /// The state as a person sees it.

@@ -119,6 +119,10 @@ impl Round {
                 self.moved = core.now;
                 self.send_on(core);
             }
+            (Stage::Sending, Input::Measured(load)) if !core.cut => {
+                core.measured(self.number, load)
+            }
+            (_, Input::Measured(_)) => core.growth.interrupt(),
             (Stage::Closing, Input::Message(Message::BarrierReached { round }))
                 if round == self.number =>
             {
@@ -146,6 +150,7 @@ impl Round {
 
     /// Every page of the round is in place.
     fn closed(&mut self, core: &mut Core) {
+        core.closing = None;
         self.took = core.now.since(self.started);
         let sent = core.sender.round();
         core.convergence.sent(sent, self.took);

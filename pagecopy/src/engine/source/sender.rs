@@ -14,7 +14,7 @@ const MIN_BATCH_BYTES: u64 = 128 << 10;
 /// The data channels as the engine knows them.
 #[derive(Debug)]
 pub(super) struct Sender {
-    lanes: Vec<Vec<InFlight>>,
+    lanes: Vec<Lane>,
     next_id: u64,
     pacer: Pacer,
     /// How pages may be encoded.
@@ -25,6 +25,26 @@ pub(super) struct Sender {
     round: Sent,
     /// In the rounds before.
     before: Sent,
+}
+
+/// A data channel.
+#[derive(Debug)]
+struct Lane {
+    channel: ChannelId,
+    /// Batches under way.
+    in_flight: Vec<InFlight>,
+    /// Nothing more goes over it.
+    leaves: bool,
+}
+
+impl Lane {
+    fn new(number: u16) -> Lane {
+        Lane {
+            channel: ChannelId(number),
+            in_flight: Vec::new(),
+            leaves: false,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +68,7 @@ pub(super) struct Sent {
 impl Sender {
     pub(super) fn new(channels: u16, bandwidth_limit: Option<u64>, now: Time) -> Sender {
         Sender {
-            lanes: vec![Vec::new(); usize::from(channels)],
+            lanes: (1..=channels).map(Lane::new).collect(),
             next_id: 0,
             pacer: Pacer::new(bandwidth_limit, now),
             encodings: Encodings::default(),
@@ -91,9 +111,39 @@ impl Sender {
         self.round
     }
 
-    /// The data channels.
+    /// The data channels that carry pages.
     pub(super) fn channels(&self) -> impl Iterator<Item = ChannelId> {
-        (1..=u16::try_from(self.lanes.len()).unwrap_or(u16::MAX)).map(ChannelId)
+        let stay = self.lanes.iter().filter(|lane| !lane.leaves);
+        stay.map(|lane| lane.channel)
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> u16 {
+        u16::try_from(self.channels().count()).unwrap_or(u16::MAX)
+    }
+
+    /// So many more from now on, with the numbers from `first` on.
+    pub(super) fn add(&mut self, first: u16, channels: u16) {
+        self.lanes
+            .extend((first..).take(usize::from(channels)).map(Lane::new));
+    }
+
+    /// The last of them, so many, carry nothing more; one stays.
+    pub(super) fn leave(&mut self, channels: u16) -> Vec<ChannelId> {
+        let most = usize::from(self.count().saturating_sub(1).min(channels));
+        let stay = self.lanes.iter_mut().rev().filter(|lane| !lane.leaves);
+        let left = stay.take(most).map(|lane| {
+            lane.leaves = true;
+            lane.channel
+        });
+        let left = left.collect();
+        self.forget_left();
+        left
+    }
+
+    fn forget_left(&mut self) {
+        self.lanes
+            .retain(|lane| !lane.leaves || !lane.in_flight.is_empty());
     }
 
     /// Puts as many batches under way as there is room, pages, and bandwidth for; the emptiest channel first.
@@ -105,7 +155,7 @@ impl Sender {
     ) -> Vec<Output> {
         let mut outputs = Vec::new();
         while !pages.nothing_to_send() && self.pacer.may_send(now) {
-            let Some(lane) = self.free_lane() else { break };
+            let Some(free) = self.free_lane() else { break };
             let runs = pages.take(MAX_RUNS, self.batch_bytes(pages));
             let Some(spec) = runs
                 .first()
@@ -116,11 +166,12 @@ impl Sender {
             self.pacer.spend(bytes(&runs, spec));
             self.next_id += 1;
             let id = self.next_id;
-            self.lanes[lane].push(InFlight {
+            let lane = &mut self.lanes[free];
+            lane.in_flight.push(InFlight {
                 id,
                 page_size: spec.page_size,
             });
-            let channel = ChannelId(u16::try_from(lane + 1).unwrap_or(u16::MAX));
+            let channel = lane.channel;
             outputs.push(Output::Push {
                 channel,
                 batch: Batch {
@@ -136,17 +187,18 @@ impl Sender {
 
     /// The channel with the fewest batches under way, if it has room.
     fn free_lane(&self) -> Option<usize> {
-        let (lane, in_flight) = self
+        let stay = self
             .lanes
             .iter()
             .enumerate()
-            .min_by_key(|(_, lane)| lane.len())?;
-        (in_flight.len() < MAX_BATCHES_PER_CHANNEL).then_some(lane)
+            .filter(|(_, lane)| !lane.leaves);
+        let (free, lane) = stay.min_by_key(|(_, lane)| lane.in_flight.len())?;
+        (lane.in_flight.len() < MAX_BATCHES_PER_CHANNEL).then_some(free)
     }
 
     /// Few pages are spread over all channels; many go in the largest batches that the limit leaves.
     fn batch_bytes(&self, pages: &Pages) -> u64 {
-        let share = pages.send_bytes() / self.lanes.len().max(1) as u64;
+        let share = pages.send_bytes() / u64::from(self.count().max(1));
         share
             .clamp(MIN_BATCH_BYTES, MAX_BATCH_BYTES)
             .min(self.pacer.batch_bytes())
@@ -170,14 +222,17 @@ impl Sender {
 
     /// Takes a batch out of those under way, and returns its page size.
     fn land(&mut self, channel: ChannelId, batch: u64) -> Option<u64> {
-        let lane = self.lanes.get_mut(usize::from(channel.0).checked_sub(1)?)?;
-        let at = lane.iter().position(|in_flight| in_flight.id == batch)?;
-        Some(lane.remove(at).page_size)
+        let lane = self.lanes.iter_mut().find(|lane| lane.channel == channel)?;
+        let in_flight = &mut lane.in_flight;
+        let at = in_flight.iter().position(|it| it.id == batch)?;
+        let page_size = in_flight.remove(at).page_size;
+        self.forget_left();
+        Some(page_size)
     }
 
     /// Whether nothing is under way.
     pub(super) fn idle(&self) -> bool {
-        self.lanes.iter().all(Vec::is_empty)
+        self.lanes.iter().all(|lane| lane.in_flight.is_empty())
     }
 
     /// When the next batch may go, if only the bandwidth limit holds it back.

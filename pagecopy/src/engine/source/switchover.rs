@@ -168,6 +168,7 @@ impl Switchover {
                 if core.sender.round().raw_bytes > 0 {
                     core.sending_time += took;
                 }
+                core.closing = None;
                 self.pages = Pages::InPlace { at: core.now };
             }
             (Message::ChunkDiffers { block, chunk }, Pages::InPlace { .. })

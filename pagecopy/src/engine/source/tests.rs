@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod doubt;
+mod growth;
 mod postcopy;
 
 use std::time::Duration;
@@ -43,6 +44,7 @@ fn setup() -> Setup {
             throttle: false,
             verify: false,
             quit_source: true,
+            channels: None,
         },
         timeouts: Timeouts::default(),
     }

@@ -38,6 +38,7 @@ fn the_document_and_the_code_name_the_same_numbers() {
         capability::POSTCOPY,
         capability::ZSTD,
         capability::DELTA,
+        capability::CHANNELS,
     ];
     assert_eq!(bits, ours);
 }

@@ -182,6 +182,28 @@ pub(super) fn with_payload() -> impl Strategy<Value = Message> {
         (any::<u16>(), any::<u64>())
             .prop_map(|(channels, bytes)| Message::RdmaOffer { channels, bytes }),
         any::<u64>().prop_map(|received| Message::RdmaBroken { received }),
+        (any::<[u8; 16]>(), any::<u16>(), any::<[u8; 16]>()).prop_map(|(id, first, key)| {
+            Message::Join {
+                id: MigrationId(id),
+                first,
+                key: twice(key),
+            }
+        }),
+        (any::<u16>(), any::<u16>(), any::<[u8; 16]>()).prop_map(|(first, channels, key)| {
+            Message::AddChannels {
+                first,
+                channels,
+                key: twice(key),
+            }
+        }),
+        (any::<u16>(), any::<bool>(), "[a-zß]{0,50}").prop_map(|(first, taken, reason)| {
+            Message::ChannelsTaken {
+                first,
+                taken,
+                reason,
+            }
+        }),
+        any::<u32>().prop_map(|round| Message::Leave { round }),
         Just(Message::RdmaBack),
         any::<bool>().prop_map(|taken| Message::RdmaTaken { taken }),
         (any::<[u8; 16]>(), 0..Standing::ALL.len()).prop_map(|(id, s)| Message::Answer {
@@ -206,6 +228,10 @@ pub(super) fn with_payload() -> impl Strategy<Value = Message> {
             }
         }),
     ]
+}
+
+fn twice(key: [u8; 16]) -> Secret {
+    Secret(std::array::from_fn(|at| key[at % 16]))
 }
 
 fn in_order(faults: u64, b: u32, c: u16) -> FaultFigures {

@@ -40,6 +40,9 @@ impl DestinationSide {
                 let delay = env.operation(Side::Destination);
                 self.event_after(env, delay, DestinationEvent::Prepare);
             }
+            Output::TakeChannels { .. } => env
+                .checker
+                .violate("channels are taken that nobody has offered".into()),
             Output::Allocate(_) => {
                 if env.operation_fails(Side::Destination) {
                     let delay = env.operation(Side::Destination) * 10;

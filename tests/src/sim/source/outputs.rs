@@ -30,6 +30,11 @@ impl SourceSide {
             Output::Send(message) => self.send(env, &message),
             Output::SendOn(channel, message) => self.send_on(env, channel, message),
             Output::Push { channel, batch } => self.push(env, channel, batch),
+            Output::OpenChannels { .. }
+            | Output::UseChannels { .. }
+            | Output::CloseChannels { .. } => env
+                .checker
+                .violate("the number of channels is fixed, and was changed".into()),
             Output::Attach => {
                 let delay = env.operation(Side::Source);
                 self.event_after(env, delay, SourceEvent::Arm);

@@ -502,7 +502,9 @@ fn a_destination_that_cannot_says_why_when_it_accepts() {
     let outputs = outputs(&mut destination);
     let accept = Message::Accept {
         version: VERSION_MAX,
-        capabilities: crate::wire::capability::VERIFY | Encodings::ALL.bits(),
+        capabilities: crate::wire::capability::VERIFY
+            | Encodings::ALL.bits()
+            | crate::wire::capability::CHANNELS,
         host: "beta".into(),
         reason: "no device; what to do: open it".into(),
     };
