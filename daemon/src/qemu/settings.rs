@@ -4,8 +4,11 @@
 //! which the last pages go. Capabilities that change the stream's form (multifd, post-copy, compression, …) do not work
 //! over one file descriptor, or would touch the RAM that is ours: they are switched off meanwhile.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use tokio::time::timeout;
 
 use crate::failure::{Failure, qemu};
 use crate::qmp::{Qmp, QmpError};
@@ -18,6 +21,9 @@ const HARMLESS: [&str; 3] = ["validate-uuid", "dirty-bitmaps", "late-block-activ
 const DEVICE_STATE_BANDWIDTH: u64 = 1 << 40;
 /// QEMU's largest, so that it never waits for its small blocks to settle.
 const DOWNTIME_LIMIT_MS: u64 = 2_000_000;
+
+/// How long QEMU may take to have its settings put back.
+const RESTORE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Which side a QEMU is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,24 +98,29 @@ impl Settings {
         Ok(())
     }
 
-    /// Puts everything back. A QEMU that has ended, or is about to, is no failure.
+    /// Puts everything back. A QEMU that has ended, or is about to, is no failure. One that does not answer has its time twice:
+    /// it may be this process that stood still.
     pub async fn restore(&self, qmp: &Qmp) {
-        let capabilities = async {
-            if !self.capabilities.is_empty() {
-                set_capabilities(qmp, &self.capabilities).await?;
+        for _ in 0..2 {
+            match timeout(RESTORE_LIMIT, self.put_back(qmp)).await {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, "QEMU's migration settings were not put back");
+                }
+                Err(_) => tracing::debug!("QEMU does not put its migration settings back"),
             }
-            if !self.parameters.is_empty() {
-                qmp.execute(
-                    "migrate-set-parameters",
-                    Value::Object(self.parameters.clone()),
-                )
-                .await?;
-            }
-            Ok::<(), QmpError>(())
-        };
-        if let Err(error) = capabilities.await {
-            tracing::debug!(%error, "QEMU's migration settings were not put back");
         }
+    }
+
+    async fn put_back(&self, qmp: &Qmp) -> Result<(), QmpError> {
+        if !self.capabilities.is_empty() {
+            set_capabilities(qmp, &self.capabilities).await?;
+        }
+        if !self.parameters.is_empty() {
+            let before = Value::Object(self.parameters.clone());
+            qmp.execute("migrate-set-parameters", before).await?;
+        }
+        Ok(())
     }
 }
 

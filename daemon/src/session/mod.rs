@@ -38,8 +38,8 @@ pub(crate) use link::{Broken, link_failure};
 pub(crate) use teller::{CANCELLED, Teller, end_early, tell};
 pub(crate) use worker::Worker;
 
-/// How long QEMU may take to have its settings put back.
-const RESTORE_LIMIT: Duration = Duration::from_secs(5);
+/// How long QEMU may take to end a load.
+const LOAD_LIMIT: Duration = Duration::from_secs(5);
 
 /// The engines' clock.
 #[derive(Clone, Copy, Debug)]

@@ -31,7 +31,7 @@ use self::fetch::Fetch;
 pub(crate) use self::fetch::{TakenOver, has_all, has_ended};
 use self::joined::Waiting;
 use self::work::allocation_failure;
-use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
+use super::{Broken, Clock, LOAD_LIMIT, NameOf, Teller, Worker, link_failure, lock, tell};
 use crate::failure::operator;
 use crate::lane::destination::Command;
 use crate::lane::{Lane, LaneEvent, Told};
@@ -430,16 +430,14 @@ impl Session {
         }
         // With the settings put back under it, QEMU would refuse the device state, and tell nobody.
         if let Some(mut load) = self.load.take()
-            && tokio::time::timeout(RESTORE_LIMIT, &mut load)
-                .await
-                .is_err()
+            && tokio::time::timeout(LOAD_LIMIT, &mut load).await.is_err()
         {
             load.abort();
         }
         // A guest in doubt is taken up again, and whoever ends that puts the settings back.
         if end.state != State::InDoubt {
             // QEMU may be stuck, or gone.
-            let _ = tokio::time::timeout(RESTORE_LIMIT, self.settings.restore(&self.qmp)).await;
+            self.settings.restore(&self.qmp).await;
             if end.state == State::Completed {
                 self.service.received(&self.migration.shown().vm);
             }

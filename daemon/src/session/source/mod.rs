@@ -34,7 +34,7 @@ use self::growth::{Coming, Joined};
 use self::holes::Holes;
 use self::serve::Served;
 use super::telling;
-use super::{Broken, Clock, NameOf, RESTORE_LIMIT, Teller, Worker, link_failure, lock, tell};
+use super::{Broken, Clock, NameOf, Teller, Worker, link_failure, lock, tell};
 use crate::api::types::ChangeRequest;
 use crate::dial::{Target, Unreached, dial_control};
 use crate::failure::{Shown, operator};
@@ -531,7 +531,7 @@ impl Session {
         match (&self.outgoing, self.quit) {
             (Some(outgoing), true) => outgoing.quit().await,
             // QEMU may be stuck, or gone.
-            _ => drop(tokio::time::timeout(RESTORE_LIMIT, restore).await),
+            _ => restore.await,
         }
         if !self.resume_failed {
             // Last: a daemon that is started anew and finds the settings knows that this was not done.
