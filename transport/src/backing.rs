@@ -118,13 +118,13 @@ impl Drop for User<'_> {
     }
 }
 
-/// Calls `write` for the first `bytes` bytes of `extents` from byte `skip` of the first of them on, for neighbours at once. Returns how
+/// Calls `each` for the first `bytes` bytes of `extents` from byte `skip` of the first of them on, for neighbours at once. Returns how
 /// many those were.
-fn each_run(
+pub(crate) fn each_run(
     extents: &[Extent],
     skip: u64,
     bytes: usize,
-    mut write: impl FnMut(u64, usize) -> io::Result<()>,
+    mut each: impl FnMut(u64, usize) -> io::Result<()>,
 ) -> io::Result<usize> {
     let mut left = bytes;
     let mut extents = extents.iter().peekable();
@@ -136,7 +136,7 @@ fn each_run(
             len += next.len;
         }
         let len = usize::try_from(len).unwrap_or(usize::MAX).min(left);
-        write(offset, len)?;
+        each(offset, len)?;
         left -= len;
     }
     Ok(bytes - left)

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use rustix::io::{Errno, read, retry_on_intr, write};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
+use crate::backing::each_run;
 use crate::region::{Extent, Region};
 use crate::stream::sender::Pieces;
 
@@ -171,20 +172,13 @@ impl Pieces for Pipe {
             self.full = true;
             return;
         };
-        let (mut skip, mut left) = (skip, most);
-        for extent in extents {
-            let offset = extent.offset + skip;
-            let rest = extent.len - std::mem::take(&mut skip);
-            let len = usize::try_from(rest).unwrap_or(usize::MAX).min(left);
-            if len == 0 || self.full {
-                return;
-            }
-            if self.push_file(&outlet.file, offset, len).is_err() {
-                // Whoever copies instead meets the same error again, or none.
-                outlet.refused.store(true, Ordering::Relaxed);
-                self.full = true;
-            }
-            left -= len;
+        let put = each_run(extents, skip, most, |offset, len| {
+            Ok(self.push_file(&outlet.file, offset, len)?)
+        });
+        if put.is_err() {
+            // Whoever copies instead meets the same error again, or none.
+            outlet.refused.store(true, Ordering::Relaxed);
+            self.full = true;
         }
     }
 }
