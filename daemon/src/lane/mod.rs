@@ -22,6 +22,7 @@ use bytes::Bytes;
 use pagecopy::engine::ChannelId;
 use pagecopy::engine::source::Pushed;
 use pagecopy::wire::Message;
+use rustix::time::{ClockId, clock_gettime};
 use transport::{Channel, Error, Event, Op, SubmitError, Token};
 
 use crate::failure::{Failure, host};
@@ -443,11 +444,14 @@ impl Spent {
         moved.held.store(micros(self.held), Ordering::Relaxed);
         if self.since - self.asked >= ASK_EVERY {
             self.asked = self.since;
-            moved
-                .cpu
-                .store(micros(sys::thread_time()), Ordering::Relaxed);
+            moved.cpu.store(micros(thread_time()), Ordering::Relaxed);
         }
     }
+}
+
+/// Processor time that the calling thread has had.
+fn thread_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
 }
 
 enum Next {

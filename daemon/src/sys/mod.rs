@@ -6,7 +6,6 @@ mod child;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use pagecopy::host::ram::MappedRam;
 use pagecopy::memory::BlockId;
@@ -108,21 +107,6 @@ pub fn allocated_bytes() -> Option<u64> {
     }
     #[cfg(not(target_env = "gnu"))]
     None
-}
-
-/// Processor time that the calling thread has had.
-pub fn thread_time() -> Duration {
-    let mut time = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: the kernel writes one `timespec` to `time`.
-    let answer = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
-    if answer != 0 {
-        return Duration::ZERO;
-    }
-    let [seconds, nanos] = [time.tv_sec, time.tv_nsec].map(|part| u64::try_from(part).unwrap_or(0));
-    Duration::from_secs(seconds) + Duration::from_nanos(nanos)
 }
 
 /// Has the calling thread get its turns on a processor soon, and short ones in return ([`sched_setattr(2)`]; since Linux
