@@ -268,6 +268,15 @@ pub async fn dial_control(target: &Target) -> Result<Box<dyn Channel>, Unreached
         .ok_or_else(|| Unreached::met(host("no channel was made", "report this")))
 }
 
+/// What nobody else knows: random, but for six bits of each half.
+pub(crate) fn fresh_secret() -> [u8; 32] {
+    let mut secret = [0; 32];
+    for half in secret.chunks_exact_mut(16) {
+        half.copy_from_slice(Uuid::new_v4().as_bytes());
+    }
+    secret
+}
+
 fn dial_one(
     address: &Address,
     security: &Security,

@@ -11,11 +11,10 @@ use std::time::{Duration, Instant};
 use pagecopy::wire::Message;
 use transport::rdma::{self, Call, Listener, Memory, RdmaChannel, Settings};
 use transport::{Channel, Error, Event, Op, Regions, SubmitError, Token};
-use uuid::Uuid;
 
 use super::spared::{Berth, Change, Spared, Tell};
 use super::{Hearer, Plan, Rdma, again, chunk, pin_limit, usable};
-use crate::dial::DIAL_LIMIT;
+use crate::dial::{DIAL_LIMIT, fresh_secret};
 use crate::limits::{GATHER_LIMIT, MAX_GATHERING_RDMA};
 
 /// Most devices that one migration goes over.
@@ -278,13 +277,9 @@ impl Waiting {
                 "no RDMA device here has an address in the networks of [rdma] ({networks})"
             ));
         }
-        let mut secret = [0; 32];
-        // Random, but for six bits each that say the version.
-        secret[..16].copy_from_slice(Uuid::new_v4().as_bytes());
-        secret[16..].copy_from_slice(Uuid::new_v4().as_bytes());
         Ok(Waiting {
             listeners,
-            secret,
+            secret: fresh_secret(),
             channels,
             settings: settings(bytes, limit),
             _place: place,

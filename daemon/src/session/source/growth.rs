@@ -8,10 +8,9 @@ use pagecopy::engine::source::{ChannelLoad, Input, Load};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
 use pagecopy::wire::{Message, Secret};
 use transport::{Address, Channel, Error, Regions};
-use uuid::Uuid;
 
 use super::{Incoming, Session};
-use crate::dial::{Target, dial};
+use crate::dial::{Target, dial, fresh_secret};
 use crate::failure::host;
 use crate::lane::Lane;
 use crate::lane::source::{Command, SourceData};
@@ -193,10 +192,7 @@ async fn join(
     let control = made
         .next()
         .ok_or_else(|| link_failure(&Error::Misuse("no channel was made".to_owned())))?;
-    let mut key = [0; 32];
-    key[..16].copy_from_slice(Uuid::new_v4().as_bytes());
-    key[16..].copy_from_slice(Uuid::new_v4().as_bytes());
-    let key = Secret(key);
+    let key = Secret(fresh_secret());
     match ask_on(control, Message::Join { id, first, key }, PATIENCE).await? {
         Message::ChannelsTaken {
             first: of,
