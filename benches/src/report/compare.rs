@@ -36,18 +36,10 @@ pub struct Rival {
 impl fmt::Display for Rival {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [link, work, way] = &self.ours;
-        let Spread {
-            least,
-            median,
-            most,
-        } = self.ratio;
+        let (figure, ratios) = (self.figure, ratios(self.ratio));
         write!(
             f,
-            "{link} {work} {way}: {} {} ({} to {}) of {}",
-            self.figure,
-            ratio(median),
-            ratio(least),
-            ratio(most),
+            "{link} {work} {way}: {figure} {ratios} of {}",
             self.theirs
         )
     }
@@ -67,17 +59,10 @@ pub struct Sealed {
 impl fmt::Display for Sealed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [link, work, way] = &self.way;
-        let Spread {
-            least,
-            median,
-            most,
-        } = self.rate;
+        let ratios = ratios(self.rate);
         write!(
             f,
-            "{link} {work} {way}: {} ({} to {}) of the rate of {}",
-            ratio(median),
-            ratio(least),
-            ratio(most),
+            "{link} {work} {way}: {ratios} of the rate of {}",
             self.clear
         )
     }
@@ -97,6 +82,12 @@ pub fn sealed(record: &Record) -> Vec<Sealed> {
         })
     };
     record.cells.iter().filter_map(of).collect()
+}
+
+/// Ratios with their spread, as a person reads them.
+fn ratios(spread: Spread) -> String {
+    let [median, least, most] = [spread.median, spread.least, spread.most].map(ratio);
+    format!("{median} ({least} to {most})")
 }
 
 /// A ratio as a person reads it.
