@@ -54,7 +54,28 @@ struct Seen {
     last: u16,
 }
 
+impl Seen {
+    /// How many decisions there were after so many seconds.
+    fn decided_after(&self, second: f64) -> usize {
+        let late = self.course.iter().filter(|(when, _)| *when > second);
+        late.count()
+    }
+}
+
 impl World {
+    /// Begins with so many channels, and goes on with as few as such a migration may.
+    fn begun_with(self, first: u16) -> World {
+        let bounds = Bounds {
+            least: first.min(2),
+            most: MOST,
+        };
+        World {
+            first,
+            bounds,
+            ..self
+        }
+    }
+
     fn random(&mut self) -> f64 {
         // xorshift
         self.chance ^= self.chance << 13;
@@ -135,15 +156,7 @@ fn ten_gigabits_by_streams_of_three_settle_at_four_within_seconds() {
 #[test]
 fn a_link_that_one_stream_fills_stays_at_one_or_two() {
     for first in [1, 2] {
-        let start = World {
-            first,
-            bounds: Bounds {
-                least: first,
-                most: MOST,
-            },
-            ..world(1.0, 1.0)
-        };
-        let seen = start.run(300.0);
+        let seen = world(1.0, 1.0).begun_with(first).run(300.0);
         assert!(seen.last <= 2, "{seen:?}");
         // Trials are over in a second, and rare.
         assert!(seen.course.len() <= 16, "{seen:?}");
@@ -152,15 +165,7 @@ fn a_link_that_one_stream_fills_stays_at_one_or_two() {
 
 #[test]
 fn a_link_that_nobody_knew_is_left_with_two() {
-    let start = World {
-        first: 4,
-        bounds: Bounds {
-            least: 2,
-            most: MOST,
-        },
-        ..world(1.0, 1.0)
-    };
-    assert_eq!(start.run(60.0).last, 2);
+    assert_eq!(world(1.0, 1.0).begun_with(4).run(60.0).last, 2);
 }
 
 #[test]
@@ -169,15 +174,7 @@ fn a_hundred_gigabits_have_as_many_as_it_takes() {
     let carried = seen.bytes / (30.0 * 100.0 * GBIT);
     assert!((8..=12).contains(&seen.last) && carried > 0.8, "{seen:?}");
     // From the ten that the link's speed asks for.
-    let start = World {
-        first: 10,
-        bounds: Bounds {
-            least: 2,
-            most: MOST,
-        },
-        ..world(100.0, 12.0)
-    };
-    let seen = start.run(30.0);
+    let seen = world(100.0, 12.0).begun_with(10).run(30.0);
     assert!(seen.bytes / (30.0 * 100.0 * GBIT) > 0.95, "{seen:?}");
 }
 
@@ -198,12 +195,7 @@ fn none_is_tried_where_there_is_no_core_for_it() {
 fn under_a_limit_there_are_as_few_as_it_takes() {
     let start = World {
         limit: 1.0 * GBIT,
-        first: 6,
-        bounds: Bounds {
-            least: 2,
-            most: MOST,
-        },
-        ..world(10.0, 3.0)
+        ..world(10.0, 3.0).begun_with(6)
     };
     let seen = start.run(60.0);
     assert_eq!(seen.last, 2, "{seen:?}");
@@ -215,12 +207,7 @@ fn a_noisy_measurement_does_not_flap() {
         let start = World {
             noise: 0.25,
             chance: u64::wrapping_mul(chance, 0x9e37_79b9_7f4a_7c15),
-            first: 2,
-            bounds: Bounds {
-                least: 2,
-                most: MOST,
-            },
-            ..world(1.0, 1.0)
+            ..world(1.0, 1.0).begun_with(2)
         };
         let seen = start.run(120.0);
         assert!(
@@ -228,8 +215,7 @@ fn a_noisy_measurement_does_not_flap() {
             "{chance}: {seen:?}"
         );
         // After the first pauses it is quiet.
-        let late = seen.course.iter().filter(|(when, _)| *when > 60.0).count();
-        assert!(late <= 10, "{chance}: {seen:?}");
+        assert!(seen.decided_after(60.0) <= 10, "{chance}: {seen:?}");
     }
 }
 
@@ -317,7 +303,6 @@ proptest! {
         let best = start.carries(MOST);
         let seen = start.run(120.0);
         prop_assert!(start.carries(seen.last) > 0.8 * best, "{seen:?} of {best}");
-        let late = seen.course.iter().filter(|(when, _)| *when > 60.0).count();
-        prop_assert!(late <= 10, "{seen:?}");
+        prop_assert!(seen.decided_after(60.0) <= 10, "{seen:?}");
     }
 }
