@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::{broadcast, watch};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -83,23 +83,15 @@ impl Default for Feed {
 }
 
 impl Feed {
-    /// Something has happened to the migration that is shown so.
-    pub(crate) fn tell(&self, shown: &Shown, told: &Told) {
-        let heard = Heard {
-            id: shown.id,
-            vm: shown.vm.clone(),
-            side: shown.side,
-            told: told.clone(),
-        };
+    /// Something has happened to the migration that is shown so. `value` is `told` as JSON, which whoever tells it has.
+    pub(crate) fn tell(&self, shown: &Shown, told: &Told, value: &Value) {
+        let value = heard(shown, value);
         let mut kept = self.lock();
         let number = (!told.is_progress()).then(|| {
             kept.last += 1;
             kept.last
         });
-        let entry = Arc::new(Entry {
-            number,
-            value: serde_json::to_value(heard).unwrap_or(Value::Null),
-        });
+        let entry = Arc::new(Entry { number, value });
         if number.is_some() {
             if kept.entries.len() >= KEPT {
                 kept.entries.pop_front();
@@ -167,30 +159,56 @@ impl Feed {
     }
 }
 
+/// [`Heard`], of what has been made JSON already.
+fn heard(shown: &Shown, told: &Value) -> Value {
+    let mut heard = told.clone();
+    heard["id"] = json!(shown.id);
+    heard["vm"] = json!(shown.vm);
+    heard["side"] = json!(shown.side);
+    heard
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use pagecopy::engine::MigrationId;
-    use pagecopy::engine::event::Report;
+    use pagecopy::engine::event::{Figures, Report, State};
     use pagecopy::engine::journal::Side;
 
     use super::*;
-    use crate::migrations::Migration;
+    use crate::migrations::{Finished, Migration};
+
+    const ID: MigrationId = MigrationId([1; 16]);
+
+    fn shown() -> Shown {
+        Migration::new(ID, "web", Side::Source, "b:1", "/q".into())
+            .0
+            .shown()
+    }
+
+    fn notice(text: &str) -> Told {
+        let text = text.to_owned();
+        let report = Report::Notice { text };
+        Told::Running { at_ms: 1, report }
+    }
 
     fn tell(feed: &Feed, text: &str) {
-        let shown = Migration::new(
-            MigrationId([1; 16]),
-            "web",
-            Side::Source,
-            "b:1",
-            "/q".into(),
-        )
-        .0
-        .shown();
-        let report = Report::Notice {
-            text: text.to_owned(),
-        };
-        feed.tell(&shown, &Told::Running { at_ms: 1, report });
+        let told = notice(text);
+        feed.tell(&shown(), &told, &told.value());
+    }
+
+    #[test]
+    fn what_is_told_is_as_it_is_described() {
+        let finished = Finished::new(ID, State::Completed, None, Figures::default());
+        for told in [notice("a"), Told::Finished(Box::new(finished))] {
+            let Shown { id, vm, side, .. } = shown();
+            let value = told.value();
+            let heard = Heard { id, vm, side, told };
+            assert_eq!(
+                super::heard(&shown(), &value),
+                serde_json::to_value(heard).unwrap()
+            );
+        }
     }
 
     fn texts(reader: &Reader) -> Vec<&str> {

@@ -277,7 +277,7 @@ impl Migration {
             inner.keep(value.clone());
         }
         if let Some(host) = self.host.get() {
-            host.feed.tell(&inner.shown, &told);
+            host.feed.tell(&inner.shown, &told, &value);
         }
         // Without a reader nobody needs it.
         let _ = self.live.send(value);
@@ -305,7 +305,7 @@ impl Migration {
         let mut inner = self.lock();
         if let Some(host) = self.host.get() {
             host.counters.finished(inner.shown.side, &finished);
-            host.feed.tell(&inner.shown, &told);
+            host.feed.tell(&inner.shown, &told, &value);
         }
         inner.shown.state = finished.status;
         inner.shown.reason = None;

@@ -105,7 +105,8 @@ impl Told {
         )
     }
 
-    pub(super) fn value(&self) -> Value {
+    /// As JSON.
+    pub(crate) fn value(&self) -> Value {
         serde_json::to_value(self).unwrap_or(Value::Null)
     }
 }
