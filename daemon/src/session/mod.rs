@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 use pagecopy::engine::Time;
 use pagecopy::host::Ram;
 use pagecopy::memory::BlockId;
+use tokio::task::JoinSet;
 
 use crate::failure::{Failure, host};
 use crate::log;
@@ -101,6 +102,13 @@ pub(crate) async fn blocking<T: Send + 'static>(
         .unwrap_or_else(|error| Err(host(error.to_string(), "report this")))
 }
 
+/// Lets go of channels, or of lanes with theirs, side by side: the kernel takes some milliseconds over each ring.
+fn close_each<T: Send + 'static>(closing: &mut JoinSet<()>, all: impl IntoIterator<Item = T>) {
+    for one in all {
+        closing.spawn_blocking(log::inherited(move || drop(one)));
+    }
+}
+
 /// The disk refused a record.
 pub(crate) fn journal_failure(error: &std::io::Error) -> Failure {
     host(
@@ -131,5 +139,40 @@ impl fmt::Write for UpToName<'_, '_> {
         let end = text.find(|c: char| !c.is_alphanumeric());
         self.0.write_str(&text[..end.unwrap_or(text.len())])?;
         end.map_or(Ok(()), |_| Err(fmt::Error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// Is closed when as many as there are have begun to be.
+    struct Slow(Arc<[AtomicUsize; 2]>, usize);
+
+    impl Drop for Slow {
+        fn drop(&mut self) {
+            let [begun, met] = &*self.0;
+            begun.fetch_add(1, Ordering::SeqCst);
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while begun.load(Ordering::SeqCst) < self.1 {
+                if Instant::now() > deadline {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            met.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[tokio::test]
+    async fn channels_are_closed_side_by_side() {
+        let counts = Arc::default();
+        let all = (0..4).map(|_| Slow(Arc::clone(&counts), 4));
+        let mut closing = JoinSet::new();
+        close_each(&mut closing, all);
+        closing.join_all().await;
+        assert_eq!(counts[1].load(Ordering::SeqCst), 4);
     }
 }

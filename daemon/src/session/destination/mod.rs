@@ -23,7 +23,7 @@ use pagecopy::memory::BlockSpec;
 use pagecopy::wire::Message;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use transport::{Channel, Regions};
 
 use self::device_state::DeviceState;
@@ -31,7 +31,9 @@ use self::fetch::Fetch;
 pub(crate) use self::fetch::{TakenOver, has_all, has_ended};
 use self::joined::Waiting;
 use self::work::allocation_failure;
-use super::{Broken, Clock, LOAD_LIMIT, NameOf, Teller, Worker, link_failure, lock, tell};
+use super::{
+    Broken, Clock, LOAD_LIMIT, NameOf, Teller, Worker, close_each, link_failure, lock, tell,
+};
 use crate::failure::operator;
 use crate::lane::destination::Command;
 use crate::lane::{Lane, LaneEvent, Told};
@@ -417,9 +419,12 @@ impl Session {
         let forsaken = self
             .memory
             .filter(|_| end.state != State::Completed && !self.qemu_used);
+        let mut closing = JoinSet::new();
+        close_each(&mut closing, data);
+        close_each(&mut closing, idle);
+        // A panic has been told already.
+        while closing.join_next().await.is_some() {}
         let tidy = move || {
-            // Joining the lanes' threads may block for a moment.
-            drop((data, idle));
             if let Some(pull) = forsaken_faults {
                 pull.release();
             }

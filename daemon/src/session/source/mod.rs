@@ -34,7 +34,7 @@ use self::growth::{Coming, Joined};
 use self::holes::Holes;
 use self::serve::Served;
 use super::telling;
-use super::{Broken, Clock, NameOf, Teller, Worker, link_failure, lock, tell};
+use super::{Broken, Clock, NameOf, Teller, Worker, close_each, link_failure, lock, tell};
 use crate::api::types::ChangeRequest;
 use crate::dial::{Target, Unreached, dial_control};
 use crate::failure::{Shown, operator};
@@ -487,11 +487,7 @@ impl Session {
                 lock(&tracker).disarm();
             }
         });
-        // The kernel takes some milliseconds over each ring.
-        for lane in lanes {
-            let close = log::inherited(move || drop(lane));
-            self.closing.spawn_blocking(close);
-        }
+        close_each(&mut self.closing, lanes);
     }
 
     fn connect(&mut self) {
