@@ -10,7 +10,7 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -131,6 +131,7 @@ pub struct Qmp {
     gone: watch::Receiver<bool>,
     next_id: AtomicU64,
     version: Version,
+    path: PathBuf,
     peer_pid: Option<i32>,
     reader: tokio::task::JoinHandle<()>,
 }
@@ -157,7 +158,7 @@ impl Qmp {
             .pointer("/QMP/version/qemu")
             .and_then(|version| Version::deserialize(version).ok())
             .ok_or_else(|| not_qmp(path, "did not greet as QMP does"))?;
-        let qmp = Qmp::start(lines, write, peer_pid, version);
+        let qmp = Qmp::start(path, lines, write, peer_pid, version);
         qmp.execute("qmp_capabilities", json!({})).await?;
         Ok(qmp)
     }
@@ -179,10 +180,23 @@ impl Qmp {
             minor: 0,
             micro: 0,
         };
-        Ok(Qmp::start(lines, write, peer_pid, unknown))
+        Ok(Qmp::start(path, lines, write, peer_pid, unknown))
     }
 
-    fn start(lines: Lines, write: OwnedWriteHalf, peer_pid: Option<i32>, version: Version) -> Qmp {
+    /// Connects once more, if the same process is there still.
+    pub(crate) async fn again(&self) -> Option<Qmp> {
+        let connected = Qmp::connect(&self.path).await.ok()?;
+        let is_same = self.peer_pid.is_some() && connected.peer_pid == self.peer_pid;
+        is_same.then_some(connected)
+    }
+
+    fn start(
+        path: &Path,
+        lines: Lines,
+        write: OwnedWriteHalf,
+        peer_pid: Option<i32>,
+        version: Version,
+    ) -> Qmp {
         let waiting = Arc::new(Waiting::default());
         let (events, _) = broadcast::channel(EVENT_BACKLOG);
         let (gone_sender, gone) = watch::channel(false);
@@ -201,6 +215,7 @@ impl Qmp {
             gone,
             next_id,
             version,
+            path: path.to_owned(),
             peer_pid,
             reader,
         }

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use daemon::qemu::settings::Settings;
 use daemon::qmp::{Qmp, QmpError};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::{Value, json};
@@ -194,6 +195,54 @@ async fn a_qemu_that_does_not_greet_yet_answers_later() {
     assert_eq!(answer, Ok(json!({ "is": "query-a" })));
     qmp.gone().await;
     server.join().unwrap();
+}
+
+/// What a migration has changed in a QEMU: one capability, which is to be off again.
+fn changed() -> Settings {
+    serde_json::from_value(json!({ "capabilities": [["events", false]], "parameters": {} }))
+        .unwrap()
+}
+
+#[tokio::test]
+async fn settings_that_qemu_refuses_to_take_back_are_not_asked_for_again() {
+    let (path, server) = serve("refuses", |mut served| {
+        let command = served.command();
+        assert_eq!(command["execute"], "migrate-set-capabilities");
+        served.answer(
+            &command,
+            json!({ "error": { "class": "GenericError", "desc": "not now" } }),
+        );
+        let mut more = String::new();
+        served.reader.read_line(&mut more).unwrap();
+        assert_eq!(more, "", "asked again");
+    });
+    let qmp = Qmp::connect(&path).await.unwrap();
+    changed().restore(&qmp).await;
+    drop(qmp);
+    server.join().unwrap();
+}
+
+#[tokio::test]
+async fn settings_are_put_back_over_another_connection_when_the_first_is_lost() {
+    let path = path("lost");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = std::thread::spawn(move || {
+        let mut served = Served::accept(&listener);
+        served.command();
+        drop(served);
+        let mut served = Served::accept(&listener);
+        let command = served.command();
+        served.answer(&command, json!({ "return": {} }));
+        command
+    });
+    let qmp = Qmp::connect(&path).await.unwrap();
+    changed().restore(&qmp).await;
+    let command = server.join().unwrap();
+    let capability = &command["arguments"]["capabilities"][0];
+    assert_eq!(
+        capability,
+        &json!({ "capability": "events", "state": false })
+    );
 }
 
 #[tokio::test]

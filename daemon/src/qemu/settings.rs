@@ -98,14 +98,23 @@ impl Settings {
         Ok(())
     }
 
-    /// Puts everything back. A QEMU that has ended, or is about to, is no failure. One that does not answer has its time twice:
-    /// it may be this process that stood still.
+    /// Puts everything back. A QEMU that has ended, or is about to, is no failure. One that does not answer has its time twice (it may
+    /// be this process that stood still), and a connection that is lost is made again once. What QEMU refuses it would refuse again.
     pub async fn restore(&self, qmp: &Qmp) {
+        let mut again = None;
         for _ in 0..2 {
-            match timeout(RESTORE_LIMIT, self.put_back(qmp)).await {
+            let put_back = self.put_back(again.as_ref().unwrap_or(qmp));
+            match timeout(RESTORE_LIMIT, put_back).await {
                 Ok(Ok(())) => return,
+                Ok(Err(QmpError::Gone)) => match timeout(RESTORE_LIMIT, qmp.again()).await {
+                    Ok(Some(connected)) => again = Some(connected),
+                    _ => return tracing::debug!("QEMU is gone, with its migration settings"),
+                },
+                Ok(Err(error @ QmpError::TimedOut { .. })) => {
+                    tracing::debug!(%error, "QEMU does not put its migration settings back");
+                }
                 Ok(Err(error)) => {
-                    tracing::debug!(%error, "QEMU's migration settings were not put back");
+                    return tracing::debug!(%error, "QEMU's migration settings were not put back");
                 }
                 Err(_) => tracing::debug!("QEMU does not put its migration settings back"),
             }
