@@ -146,7 +146,7 @@ impl Gone {
         assert_nothing_left_in(self.source.pid());
     }
 
-    /// The record of what was received goes when nothing lacks.
+    /// The record of what was received goes when nothing lacks, and before it the registration of the QEMU that had waited.
     fn assert_nothing_kept(&self) {
         let state = self.world.daemon(Side::B).state();
         let kept = state.join("journal").join(format!("{}.received", self.id));
@@ -155,6 +155,9 @@ impl Gone {
             false => Ok(()),
         })
         .unwrap_or_else(|left| panic!("{left}"));
+        let list = self.world.cli(Side::B).run(&["list", "--json"]).stdout;
+        let list: Value = serde_json::from_slice(&list).unwrap();
+        assert_eq!(list["receivers"], serde_json::json!([]), "{list}");
     }
 }
 

@@ -71,6 +71,7 @@ pub(crate) fn take_up(
                 taken.finish(Finished::new(id, State::Failed, Some(&failure), figures));
                 if ended {
                     record(&service, id, &failure);
+                    service.received(&taken.shown().vm);
                     service.store.journals.forget_received(id);
                     tell_its_source(&failure, &mut requests).await;
                 }

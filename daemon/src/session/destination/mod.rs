@@ -15,7 +15,7 @@ use pagecopy::engine::encoding::Encodings;
 use pagecopy::engine::event::{Finished as EngineEnd, State};
 #[cfg(feature = "steps")]
 use pagecopy::engine::journal::Side;
-use pagecopy::engine::journal::{Outcome, Postcopy, outcome, postcopy};
+use pagecopy::engine::journal::{Outcome, Postcopy, lost, outcome, postcopy};
 use pagecopy::engine::{ChannelId, Failure, Fault, MigrationId};
 use pagecopy::host::ram::MappedRam;
 use pagecopy::host::{Placer, Ram};
@@ -404,11 +404,11 @@ impl Session {
         }
         self.fetch.armed_or_not().await;
         let (data, idle) = (self.data, self.idle);
-        let (here, needs_no_more) = {
+        let (here, needs_no_more, is_lost) = {
             let journal = lock(&self.journal);
             let records = journal.records();
             let whole = end.state == State::Completed || postcopy(records) == Postcopy::Over;
-            (outcome(records), whole)
+            (outcome(records), whole, lost(records).is_some())
         };
         // A guest that was committed may wait for pages, and does so until somebody fetches them.
         let forsaken_faults = self.fetch.pull.take().filter(|_| here != Outcome::Here);
@@ -443,7 +443,8 @@ impl Session {
         if end.state != State::InDoubt {
             // QEMU may be stuck, or gone.
             self.settings.restore(&self.qmp).await;
-            if end.state == State::Completed {
+            // A guest that ended here had come, and nobody waits for it.
+            if end.state == State::Completed || is_lost {
                 self.service.received(&self.migration.shown().vm);
             }
             // Last: a daemon that is started anew and finds the settings knows that this was not done.
