@@ -36,7 +36,8 @@ const RESOLVE: &str = "In doubt: at the source the destination is asked first, a
     word: QEMU is kept, stopped, with the guest's memory.\n\n\
     At the destination a guest that was committed to it runs by itself as soon as the source asks. --run-here is taken only \
     with --peer-fenced, since the source's operator may have taken the guest back; --abandon only while the guest has not run \
-    here, and the source takes it back when it asks.\n\n\
+    here, and the source takes it back when it asks. Where its QEMU is gone, that may have run the guest for a moment and \
+    written its disks: the answer says what to do.\n\n\
     Paused (post-copy, the other host is away): at the destination --poison lets the guest go on without what it lacks, and is \
     taken only with --peer-fenced; at the source --abandon lets go of the memory that the guest depends on, and is taken only with \
     --peer-fenced, too, and only if nobody answers at the destination's address, unless that memory is gone already. The guest is \

@@ -193,7 +193,7 @@ impl Held {
         let (found, qmp) = look(&self.qmp).await;
         if found == Found::Runs {
             // Without the record it is found to run the next time.
-            if let Err(failure) = self.take(Step::RecordRunning, qmp).await {
+            if let Err(failure) = self.take(Step::RecordRunning, &found, qmp).await {
                 tracing::error!(failure = %Shown(&failure), "that the guest runs could not be recorded");
             }
         }
@@ -213,12 +213,12 @@ impl Held {
         }
         match at_destination(resolution, &found) {
             Ok(step) => {
-                self.take(step, qmp).await?;
-                Ok(done(step).to_owned())
+                self.take(step, &found, qmp).await?;
+                Ok(done(step, &found))
             }
             Err(refusal) => {
                 if found == Found::Runs {
-                    self.take(Step::RecordRunning, qmp).await?;
+                    self.take(Step::RecordRunning, &found, qmp).await?;
                 }
                 Err(refusal)
             }
@@ -229,7 +229,7 @@ impl Held {
         let (found, qmp) = look(&self.qmp).await;
         tracing::warn!(id = %Uuid::from_bytes(self.id.0), ?found, "the source's operator has taken the guest back");
         if let Some(step) = when_withdrawn(&found)
-            && let Err(failure) = self.take(step, qmp).await
+            && let Err(failure) = self.take(step, &found, qmp).await
         {
             tracing::error!(failure = %Shown(&failure), "that the guest was taken back could not be recorded");
         }
@@ -248,7 +248,7 @@ impl Held {
         if found != Found::Runs {
             return show_failure(self.id, &self.migration, &memory_gone(reason));
         }
-        if let Err(failure) = self.take(Step::RecordRunning, qmp).await {
+        if let Err(failure) = self.take(Step::RecordRunning, &found, qmp).await {
             tracing::error!(failure = %Shown(&failure), "that the guest runs could not be recorded");
         }
     }
@@ -279,7 +279,7 @@ impl Held {
         }
     }
 
-    async fn take(&self, step: Step, qmp: Option<Arc<Qmp>>) -> Result<(), Failure> {
+    async fn take(&self, step: Step, found: &Found, qmp: Option<Arc<Qmp>>) -> Result<(), Failure> {
         let journals = &self.service.store.journals;
         match step {
             Step::Run => {
@@ -314,11 +314,12 @@ impl Held {
         }
         journals.forget_settings(self.id);
         if step == Step::RecordAborted {
-            let failure = operator(
-                "it was decided that the guest never will run here: it belongs to the source",
-                "end this host's QEMU if it is still there, and start another for the next attempt",
+            finish(
+                self.id,
+                &self.migration,
+                State::Failed,
+                Some(&given_back(found)),
             );
-            finish(self.id, &self.migration, State::Failed, Some(&failure));
         } else {
             self.service.received(&self.migration.shown().vm);
             finish(self.id, &self.migration, State::Completed, None);
@@ -454,13 +455,35 @@ fn in_doubt() -> Failure {
     )
 }
 
-fn done(step: Step) -> &'static str {
+/// Of a QEMU that has ended nobody knows whether it ran the guest before that was recorded, for a moment. The source does not run
+/// it from there on, but from where it stopped.
+const MAY_HAVE_WRITTEN: &str = "this host's QEMU is gone, and may have run the guest for a moment: the disks may have been written \
+    since the guest stopped at the source, which does not know it. Where the guest goes on at the source, stop it and check its file \
+    systems before anything else writes them; start it nowhere from a copy of its disks that is older";
+
+fn done(step: Step, found: &Found) -> String {
     match step {
-        Step::Run => "the guest runs here; the source lets go of it if it ever asks",
-        Step::RecordRunning => "the guest runs here already",
+        Step::Run => "the guest runs here; the source lets go of it if it ever asks".to_owned(),
+        Step::RecordRunning => "the guest runs here already".to_owned(),
         Step::RecordAborted => {
-            "the guest never will run here; the source takes it back when it asks"
+            let done = "the guest never will run here; the source takes it back when it asks";
+            match found {
+                Found::Gone => format!("{done}. Beware: {MAY_HAVE_WRITTEN}"),
+                _ => done.to_owned(),
+            }
         }
+    }
+}
+
+/// What is shown from then on of a guest that never will run here.
+fn given_back(found: &Found) -> Failure {
+    let what = "it was decided that the guest never will run here: it belongs to the source";
+    match found {
+        Found::Gone => operator(what, format!("beware: {MAY_HAVE_WRITTEN}")),
+        _ => operator(
+            what,
+            "end this host's QEMU if it is still there, and start another for the next attempt",
+        ),
     }
 }
 
@@ -498,5 +521,24 @@ async fn gone_without(socket: &Path, known: Option<i32>, why: &str) -> Found {
             None => Found::Gone,
             Some(pid) => Found::Unclear(format!("{why}, and QEMU is still there as process {pid}")),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_lets_go_of_a_guest_whose_qemu_is_gone_is_told_of_its_disks() {
+        for (found, warns) in [(Found::StandsStill, false), (Found::Gone, true)] {
+            let texts = [done(Step::RecordAborted, &found), given_back(&found).remedy];
+            for text in texts {
+                assert_eq!(
+                    text.contains("disks may have been written"),
+                    warns,
+                    "{text}"
+                );
+            }
+        }
     }
 }
