@@ -44,6 +44,8 @@ fn end(ended: Result<Finished, CliError>, seen: &Seen, json: bool) -> u8 {
             // daemon that is started anew.
             let status = if seen.completing || seen.pending {
                 State::InDoubt
+            } else if seen.interrupted {
+                State::Cancelled
             } else {
                 State::Failed
             };
@@ -63,6 +65,8 @@ struct Seen {
     completing: bool,
     /// It waits for its turn.
     pending: bool,
+    /// Ctrl-C came before it had begun.
+    interrupted: bool,
 }
 
 async fn follow(
@@ -72,13 +76,16 @@ async fn follow(
     retries: &mut Retries,
 ) -> Result<Finished, CliError> {
     let (as_json, vm) = (arguments.json, arguments.vm.clone());
-    let wanted = Wanted {
-        vm: &vm,
-        qmp: &arguments.qmp,
-        to: &named(client, &arguments.to.all).await?,
-        how: &arguments.how,
+    // Looking takes a second for each destination, and nothing has begun.
+    let choice = tokio::select! {
+        biased;
+        _ = tokio::signal::ctrl_c() => {
+            seen.interrupted = true;
+            return Err(not_begun());
+        }
+        choice = destination(client, arguments) => choice?,
     };
-    let to = match choose(client, wanted, Tell::new(as_json)).await? {
+    let to = match choice {
         Choice::To(to) => to,
         Choice::Nowhere { why, may_pass } => {
             if may_pass {
@@ -133,6 +140,16 @@ async fn follow(
             return Ok(finished);
         }
     }
+}
+
+async fn destination(client: &Client, arguments: &MigrateArguments) -> Result<Choice, CliError> {
+    let wanted = Wanted {
+        vm: &arguments.vm,
+        qmp: &arguments.qmp,
+        to: &named(client, &arguments.to.all).await?,
+        how: &arguments.how,
+    };
+    choose(client, wanted, Tell::new(arguments.json)).await
 }
 
 /// The end, if that is what an event tells.
@@ -278,6 +295,13 @@ fn cut_off(id: &str, why: &str, pending: bool) -> CliError {
     CliError::new(
         what,
         "start pagecopyd again: it takes the guest back, or asks the destination what became of it; `pagecopy status` tells",
+    )
+}
+
+fn not_begun() -> CliError {
+    CliError::new(
+        "cancelled before it had begun",
+        "nothing: the guest runs on here",
     )
 }
 

@@ -4,8 +4,11 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::harness::{Daemon, fed, stderr};
@@ -291,6 +294,71 @@ fn of_several_destinations_each_guest_has_its_own_and_stays_where_none_takes_it(
         assert!(guest["id"].is_null() && guest["remedy"].is_string());
     }
     assert_eq!(daemon.get("/v1/migrations").json(), json!([]));
+}
+
+/// A command that has destinations to choose from.
+fn started(daemon: &Daemon, words: &[&str]) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_pagecopy"))
+        .arg("--api")
+        .arg(daemon.dir.join("api.sock"))
+        .args(words)
+        .args(["--to", "127.0.0.1:1,127.0.0.1:2", "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Is interrupted, and ends at once. Nothing has begun.
+fn interrupted(daemon: &Daemon, child: Child) -> Output {
+    let begun = Instant::now();
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(3), "not at once");
+    assert_eq!(daemon.get("/v1/migrations").json(), json!([]));
+    output
+}
+
+#[test]
+fn ctrl_c_while_a_destination_is_chosen_ends_it_and_nothing_has_begun() {
+    let daemon = Daemon::start("interrupted");
+    let mute = Mute::listen(&daemon.dir);
+    let socket = mute.socket.to_str().unwrap();
+    let child = started(&daemon, &["migrate", "--vm", "a", "--qmp", socket]);
+    mute.wait_begun(1);
+    let output = interrupted(&daemon, child);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!(stderr(&output).contains("before it had begun"));
+    assert_eq!(events(&output)[0]["status"], "cancelled");
+
+    // A QEMU that is listed and, for the plan, looked at on the way to both, and answers nothing from then on.
+    let socket = daemon.dir.join("b.qmp");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let (silent, is_silent) = channel();
+    std::thread::spawn(move || {
+        let streams = listener.incoming().map_while(Result::ok);
+        let mut kept = Vec::new();
+        for (number, stream) in streams.enumerate() {
+            if number < 3 {
+                let _ = answer(&stream, "running", 1 << 30);
+            } else {
+                let _ = writeln!(&stream, "{GREETING}");
+                kept.push(stream);
+                // The test may have seen enough.
+                let _ = silent.send(());
+            }
+        }
+    });
+    let list = daemon.dir.join("list");
+    std::fs::write(&list, format!("b={}\n", socket.display())).unwrap();
+    let child = started(&daemon, &["evacuate", "--guests", list.to_str().unwrap()]);
+    is_silent.recv_timeout(Duration::from_secs(20)).unwrap();
+    let output = interrupted(&daemon, child);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let told = events(&output);
+    assert_eq!(told[0]["event"], "planned");
+    let end = told.last().unwrap();
+    assert_eq!(end["guests"][0]["status"], "cancelled", "{end}");
 }
 
 #[test]

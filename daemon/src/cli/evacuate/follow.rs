@@ -39,6 +39,8 @@ enum Asked {
     Refused(CliError),
     /// No destination could be reached, which may pass.
     Nobody(CliError),
+    /// Ctrl-C came while its destination was being chosen.
+    Interrupted,
 }
 
 /// Moves all of them to one of these; returns when nothing more is to be waited for, or nobody wants to wait.
@@ -64,6 +66,8 @@ pub(super) async fn run(
         away_since: None,
         is_full: false,
         interrupted: false,
+        // Without it Ctrl-C ends this program, and the guests go on.
+        interrupts: signal(SignalKind::interrupt()).ok(),
     };
     evacuation.follow().await;
     let guests = evacuation.guests.into_iter();
@@ -142,12 +146,11 @@ struct Evacuation<'a> {
     is_full: bool,
     /// Nobody else is to begin.
     interrupted: bool,
+    interrupts: Option<Signal>,
 }
 
 impl Evacuation<'_> {
     async fn follow(&mut self) {
-        // Without it Ctrl-C ends this program, and the guests go on.
-        let mut interrupts = signal(SignalKind::interrupt()).ok();
         loop {
             self.hand_over().await;
             self.look().await;
@@ -156,13 +159,11 @@ impl Evacuation<'_> {
             }
             tokio::select! {
                 () = sleep(LOOK_EVERY) => {}
-                () = interrupt(&mut interrupts) => {
+                () = interrupt(&mut self.interrupts) => {
                     if self.interrupted {
                         self.leave_alone("nobody waits for it any more");
                         return;
                     }
-                    self.interrupted = true;
-                    self.tell.note("cancelling (once more to leave them to pagecopyd)");
                     self.cancel().await;
                 }
             }
@@ -196,6 +197,7 @@ impl Evacuation<'_> {
                     tell_change(self.tell, &guest.gone);
                 }
                 Asked::Later(error) => return self.is_away(error),
+                Asked::Interrupted => return self.cancel().await,
             }
             guest.due = None;
         }
@@ -213,7 +215,12 @@ impl Evacuation<'_> {
         let chosen = gone.to.clone().map(Choice::To);
         let choice = match chosen {
             Some(chosen) => Ok(chosen),
-            None => self.choose(leaving).await,
+            // Looking takes a second for each destination, and nothing has begun.
+            None => tokio::select! {
+                biased;
+                () = interrupt(&mut self.interrupts) => return Asked::Interrupted,
+                choice = choose(self.client, wanted(self.to, self.how, leaving), self.tell) => choice,
+            },
         };
         let to = match choice {
             Ok(Choice::To(to)) => to,
@@ -228,16 +235,6 @@ impl Evacuation<'_> {
         };
         self.guests[index].gone.to = Some(to.clone());
         self.begin(index, &to).await
-    }
-
-    async fn choose(&self, leaving: &Leaving) -> Result<Choice, CliError> {
-        let wanted = Wanted {
-            vm: &leaving.vm,
-            qmp: &leaving.qmp,
-            to: self.to,
-            how: self.how,
-        };
-        choose(self.client, wanted, self.tell).await
     }
 
     async fn begin(&self, index: usize, to: &str) -> Asked {
@@ -325,6 +322,9 @@ impl Evacuation<'_> {
 
     /// Nobody else is handed over, and who can be cancelled is: the last first, so that none of them gets its turn meanwhile.
     async fn cancel(&mut self) {
+        self.interrupted = true;
+        self.tell
+            .note("cancelling (once more to leave them to pagecopyd)");
         for guest in &mut self.guests {
             if guest.due.take().is_some() {
                 guest
@@ -346,6 +346,15 @@ impl Evacuation<'_> {
     fn is_over(&self) -> bool {
         let mut all = self.guests.iter();
         all.all(|guest| guest.due.is_none() && guest.gone.is_over())
+    }
+}
+
+fn wanted<'a>(to: &'a [String], how: &'a How, leaving: &'a Leaving) -> Wanted<'a> {
+    Wanted {
+        vm: &leaving.vm,
+        qmp: &leaving.qmp,
+        to,
+        how,
     }
 }
 
