@@ -32,6 +32,9 @@ pub const MAX_CONNECTIONS: usize = 256;
 pub const MAX_CONNECTIONS_PER_PEER: usize = 128;
 /// How long a peer may take to say what it wants.
 pub const FIRST_MESSAGE: Duration = Duration::from_secs(10);
+/// How long a source that was answered (what is here, or that a QEMU was started) may take to begin: its journal comes first, and
+/// its disk may be slow.
+pub const BEGIN_LIMIT: Duration = Duration::from_secs(30);
 /// How long a source that asks may be silent between two questions. An honest one asks at least every 30 seconds.
 pub const ASKING_PAUSE: Duration = Duration::from_secs(90);
 

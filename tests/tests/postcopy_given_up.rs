@@ -21,13 +21,18 @@ const SILENCE: Duration = Duration::from_secs(10);
 
 /// Two hosts, of which the destination is held when it comes to `step`.
 fn held_at(step: &str) -> (World, Steps) {
+    held(Side::B, step)
+}
+
+/// Two hosts, of which the one on `held` is held when it comes to `step`.
+fn held(held: Side, step: &str) -> (World, Steps) {
     let scratch = Scratch::new();
     let steps = Steps::listen(&scratch.files().join("steps"), &[step.to_owned()]);
     let trust = certified(&scratch);
     let manners = [Side::A, Side::B].map(|side| Manner {
         name: side.name().to_owned(),
         trust: trust[side as usize].clone(),
-        steps: (side == Side::B).then(|| steps.socket().to_owned()),
+        steps: (side == held).then(|| steps.socket().to_owned()),
         run_as: RunAs::User,
     });
     (World::of(scratch, &manners), steps)
@@ -72,6 +77,21 @@ fn a_destination_that_takes_its_time_to_begin_is_there() {
         assert_stayed(&mut source, Some(&mut destination), from);
         world.moves_next(Side::A, "vm", &mut source, &mut destination);
     }
+}
+
+/// The source's, too, between its question and its `Hello`: the destination waits for it.
+#[test]
+fn a_source_that_takes_its_time_to_begin_is_waited_for() {
+    let (world, steps) = held(Side::A, "source Journal(Begun) 1");
+    let machine = Machine::new(Version::V10_0, 64, "rate=20 set=16");
+    let mut source = world.guest("source", &machine);
+    let mut destination = world.waiting("destination", &machine);
+    let migration = world.begin(Side::A, "vm", &source, &destination, &[]);
+    let held = steps.wait(PATIENCE).unwrap();
+    let_it_last(SILENCE + Duration::from_secs(2));
+    held.go();
+    migration.finish().completed();
+    assert_moved(&mut source, &mut destination);
 }
 
 /// While page faults are being made to wait, and when they do.

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 #[cfg(feature = "steps")]
 use pagecopy::engine::destination::Output;
@@ -24,7 +25,7 @@ use super::{Clock, blocking, held, journal_failure, resume};
 use crate::failure::Shown;
 use crate::lane::control::Control;
 use crate::lane::{Lane, LaneEvent, Told};
-use crate::limits::FIRST_MESSAGE;
+use crate::limits::{BEGIN_LIMIT, FIRST_MESSAGE};
 use crate::listener;
 use crate::migrations::Migration;
 use crate::names;
@@ -38,6 +39,10 @@ use crate::rdma::Waiting;
 use crate::service::Service;
 use crate::store::Receiver;
 use crate::sys;
+
+/// Said to a source that was answered and did not go on. It answered while it was asked, so it is not the network's fault.
+pub(super) const NOT_BEGUN: &str = "the source asked, was answered, and did not begin within 30 s: its disk may be slow to take the \
+    journal, or its QEMU to answer";
 
 /// A connection whose channels are all there.
 pub(crate) struct Connection {
@@ -149,18 +154,21 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
         data: connection.data,
         regions: connection.regions,
     };
-    let mut first = visit.word().await;
+    let (mut first, mut silent) = (
+        visit.word(FIRST_MESSAGE).await,
+        "nothing was said after connecting",
+    );
     if let Ok(Some(LaneEvent::Message(Message::RdmaOffer { channels, bytes }))) = first {
         if let Err(reason) = visit.over_rdma(channels, bytes).await {
             return visit.refuse(AbortCode::Host, reason);
         }
-        first = visit.word().await;
+        first = visit.word(FIRST_MESSAGE).await;
     }
     if let Ok(Some(LaneEvent::Message(Message::Compare { vm, force }))) = first {
         visit.forced = force;
         let facts = own::compared(&visit.service, &vm).await.to_text();
         visit.control.give(Message::Findings { facts });
-        first = visit.word().await;
+        (first, silent) = (visit.word(BEGIN_LIMIT).await, NOT_BEGUN);
     }
     match first {
         Ok(Some(LaneEvent::Message(Message::Query { id }))) => visit.answer(Asked::Query(id)).await,
@@ -192,17 +200,14 @@ pub(crate) async fn serve(service: Arc<Service>, connection: Connection) {
             peer = visit.peer.address,
             "a peer connected and left without a word"
         ),
-        Err(_) => visit.refuse(
-            AbortCode::TimedOut,
-            "nothing was said after connecting".to_owned(),
-        ),
+        Err(_) => visit.refuse(AbortCode::TimedOut, silent.to_owned()),
     }
 }
 
 impl Visit {
     /// What the peer says next.
-    async fn word(&mut self) -> Result<Option<LaneEvent>, Elapsed> {
-        let told = timeout(FIRST_MESSAGE, self.events.recv()).await;
+    pub(super) async fn word(&mut self, limit: Duration) -> Result<Option<LaneEvent>, Elapsed> {
+        let told = timeout(limit, self.events.recv()).await;
         told.map(|told| told.map(Told::take))
     }
 

@@ -17,14 +17,14 @@ use tokio::time::{Instant, sleep, timeout};
 use transport::Channel;
 use uuid::Uuid;
 
-use super::arrive::Visit;
+use super::arrive::{NOT_BEGUN, Visit};
 use super::link_failure;
 use super::spawned::{self, Place, Spawning, starter};
 use crate::api::types::MigrationRequest;
 use crate::failure::{Shown, host, operator, qemu};
 use crate::lane::control::Control;
 use crate::lane::{Lane, LaneEvent, Told};
-use crate::limits::{FIRST_MESSAGE, MAX_SPAWNING, SPAWN_LIMIT};
+use crate::limits::{BEGIN_LIMIT, MAX_SPAWNING, SPAWN_LIMIT};
 use crate::qemu::maps::command_line;
 use crate::qemu::{Guest, parts};
 use crate::qmp::Qmp;
@@ -205,21 +205,22 @@ impl Visit {
                 );
                 self.answer_spawn_ready(id, told);
                 let first = tokio::select! {
-                    first = timeout(FIRST_MESSAGE, self.events.recv()) => first.ok().flatten(),
-                    () = service.spawning.ending() => None,
+                    first = self.word(BEGIN_LIMIT) => first,
+                    () = service.spawning.ending() => Ok(None),
                 };
-                match first.map(Told::take) {
-                    Some(LaneEvent::Message(hello @ Message::Hello { .. }))
+                match first {
+                    Err(_) => self.refuse(AbortCode::TimedOut, NOT_BEGUN.to_owned()),
+                    Ok(Some(LaneEvent::Message(hello @ Message::Hello { .. })))
                         if is_of(&hello, id, &vm) =>
                     {
                         let receiver = Receiver { vm, qmp: waits.qmp };
                         self.receive(hello, Some(receiver)).await;
                     }
-                    Some(LaneEvent::Message(other)) => self.refuse(
+                    Ok(Some(LaneEvent::Message(other))) => self.refuse(
                         AbortCode::Protocol,
                         format!("{} came where Hello of the same guest should", other.name()),
                     ),
-                    _ => tracing::info!(id = %uuid, "the guest does not come"),
+                    Ok(_) => tracing::info!(id = %uuid, "the guest does not come"),
                 }
                 spawned::settle(&service, id).await;
             }

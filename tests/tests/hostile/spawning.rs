@@ -110,7 +110,12 @@ fn a_qemu_whose_source_does_not_keep_to_its_word_is_ended() {
     source.assert_blamed("commits at once", &["Commit"]);
     left("commits at once");
     let (mut source, _) = with_qemu(&world, &mallory, "vm");
-    source.end(PATIENCE);
+    match source.end(2 * PATIENCE) {
+        Ended::Aborted(AbortCode::TimedOut, reason) => {
+            assert!(reason.contains("did not begin"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
     left("says nothing more");
 }
 
