@@ -3,10 +3,18 @@
 //!
 //! Whatever is done for a migration is done in its span (`migration`), which tasks and threads take along to those that
 //! they start (`spawn`, `inherited`). A line's id is the event's own field `id`, or else the span's.
+//!
+//! Nobody waits for a reader of the log (`behind.rs`): a line that finds no place is lost, and the next that does is behind one that
+//! says how many were.
+
+mod behind;
 
 use std::fmt::{self, Write as _};
+use std::fs::File;
 use std::future::Future;
-use std::io::{self, IsTerminal, Write as _};
+use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use clap::ValueEnum;
 use pagecopy::engine::MigrationId;
@@ -16,7 +24,6 @@ use tokio::task::JoinHandle;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id};
 use tracing::{Event, Instrument, Level, Span, Subscriber};
-use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
@@ -24,6 +31,8 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, registry};
 use uuid::Uuid;
+
+use behind::Behind;
 
 /// How the log is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -41,9 +50,27 @@ pub fn init(format: Format) {
     let lines = Lines {
         format,
         coloured: io::stderr().is_terminal(),
-        to: io::stderr,
+        to: |line: &str| STDERR.take(line),
+        lost: AtomicU64::new(0),
     };
     registry().with(filter).with(lines).init();
+}
+
+static STDERR: Behind = Behind::new();
+
+/// From now on whoever logs does not wait for whoever reads it. Not before privileges are given up: it takes a thread.
+///
+/// # Errors
+/// The system has no thread left.
+pub fn wait_for_nobody() -> io::Result<()> {
+    // Not by way of `io::stderr`, whose lock it would hold for as long as nobody reads.
+    let stderr = io::stderr().as_fd().try_clone_to_owned()?;
+    STDERR.serve(File::from(stderr))
+}
+
+/// Waits for a moment until everything is written. Says whether it is: otherwise nobody reads standard error.
+pub fn flush() -> bool {
+    STDERR.flush()
 }
 
 /// The span of a migration.
@@ -87,7 +114,21 @@ const ID: &str = "id";
 struct Lines<W> {
     format: Format,
     coloured: bool,
+    /// Takes a line, or says that it is lost.
     to: W,
+    /// Lines that were lost, and of which that was not said.
+    lost: AtomicU64,
+}
+
+impl<W: Fn(&str) -> bool> Lines<W> {
+    fn put(&self, line: Line) -> bool {
+        let mut text = match self.format {
+            Format::Text => line.text(self.coloured),
+            Format::Json => line.json(),
+        };
+        text.push('\n');
+        (self.to)(&text)
+    }
 }
 
 /// The migration that a span is about.
@@ -96,7 +137,7 @@ struct About(String);
 impl<S, W> Layer<S> for Lines<W>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
-    W: for<'a> MakeWriter<'a> + 'static,
+    W: Fn(&str) -> bool + 'static,
 {
     fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
         let mut fields = Fields::default();
@@ -115,25 +156,14 @@ where
             about.into_iter().for_each(|id| fields.name(id));
         }
         let metadata = event.metadata();
-        let mut time = String::new();
-        // A clock before 1970 is shown as none.
-        let _ = SystemTime.format_time(&mut Writer::new(&mut time));
-        let line = Line {
-            time,
-            level: *metadata.level(),
-            target: fields
-                .target
-                .take()
-                .unwrap_or_else(|| metadata.target().to_owned()),
-            fields,
-        };
-        let mut text = match self.format {
-            Format::Text => line.text(self.coloured),
-            Format::Json => line.json(),
-        };
-        text.push('\n');
-        // Where nobody takes it, nobody can be told either.
-        let _ = self.to.make_writer().write_all(text.as_bytes());
+        let target = fields.target.take();
+        let target = target.unwrap_or_else(|| metadata.target().to_owned());
+        let lost = self.lost.swap(0, Ordering::Relaxed);
+        if lost > 0 && !self.put(Line::about_lost(lost)) {
+            self.lost.fetch_add(lost + 1, Ordering::Relaxed);
+        } else if !self.put(Line::new(*metadata.level(), target, fields)) {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -146,6 +176,27 @@ struct Line {
 }
 
 impl Line {
+    fn new(level: Level, target: String, fields: Fields) -> Line {
+        let mut time = String::new();
+        // A clock before 1970 is shown as none.
+        let _ = SystemTime.format_time(&mut Writer::new(&mut time));
+        Line {
+            time,
+            level,
+            target,
+            fields,
+        }
+    }
+
+    fn about_lost(lost: u64) -> Line {
+        let fields = Fields {
+            message: "lines of the log were lost: nobody read them in time".to_owned(),
+            rest: vec![("lost", Said::Json(lost.into()))],
+            ..Fields::default()
+        };
+        Line::new(Level::WARN, module_path!().to_owned(), fields)
+    }
+
     fn json(self) -> String {
         let Fields {
             message, id, rest, ..
@@ -302,7 +353,9 @@ impl fmt::Display for Printable<'_> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::io::Read;
+    use std::io::{Read, Write};
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicBool;
 
     use super::*;
 
@@ -315,7 +368,8 @@ mod tests {
         let lines = Lines {
             format,
             coloured: false,
-            to: move || end.try_clone().unwrap(),
+            to: move |line: &str| (&end).write_all(line.as_bytes()).is_ok(),
+            lost: AtomicU64::new(0),
         };
         tracing::subscriber::with_default(registry().with(lines), log);
         let mut text = String::new();
@@ -374,6 +428,43 @@ mod tests {
                 .get("id")
                 .is_none(),
             "{line}"
+        );
+    }
+
+    #[test]
+    fn how_many_lines_were_lost_is_said_as_soon_as_there_is_room() {
+        let (mut written, end) = io::pipe().unwrap();
+        let room = Arc::new(AtomicBool::new(true));
+        let has_room = Arc::clone(&room);
+        let lines = Lines {
+            format: Format::Json,
+            coloured: false,
+            to: move |line: &str| {
+                has_room.load(Ordering::Relaxed) && (&end).write_all(line.as_bytes()).is_ok()
+            },
+            lost: AtomicU64::new(0),
+        };
+        tracing::subscriber::with_default(registry().with(lines), || {
+            tracing::info!("first");
+            room.store(false, Ordering::Relaxed);
+            (0..3).for_each(|_| tracing::info!("lost"));
+            room.store(true, Ordering::Relaxed);
+            tracing::info!("last");
+        });
+        let mut text = String::new();
+        written.read_to_string(&mut text).unwrap();
+        let lines: Vec<Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(lines.len(), 3, "{text}");
+        assert_eq!(
+            (&lines[0]["message"], &lines[2]["message"]),
+            (&"first".into(), &"last".into())
+        );
+        assert_eq!(
+            (&lines[1]["fields"]["lost"], &lines[1]["level"]),
+            (&3.into(), &"WARN".into())
         );
     }
 

@@ -29,13 +29,25 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(service::run(start)) {
-        Ok(()) => ExitCode::SUCCESS,
+    if let Err(error) = log::wait_for_nobody() {
+        eprintln!("pagecopyd: no thread: {error}");
+        return ExitCode::FAILURE;
+    }
+    let ended = runtime.block_on(service::run(start));
+    // What still runs may log; what it says is of no migration any more.
+    drop(runtime);
+    match ended {
+        Ok(()) => {
+            log::flush();
+            ExitCode::SUCCESS
+        }
         Err(failure) => failed(&failure),
     }
 }
 
 fn failed(failure: &Failure) -> ExitCode {
-    eprintln!("pagecopyd: {}", Shown(failure));
+    if log::flush() {
+        eprintln!("pagecopyd: {}", Shown(failure));
+    }
     ExitCode::FAILURE
 }

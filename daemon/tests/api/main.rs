@@ -15,7 +15,7 @@ mod problems;
 mod queue;
 mod watch;
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
@@ -50,6 +50,23 @@ fn an_empty_daemon_answers_and_ends_in_order() {
         lines.iter().any(|line| line.contains("INSECURE")),
         "{lines:?}"
     );
+}
+
+/// Its standard error is a pipe, as that of a program whose parent has lost interest.
+#[test]
+fn a_daemon_whose_log_nobody_reads_serves_and_ends() {
+    let mut daemon = Daemon::start("unread");
+    let vm = "x".repeat(200);
+    for _ in 0..400 {
+        daemon.fail(&vm);
+    }
+    assert_eq!(daemon.get("/v1/migrations").status, 200);
+    daemon.signal(rustix::process::Signal::TERM);
+    assert!(daemon.child.wait().unwrap().success());
+    let mut log = Vec::new();
+    let mut end = daemon.child.stderr.take().unwrap();
+    end.read_to_end(&mut log).unwrap();
+    assert!(log.len() > 60_000, "the pipe was not full: {}", log.len());
 }
 
 #[test]
