@@ -1,13 +1,14 @@
 //! What the guest's memory costs on both sides: scan-and-protect of a real QEMU, and placing at the destination.
 //!
 //! `cargo bench -p benches --bench tracking`, as root. The guests of 1 to 64 GiB hold 256 MiB each: a round should cost
-//! what is dirty, not what there is.
+//! what is dirty, not what there is. A table of all scans stands behind criterion's lines; `-- scan` measures them alone.
 
 #![allow(missing_docs, clippy::unwrap_used)] // criterion's macros make public functions without words
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use benches::stats::Spread;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use pagecopy::host::process::find_mapping;
 use pagecopy::host::ram::MappedRam;
@@ -63,39 +64,90 @@ impl Tracked {
     }
 }
 
+/// What the scans of one guest took, and what they found.
+struct Row {
+    guest: String,
+    load: &'static str,
+    taken: Vec<Duration>,
+    extents: usize,
+    pages: u64,
+}
+
+impl Row {
+    /// One scan, timed.
+    fn scan(&mut self, guest: &mut Tracked) -> Duration {
+        let begun = Instant::now();
+        self.pages += black_box(guest.scan());
+        let taken = begun.elapsed();
+        self.extents += guest.dirty.len();
+        self.taken.push(taken);
+        taken
+    }
+}
+
+/// The guests: GiB of RAM, and MiB of it that hold something.
+const GUESTS: [(u64, u64); 4] = [(1, 1024), (1, 256), (8, 256), (64, 256)];
+/// What they do between two scans, and their command line.
+const LOADS: [(&str, &str); 3] = [
+    ("idle", "rate=0 sweep=0"),
+    ("50 ms of 20 MB/s", "rate=20 set=128"),
+    ("50 ms of 200 MB/s", "rate=200 set=128"),
+];
+
 fn scans(c: &mut Criterion) {
     let mut group = c.benchmark_group("scan and protect");
     group.sample_size(20);
-    for (gib, filled_mib) in [(1, 1024), (1, 256), (8, 256), (64, 256)] {
-        let mut guest = Tracked::new(gib, filled_mib, "rate=0 sweep=0");
-        group.throughput(Throughput::Bytes(filled_mib << 20));
-        group.bench_function(
-            format!("idle, {gib} GiB of which {filled_mib} MiB are filled"),
-            |b| {
-                b.iter(|| black_box(guest.scan()));
-            },
+    let mut rows = Vec::new();
+    for (gib, filled_mib) in GUESTS {
+        for (load, words) in LOADS {
+            let mut row = Row {
+                guest: format!("{gib} GiB of which {filled_mib} MiB are filled"),
+                load,
+                taken: Vec::new(),
+                extents: 0,
+                pages: 0,
+            };
+            let mut guest = None;
+            group.bench_function(format!("{}, {load}", row.guest), |b| {
+                let guest = guest.get_or_insert_with(|| Tracked::new(gib, filled_mib, words));
+                // Only the scan is timed: the guest writes in between.
+                b.iter_custom(|times| {
+                    let timed = (0..times).map(|_| {
+                        if load != "idle" {
+                            guest.qemu.serial.wait_beats(50);
+                        }
+                        row.scan(guest)
+                    });
+                    timed.sum()
+                });
+            });
+            rows.push(row);
+        }
+    }
+    group.finish();
+    print(&rows);
+}
+
+/// A table of all that were measured.
+fn print(rows: &[Row]) {
+    println!(
+        "{:<36} {:<18} {:>7} {:>10} {:>10} {:>8} {:>8}",
+        "guest", "between scans", "scans", "median ms", "least ms", "extents", "pages"
+    );
+    for row in rows.iter().filter(|row| !row.taken.is_empty()) {
+        let ms: Vec<f64> = row.taken.iter().map(|it| it.as_secs_f64() * 1e3).collect();
+        let spread = Spread::of(&ms).unwrap();
+        let scans = row.taken.len();
+        println!(
+            "{:<36} {:<18} {scans:>7} {:>10.3} {:>10.3} {:>8} {:>8}",
+            row.guest,
+            row.load,
+            spread.median,
+            spread.least,
+            row.extents / scans,
+            row.pages / scans as u64
         );
     }
-    // Only the scan is timed: the guest writes in between.
-    let mut guest = Tracked::new(1, 1024, "rate=200 set=512");
-    let mut pages = 0;
-    let mut scans = 0;
-    group.throughput(Throughput::Elements(1));
-    group.bench_function("200 MB/s over 512 MiB, 50 ms after the last", |b| {
-        b.iter_custom(|times| {
-            let mut taken = Duration::ZERO;
-            for _ in 0..times {
-                guest.qemu.serial.wait_beats(50);
-                let begun = Instant::now();
-                pages += guest.scan();
-                taken += begun.elapsed();
-                scans += 1;
-            }
-            taken
-        });
-    });
-    println!("pages in each scan: {}", pages / scans.max(1));
-    group.finish();
 }
 
 /// The destination's memory: made, made zero, and what is zero already passed over.

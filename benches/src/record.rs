@@ -136,9 +136,27 @@ pub struct Plan {
     pub downtime_limit_ms: u32,
     /// When a migration that has not ended counts as failed, in seconds.
     pub patience_s: u64,
+    /// Whether the destination's QEMU allocates all RAM before, for every way: `prealloc=on`. Otherwise nobody has touched it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub allocated: bool,
     /// The two hosts, when they are not namespaces of this machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hosts: Option<TwoHosts>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde asks so
+fn is_false(value: &bool) -> bool {
+    !*value
+}
+
+impl Plan {
+    /// What the destination's memory is like before, as a person would say it.
+    pub fn memory(&self) -> &'static str {
+        match self.allocated {
+            true => "allocated before (prealloc=on)",
+            false => "not allocated before",
+        }
+    }
 }
 
 /// How a way was set.
@@ -223,6 +241,8 @@ pub const FIGURES: &[Figure] = &[
         "of both QEMUs and both daemons over the total time, the guest's own work in it, by GiB of content"),
     figure("wire_mb", "Bytes on the wire", "MB",
         "sent by the network devices of both ends of the link, headers included, and whatever else uses them meanwhile"),
+    figure("allocated_mb", "Memory there before", "MB",
+        "of the guest's RAM at the destination, allocated when the migration begins"),
     figure("daemon_mb", "Memory of a daemon", "MB",
         "of its own (RssAnon), the greater of both daemons, at most, looked at each 10 ms over the total time"),
     figure("touch_p99_us", "Page touch, 99th percentile", "µs",

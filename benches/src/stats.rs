@@ -30,6 +30,17 @@ impl Spread {
         })
     }
 
+    /// Of so many times the values.
+    #[must_use]
+    pub fn times(self, factor: f64) -> Spread {
+        let [least, median, most] = [self.least, self.median, self.most].map(|it| it * factor);
+        Spread {
+            least,
+            median,
+            most,
+        }
+    }
+
     /// Of the ratios of what ran one after the other: `ours[0] / theirs[0]`, and so on. A pair in which one is missing,
     /// or theirs is zero, does not count.
     pub fn of_ratios(ours: &[Option<f64>], theirs: &[Option<f64>]) -> Option<Spread> {
@@ -94,5 +105,7 @@ mod tests {
         let spread = Spread::of_ratios(&ours, &theirs).expect("two pairs count");
         assert_eq!((spread.least, spread.most), (0.5, 2.0));
         assert!((spread.median - 1.25).abs() < f64::EPSILON);
+        let twice = spread.times(2.0);
+        assert_eq!((twice.least, twice.median, twice.most), (1.0, 2.5, 4.0));
     }
 }

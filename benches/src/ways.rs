@@ -243,9 +243,9 @@ impl Way {
         all
     }
 
-    /// Everything that is set, for the record.
-    pub fn settings(&self, downtime_limit_ms: u32) -> Value {
-        match self.mover() {
+    /// Everything that is set, for the record; whether the destination's memory is allocated before.
+    pub fn settings(&self, downtime_limit_ms: u32, allocated: bool) -> Value {
+        let mut all = match self.mover() {
             Mover::Ours => {
                 json!({"options": self.options(), "downtime-limit": format!("{downtime_limit_ms}ms")})
             }
@@ -253,8 +253,12 @@ impl Way {
                 "capabilities": self.capabilities(),
                 "parameters": self.parameters(downtime_limit_ms),
             }),
-            Mover::Limit => json!({}),
+            Mover::Limit => return json!({}),
+        };
+        if allocated {
+            all["destination"] = json!({"memory": "prealloc=on"});
         }
+        all
     }
 }
 
@@ -366,6 +370,13 @@ mod tests {
         assert_eq!(theirs["multifd-channels"], 8);
         assert_eq!(theirs["max-bandwidth"], 1_u64 << 40);
         assert_eq!(theirs["downtime-limit"], 300);
+        for (name, moves) in [("tcp", true), ("qemu-tcp", true), ("iperf3", false)] {
+            let memory = |allocated| {
+                let settings = way(name).settings(300, allocated);
+                settings["destination"]["memory"] == "prealloc=on"
+            };
+            assert_eq!([memory(false), memory(true)], [false, moves], "{name}");
+        }
     }
 
     #[test]

@@ -32,12 +32,23 @@ const EMPTY_SHARE: u64 = 8;
 const EVERY_MS: u32 = 20;
 
 impl Work {
+    /// Whether nothing is written while the guest moves.
+    pub fn is_idle(self) -> bool {
+        self.rate == 0
+    }
+
     /// RAM of a machine that has about `mib` of content, in MiB.
     pub fn machine_mib(self, mib: u64) -> u64 {
         match self.content {
             Content::MostlyEmpty => mib.saturating_mul(EMPTY_SHARE),
             _ => mib,
         }
+    }
+
+    /// How much of `mib` of content the guest fills: all but what is kept at the start and the end.
+    #[allow(clippy::cast_precision_loss)] // far below 2^53
+    pub fn filled_share(mib: u64) -> f64 {
+        mib.saturating_sub(2 * KEPT_MIB) as f64 / mib.max(1) as f64
     }
 
     /// The guest's command line (`tests/guest/guest.c`) for `mib` of content, of which the first `set` are written.
@@ -156,6 +167,8 @@ mod tests {
         );
         let empty: Work = "empty".parse().expect("work");
         assert_eq!(empty.machine_mib(1024), 8192);
+        assert!(empty.is_idle() && !work.is_idle());
+        assert!((Work::filled_share(64) - 0.5).abs() < f64::EPSILON);
         assert!(
             empty.guest(64, 512).contains(" set=32 "),
             "no more is written than there is"

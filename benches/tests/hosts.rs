@@ -290,6 +290,7 @@ fn started(net: &Net) -> (Host, Vec<u32>) {
     built(&mut command);
     let mut host = Host::start("a", command, b"").expect("it greets");
     let start = Start {
+        allocated: false,
         name: "a".to_owned(),
         role: Role::Source,
         qemu: Version::V10_0.binary(),

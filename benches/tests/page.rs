@@ -156,10 +156,37 @@ fn recorded() -> PathBuf {
 #[test]
 fn a_recorded_run_is_readable_on_a_phone_and_on_a_wide_screen() {
     let record = Record::read(&recorded()).expect("a record of this schema");
-    // Each link and work, the ratios, what the figures are, how each way was set.
-    let groups = record.plan.links.len() * record.plan.work.len();
     let page = page(&record);
-    assert_readable(&page, u64::try_from(groups).expect("few") + 3);
+    assert!(page.contains("not allocated before"), "an older record");
+    assert_readable(&page, sections(&record));
+}
+
+#[test]
+fn a_run_into_memory_that_is_there_says_so_and_what_it_reached() {
+    let mut record = Record::read(&recorded()).expect("a record of this schema");
+    record.plan.allocated = true;
+    let page = page(&record);
+    // On top, and beside the rates.
+    assert_eq!(page.matches("allocated before (prealloc=on)").count(), 2);
+    let (_, rates) = page
+        .split_once("id=\"limit\"")
+        .expect("iperf3 was measured, too");
+    let (rates, _) = rates.split_once("</section>").expect("it ends");
+    let lines: Vec<&str> = rates.split("<li>").skip(1).collect();
+    assert_eq!(lines.len(), 4, "the four ways of the idle guest: {rates}");
+    for line in lines {
+        assert!(
+            line.starts_with("veth, idle, ") && line.contains("of limit: iperf3, 2 streams"),
+            "{line}"
+        );
+    }
+    assert_readable(&page, sections(&record));
+}
+
+/// Of the recorded run: each link and work, the ratios, what is reached of iperf3's rate, what the figures are, how each way was set.
+fn sections(record: &Record) -> u64 {
+    let groups = record.plan.links.len() * record.plan.work.len();
+    u64::try_from(groups).expect("few") + 4
 }
 
 #[test]
@@ -187,8 +214,7 @@ fn a_run_between_two_machines_is_as_readable_and_shows_both() {
     ] {
         assert!(page.contains(shown), "{shown} is not on the page");
     }
-    let groups = record.plan.links.len() * record.plan.work.len();
-    assert_readable(&page, u64::try_from(groups).expect("few") + 3);
+    assert_readable(&page, sections(&record));
 }
 
 #[test]
@@ -285,6 +311,52 @@ fn a_small_run_of_all_kinds_becomes_a_readable_page() {
     let text = fs::read_to_string(out.with_extension("html")).expect("it has written a page");
     assert_eq!(text, page(&record));
     assert_readable(&text, 2 + 3);
+}
+
+/// Memory of the destination's that was there before, in MB, of each way that moves a guest.
+fn there_before(record: &Record) -> Vec<f64> {
+    let moved = record.cells.iter().filter(|cell| cell.way != "iperf3");
+    moved
+        .map(|cell| cell.runs[0].figures["allocated_mb"])
+        .collect()
+}
+
+#[test]
+fn both_destinations_have_their_memory_before_when_that_is_asked_for() {
+    let scratch = Scratch::new();
+    let at = |name: &str| scratch.files().join(name);
+    let words = [
+        "--ways",
+        "tcp,qemu-multifd2,iperf3",
+        "--work",
+        "idle",
+        "--mib",
+        "64",
+        "--pairs",
+        "1",
+    ];
+    let usual = bench(&words, &at("usual"));
+    let touched = there_before(&usual);
+    assert!(
+        touched.len() == 2 && touched.iter().all(|mb| *mb < 8.0),
+        "{touched:?}"
+    );
+    let first = bench(&[&words[..], &["--allocated"]].concat(), &at("first"));
+    assert_eq!(there_before(&first), [f64::from(64_u32 << 20) / 1e6; 2]);
+    for way in &first.ways {
+        let there = way.settings["destination"]["memory"] == "prealloc=on";
+        assert_eq!(there, way.way != "iperf3", "{way:?}");
+    }
+    // The idle guest is the one that a share of the link is told of.
+    let text = fs::read_to_string(at("first.html")).expect("a page");
+    assert_eq!(text, page(&first));
+    assert_readable(&text, 1 + 4);
+
+    // All that is needed is in the file.
+    let json = at("first.json");
+    let again = bench(&["--replay", json.to_str().expect("a path")], &at("again"));
+    assert!(again.plan == first.plan && again.plan.allocated);
+    assert_eq!(there_before(&again), there_before(&first));
 }
 
 #[test]

@@ -80,6 +80,47 @@ fn huge_pages_that_a_file_holds_are_listed_without_allocating_others() {
 }
 
 #[test]
+fn memory_that_is_to_stay_is_cleared_in_place_and_all_other_is_freed() {
+    const SIZE: u64 = 40 << 20; // several pieces, the last one short
+    let (kept, other) = (RamFile::tmpfs(SIZE), RamFile::tmpfs(SIZE));
+    for file in [&kept, &other] {
+        file.file.write_at(&vec![0; SIZE as usize], 0).unwrap();
+        for at in [0, 5 * PAGE + 17, (16 << 20) - 1, 16 << 20, SIZE - 1] {
+            file.file.write_at(b"x", at).unwrap();
+        }
+    }
+    let ram = open_ram(&[&kept, &other]).keeping([BLOCK]);
+    ram.clear().unwrap();
+    assert_eq!([taken(&kept), taken(&other)], [SIZE, 0]);
+    assert!(ram.is_zero(BLOCK, 0, SIZE), "it reads as zero");
+    assert_eq!(populated(&ram), [run(0, 0, SIZE / PAGE)]);
+
+    // A hole in it stays one.
+    kept.map().remove_pages(3 * PAGE, 2 * PAGE);
+    ram.clear().unwrap();
+    assert_eq!(taken(&kept), SIZE - 2 * PAGE);
+}
+
+#[test]
+fn huge_pages_that_are_to_stay_are_cleared_in_place() {
+    skip_unless!(is_root(), "needs root");
+    let Some(huge) = HugePages::reserve(4) else {
+        return;
+    };
+    let file = RamFile::at(&huge.mount.0, 4 * HUGE, HUGE);
+    let ram = open_ram(&[&file]).keeping([BLOCK]);
+    let map = file.map();
+    map.write_byte(HUGE + 5, 1);
+    map.write_byte(4 * HUGE - 1, 1);
+    ram.clear().unwrap();
+    assert_eq!(taken(&file), 2 * HUGE, "neither freed nor allocated");
+    assert_eq!(
+        [map.read_byte(HUGE + 5), map.read_byte(4 * HUGE - 1)],
+        [0, 0]
+    );
+}
+
+#[test]
 fn zero_is_told_from_not_zero() {
     let file = RamFile::tmpfs(1 << 20);
     file.file.write_at(&[0; 8 * PAGE as usize], 0).unwrap();

@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Duration;
 
 use tests::real::{
@@ -179,6 +179,32 @@ fn guest_with_two_numa_nodes() {
     };
     machine.ram = vec![node("near", 192), node("far", 320)];
     world.move_and_check(&machine, &["--verify"]);
+}
+
+/// It is neither punched out and allocated anew, nor is what lies there taken for the guest's.
+#[test]
+fn memory_that_was_allocated_before_stays_so() {
+    const SIZE: u64 = 128 << 20;
+    const LEFT: u64 = 120 << 20; // the guest has nothing there
+    let verified = (Version::V7_2, &["--verify"][..]);
+    for (version, options) in [verified, (Version::V10_0, &["--mode", "postcopy"])] {
+        let world = World::plain();
+        let mut machine = Machine::new(version, SIZE >> 20, "rate=50 set=32");
+        let mut here = world.guest("source", &machine);
+        machine.prealloc = true;
+        let mut there = world.waiting("destination", &machine);
+        let file = std::fs::File::options().read(true).write(true);
+        let file = file.open(there.ram()).unwrap();
+        file.write_all_at(&[0xaa; 8192], LEFT).unwrap();
+        world
+            .migrate(Side::A, "vm", &here, &there, options)
+            .completed();
+        assert_moved(&mut here, &mut there);
+        assert_eq!(file.metadata().unwrap().blocks() * 512, SIZE);
+        let mut left = [1; 8192];
+        file.read_exact_at(&mut left, LEFT).unwrap();
+        assert_eq!(left, [0; 8192], "{options:?}");
+    }
 }
 
 #[test]

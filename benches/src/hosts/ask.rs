@@ -12,7 +12,7 @@ use serde_json::Value;
 use tests::real::Role;
 
 /// The version of what is said here. Both sides must be of the same.
-pub const PROTOCOL: u64 = 1;
+pub const PROTOCOL: u64 = 2;
 
 /// The agent's first line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +57,8 @@ pub enum Ask {
     Qmp(String, Value),
     /// The daemon takes the guest.
     Receive,
+    /// How many bytes of the guest's RAM are allocated.
+    Allocated,
     /// Begins to count. Answered by [`Counters`], as is the next.
     Arm,
     /// Ends it.
@@ -111,6 +113,8 @@ pub struct Start {
     pub qemu: PathBuf,
     /// The guest's RAM in MiB.
     pub machine_mib: u64,
+    /// Whether QEMU allocates all of it as it starts.
+    pub allocated: bool,
     /// The guest's command line.
     pub guest: String,
     /// Where its daemon listens; none when QEMU moves the guest.

@@ -2,7 +2,7 @@
 
 use std::fs::{self, Permissions};
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -26,6 +26,8 @@ const VM: &str = "vm";
 const SETTLED_BEATS: usize = 1250;
 /// Mebibytes that go beside the guest's content: page tables, sockets, QEMU's own.
 const BESIDE_MIB: u64 = 256;
+/// Bytes that a file's blocks are counted in.
+const STAT_BLOCK: u64 = 512;
 /// Seconds of full speed that a link's rate is taken from.
 const IPERF3_SECONDS: &str = "2";
 
@@ -134,6 +136,7 @@ impl Side {
         });
         let mut machine = Machine::new(Version::V10_0, start.machine_mib, "");
         machine.guest.clone_from(&start.guest);
+        machine.prealloc = start.allocated;
         if let (Some(pem), None) = (pem, start.daemon) {
             machine.extra = credentials(pem, start.role, &scratch.folder("qemu-tls"));
         }
@@ -170,6 +173,10 @@ impl Side {
                 let serial = &self.qemu()?.serial;
                 serial.wait_filled();
                 serial.wait_beats(SETTLED_BEATS);
+            }
+            Ask::Allocated => {
+                let ram = fs::metadata(self.qemu()?.ram()).map_err(|error| error.to_string())?;
+                return told(ram.blocks() * STAT_BLOCK);
             }
             Ask::Arm => {
                 self.watch = self.daemon.as_ref().map(|daemon| Watch::over(daemon.pid()));

@@ -8,6 +8,10 @@ use std::fmt;
 use crate::record::{Cell, Record};
 use crate::stats::Spread;
 use crate::ways::{Mover, Way};
+use crate::work::Work;
+
+/// The way that says what the link carries.
+const LINK: &str = "iperf3";
 
 /// The figures that are compared; less is better in all.
 pub const COMPARED: [&str; 5] = [
@@ -45,43 +49,64 @@ impl fmt::Display for Rival {
     }
 }
 
-/// An encrypted way beside the same in the clear.
+/// The rate of a way, over the total time, beside that of another: of the same in the clear, or of a limit.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Sealed {
-    /// Link, work and the encrypted way.
+pub struct Rate {
+    /// Link, work and way.
     pub way: [String; 3],
-    /// The one in the clear.
-    pub clear: String,
+    /// The other way.
+    pub of: String,
     /// The rate of the former by that of the latter.
     pub rate: Spread,
 }
 
-impl fmt::Display for Sealed {
+impl fmt::Display for Rate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [link, work, way] = &self.way;
         let ratios = ratios(self.rate);
         write!(
             f,
             "{link} {work} {way}: {ratios} of the rate of {}",
-            self.clear
+            self.of
         )
     }
 }
 
-/// What encryption leaves of each way's rate, over the total time, where both were measured.
-pub fn sealed(record: &Record) -> Vec<Sealed> {
-    let of = |cell: &Cell| {
-        let clear = way(cell)?.in_the_clear()?.to_string();
+/// What encryption leaves of each way's rate, where both were measured.
+pub fn sealed(record: &Record) -> Vec<Rate> {
+    rates(record, |cell| Some(way(cell)?.in_the_clear()?.to_string()))
+}
+
+/// How much each way in the clear reaches of what two streams of iperf3 do, where both were measured: what the guest has filled by
+/// the total time, from the command to the end. Of guests that write nothing, since what is sent again is no content.
+pub fn reached(record: &Record) -> Vec<Rate> {
+    let filled = Work::filled_share(record.plan.mib);
+    let mut all = rates(record, |cell| {
+        let way = way(cell)?;
+        let work: Work = cell.work.parse().ok()?;
+        let counts = way.mover() != Mover::Limit && !way.has_tls() && work.is_idle();
+        counts.then(|| LINK.to_owned())
+    });
+    for one in &mut all {
+        one.rate = one.rate.times(filled);
+    }
+    all
+}
+
+/// Each cell's rate by that of the way beside it that `of` names.
+fn rates(record: &Record, of: impl Fn(&Cell) -> Option<String>) -> Vec<Rate> {
+    let rate = |cell: &Cell| {
+        let of = of(cell)?;
         let mut beside = record.cells.iter().filter(|other| other.is_beside(cell));
-        let beside = beside.find(|other| other.way == clear)?;
+        let beside = beside.find(|other| other.way == of)?;
         let (ours, theirs) = (cell.values("total_ms"), beside.values("total_ms"));
-        Some(Sealed {
+        Some(Rate {
             way: [&cell.link, &cell.work, &cell.way].map(Clone::clone),
-            clear,
+            of,
             rate: Spread::of_ratios(&theirs, &ours)?,
         })
     };
-    record.cells.iter().filter_map(of).collect()
+    record.cells.iter().filter_map(rate).collect()
 }
 
 /// Ratios with their spread, as a person reads them.
@@ -163,6 +188,7 @@ mod tests {
             pairs: 3,
             downtime_limit_ms: 300,
             patience_s: 60,
+            allocated: false,
             hosts: None,
         };
         let record = Record {
@@ -186,12 +212,29 @@ mod tests {
         };
         let all = sealed(&record);
         assert_eq!(
-            all.iter().map(Sealed::to_string).collect::<Vec<_>>(),
+            all.iter().map(Rate::to_string).collect::<Vec<_>>(),
             [
                 "veth idle qemu-tls: 50.00 (50.00 to 50.00) of the rate of qemu-tcp",
                 "veth idle tls: 0.50 (0.25 to 0.50) of the rate of tcp",
             ]
         );
+        let mut writing = record.clone();
+        // Half of the 64 MiB is filled.
+        assert_eq!(
+            reached(&record)
+                .iter()
+                .map(Rate::to_string)
+                .collect::<Vec<_>>(),
+            [
+                "veth idle tcp: 0.050 (0.050 to 0.050) of the rate of iperf3",
+                "veth idle qemu-tcp: 0.010 (0.010 to 0.010) of the rate of iperf3",
+                "veth idle qemu-multifd2: 0.025 (0.013 to 0.050) of the rate of iperf3",
+            ]
+        );
+        for cell in &mut writing.cells {
+            cell.work = "50".to_owned();
+        }
+        assert_eq!(reached(&writing), [], "what is sent again is no content");
         let mut rivals = rivals(&record);
         rivals.retain(|rival| rival.ours[2] == "tcp");
         assert_eq!(

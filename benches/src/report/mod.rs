@@ -8,7 +8,7 @@ mod plot;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use self::compare::{COMPARED, ratio, rivals, sealed, way};
+use self::compare::{COMPARED, Rate, ratio, reached, rivals, sealed, way};
 use crate::record::{Cell, FIGURES, Figure, Machine, Record};
 use crate::work::Work;
 
@@ -34,6 +34,7 @@ pub fn page(record: &Record) -> String {
                     (head(record))
                     (ratios(record))
                     (encryption(record))
+                    (limit(record))
                     @for (number, cells) in groups(record).iter().enumerate() {
                         (group(record, number, cells))
                     }
@@ -119,6 +120,7 @@ fn head(record: &Record) -> Markup {
                     (plan.mib) " MiB of content, of which up to " (plan.set_mib) " MiB are written; downtime limit "
                     (plan.downtime_limit_ms) " ms; each way " (plan.pairs) "×, all ways in turn"
                 }
+                dt { "Memory there" } dd { (plan.memory()) }
             }
         }
     }
@@ -181,21 +183,41 @@ fn ratios(record: &Record) -> Markup {
 
 /// What TLS leaves of each way's rate.
 fn encryption(record: &Record) -> Markup {
-    let all = sealed(record);
+    let said = "The total time of the same way in the clear by that with TLS, in runs that followed each other: the median, with \
+                the least and the greatest.";
+    let id = "encryption";
+    rates(
+        record,
+        &sealed(record),
+        id,
+        "What TLS leaves of the rate",
+        said,
+    )
+}
+
+/// How much of the link each way fills.
+fn limit(record: &Record) -> Markup {
+    let said = "What the guest has filled by the total time, from the command to the end, by the rate of iperf3, in runs that followed \
+                each other: the median, with the least and the greatest. In the clear, of guests that write nothing. Memory at \
+                the destination: ";
+    let said = said.to_owned() + record.plan.memory() + ".";
+    let title = "What each way reaches of the link’s rate";
+    rates(record, &reached(record), "limit", title, &said)
+}
+
+/// Rates beside others, each on a line.
+fn rates(record: &Record, all: &[Rate], id: &str, heading: &str, said: &str) -> Markup {
     html! {
         @if !all.is_empty() {
-            section aria-labelledby="encryption" {
-                h2 #encryption { "What TLS leaves of the rate" }
-                p {
-                    "The total time of the same way in the clear by that with TLS, in runs that followed each other: the "
-                    "median, with the least and the greatest."
-                }
+            section aria-labelledby=(id) {
+                h2 id=(id) { (heading) }
+                p { (said) }
                 ul {
-                    @for one in &all {
+                    @for one in all {
                         li {
                             (one.way[0]) ", " (one.way[1]) ", " (title(record, &one.way[2])) ": "
                             strong { (ratio(one.rate.median)) }
-                            " (" (ratio(one.rate.least)) "–" (ratio(one.rate.most)) ") of " (title(record, &one.clear))
+                            " (" (ratio(one.rate.least)) "–" (ratio(one.rate.most)) ") of " (title(record, &one.of))
                         }
                     }
                 }

@@ -10,7 +10,7 @@ use pagecopy::engine::journal::RamFile;
 use pagecopy::host::TrackError;
 use pagecopy::host::process::{self, RamMapping};
 use pagecopy::host::ram::MappedRam;
-use pagecopy::memory::BlockSpec;
+use pagecopy::memory::{BlockId, BlockSpec};
 use serde_json::{Value, json};
 
 use super::maps::{command_line, is_memfd, option_value, processes_mapping, shared_files};
@@ -38,6 +38,8 @@ pub struct Block {
     pub spec: BlockSpec,
     /// Where QEMU has it.
     pub mapping: RamMapping,
+    /// QEMU was told to allocate all of it as it starts (`prealloc=on`): then it stays allocated.
+    pub preallocated: bool,
 }
 
 impl Block {
@@ -322,7 +324,11 @@ fn locate(pid: i32, memdev: &Memdev) -> Result<Block, Failure> {
         size: memdev.size,
         page_size: mapping.page_size,
     };
-    Ok(Block { spec, mapping })
+    Ok(Block {
+        spec,
+        mapping,
+        preallocated: memdev.preallocated,
+    })
 }
 
 fn cannot_read(pid: i32) -> impl Fn(std::io::Error) -> Failure {
@@ -426,7 +432,10 @@ pub fn map_ram(blocks: &[Block], writable: bool) -> Result<MappedRam, Failure> {
     let files = blocks
         .iter()
         .map(|block| (block.spec.clone(), Arc::clone(&block.mapping.file)));
-    MappedRam::map(files, writable).map_err(|error| {
+    let kept = (0..).map(BlockId).zip(blocks);
+    let kept = kept.filter_map(|(id, block)| block.preallocated.then_some(id));
+    let mapped = MappedRam::map(files, writable).map(|ram| ram.keeping(kept));
+    mapped.map_err(|error| {
         host(
             error.to_string(),
             "give memory-backend-file a file that QEMU may write (no readonly=on), as large as its size",

@@ -21,6 +21,8 @@ pub(super) struct Memdev {
     pub(super) size: u64,
     /// Of its file, as QEMU was told it.
     pub(super) path: PathBuf,
+    /// `prealloc=on`: all of it is allocated as QEMU starts.
+    pub(super) preallocated: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -28,6 +30,7 @@ struct MemdevInfo {
     id: Option<String>,
     size: u64,
     share: Option<bool>,
+    prealloc: Option<bool>,
 }
 
 /// The memory back ends that are the guest's RAM.
@@ -76,6 +79,7 @@ pub(super) async fn memdevs(qmp: &Qmp) -> Result<Vec<Memdev>, Failure> {
             id,
             size: info.size,
             path: path?.into(),
+            preallocated: info.prealloc == Some(true),
         });
     }
     check_list(&memdevs)?;

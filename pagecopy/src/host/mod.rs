@@ -81,7 +81,8 @@ pub trait Ram: Send + Sync {
 
 /// Puts pages into the destination's RAM in the ways in which the transport does not.
 pub trait Placer: Send + Sync {
-    /// Makes all RAM read as zero, by punching out what is there. Before anything is registered or sent.
+    /// Makes all RAM read as zero, by punching out what is there, or by zeroing it in place where it is to stay allocated. Before
+    /// anything is registered or sent.
     ///
     /// # Errors
     /// The file refuses.

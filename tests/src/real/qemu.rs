@@ -94,6 +94,8 @@ pub struct Machine {
     pub machine: String,
     /// Memory back ends; two or more become NUMA nodes.
     pub ram: Vec<Ram>,
+    /// `prealloc=on`: QEMU allocates all of it before it does anything else.
+    pub prealloc: bool,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// `-sandbox on`.
@@ -117,6 +119,7 @@ impl Machine {
                 mib,
                 backing: Backing::Tmpfs,
             }],
+            prealloc: false,
             vcpus: 1,
             sandbox: false,
             guest: format!("mem=16..{} {guest}", mib - 16),
@@ -150,7 +153,11 @@ impl Machine {
             &self.vcpus.to_string(),
         ]);
         for block in &self.ram {
-            add(&["-object", &block.object(name, ram)]);
+            let mut object = block.object(name, ram);
+            if self.prealloc {
+                object.push_str(",prealloc=on");
+            }
+            add(&["-object", &object]);
         }
         let total: u64 = self.ram.iter().map(|block| block.mib).sum();
         add(&["-m", &format!("{total}M")]);

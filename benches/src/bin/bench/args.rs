@@ -60,6 +60,10 @@ pub(crate) struct Args {
     /// A migration that has not ended after so many seconds has failed.
     #[arg(long, default_value_t = 60)]
     pub patience: u64,
+    /// The destination's QEMU allocates all of the guest's RAM as it starts (`prealloc=on`), for every way; nobody has touched it
+    /// when absent.
+    #[arg(long)]
+    pub allocated: bool,
     /// Where to write, without the endings .json and .html; bench/latest below the folder that cargo builds to, when absent.
     #[arg(long)]
     pub out: Option<PathBuf>,
@@ -89,6 +93,7 @@ impl Args {
             pairs: self.pairs,
             downtime_limit_ms: self.downtime_limit,
             patience_s: self.patience,
+            allocated: self.allocated,
             hosts: self.hosts(),
         }
     }

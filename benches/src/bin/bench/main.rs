@@ -1,8 +1,8 @@
 //! `scripts/bench`: ways to move a guest beside each other, in turn, on the same guest and the same link.
 //!
 //! Each migration has a new pair of QEMUs and, for ours, of daemons. Everything is measured from outside, the same way for
-//! all: see [`benches::record::FIGURES`]. Both destinations have the same memory, a file on tmpfs that nobody has touched,
-//! and the kernel has memory for it that was just in use.
+//! all: see [`benches::record::FIGURES`]. All destinations have the same memory, a file on tmpfs that nobody has touched (or,
+//! with `--allocated`, that QEMU has allocated), and the kernel has memory for it that was just in use.
 //! QEMU is set as well as we know how: its limit of 128 MiB/s lifted, the same downtime limit, and a destination without
 //! `-S` that resumes by itself.
 //!
@@ -174,7 +174,7 @@ impl Matrix {
         let settings = |way: &Way| WaySettings {
             way: way.to_string(),
             title: way.title(),
-            settings: way.settings(plan.downtime_limit_ms),
+            settings: way.settings(plan.downtime_limit_ms, plan.allocated),
         };
         let mut cells = Vec::new();
         for link in &self.links {

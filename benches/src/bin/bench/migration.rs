@@ -27,6 +27,7 @@ pub(crate) fn run(way: &Way, work: Work, plan: &Plan, hosts: &mut Hosts) -> Resu
         _ => qemu::prepare(way, hosts, plan.downtime_limit_ms)?,
     }
     hosts.destination.ask::<()>(&Ask::Warm(plan.mib))?;
+    let allocated = allocated(work, plan, hosts)?;
     let before = hosts.clocks()?;
     let armed: Counters = hosts.destination.ask(&Ask::Arm)?;
     let (ended, counted) = carry_out(way, plan, hosts)?;
@@ -43,6 +44,7 @@ pub(crate) fn run(way: &Way, work: Work, plan: &Plan, hosts: &mut Hosts) -> Resu
         left,
         arrived,
         touched,
+        allocated,
     };
     seen.figures(plan)
 }
@@ -59,6 +61,7 @@ fn start(way: &Way, work: Work, plan: &Plan, hosts: &mut Hosts) -> Result<(), St
             role,
             qemu: hosts.qemus[at].clone(),
             machine_mib: work.machine_mib(plan.mib),
+            allocated: plan.allocated && role != Role::Source,
             guest: work.guest(plan.mib, plan.set_mib),
             daemon: ours.then(|| daemons[at]),
             identity: identities.as_ref().map(|both| both[at].clone()),
@@ -73,6 +76,18 @@ fn start(way: &Way, work: Work, plan: &Plan, hosts: &mut Hosts) -> Result<(), St
     hosts.source.ask::<Vec<u32>>(&starts[0])?;
     hosts.destination.ask::<Vec<u32>>(&starts[1])?;
     hosts.source.ask::<()>(&Ask::Settle)
+}
+
+/// How many bytes of the destination's RAM are allocated; all of them, when that is asked for.
+fn allocated(work: Work, plan: &Plan, hosts: &mut Hosts) -> Result<u64, String> {
+    let bytes: u64 = hosts.destination.ask(&Ask::Allocated)?;
+    let all = work.machine_mib(plan.mib) << 20;
+    if plan.allocated && bytes < all {
+        return Err(format!(
+            "the destination's QEMU has {bytes} bytes of the guest's RAM where prealloc=on is for all {all}"
+        ));
+    }
+    Ok(bytes)
 }
 
 /// Certificates of both hosts, by an authority that was made for them.
@@ -181,6 +196,8 @@ struct Seen {
     left: Heard,
     arrived: Heard,
     touched: Touched,
+    /// Bytes of the destination's RAM that were there before.
+    allocated: u64,
 }
 
 impl Seen {
@@ -198,6 +215,7 @@ impl Seen {
             ("downtime_error_ms", self.clocks.error_ms()),
             ("cpu_s_per_gib", self.used.cpu_s * 1024.0 / plan.mib as f64),
             ("wire_mb", self.used.bytes as f64 / 1e6),
+            ("allocated_mb", self.allocated as f64 / 1e6),
             ("touch_p99_us", self.touched.p99_us),
             ("touch_p999_us", self.touched.p999_us),
             ("loops_before", progress.rate(-MARGIN_MS, 0.0)),

@@ -1,7 +1,7 @@
 //! What the terminal shows meanwhile, and at the end.
 
 use benches::record::{Cell, FIGURES, Machine, Record, Run};
-use benches::report::compare::{rivals, sealed};
+use benches::report::compare::{reached, rivals, sealed};
 use benches::ways::Way;
 
 /// Columns of the table at the end: the figure, its head and its digits behind the point.
@@ -21,7 +21,7 @@ pub(crate) fn ways() {
     for way in Way::all() {
         let name = way.to_string();
         println!("{name:<20} {}", way.title());
-        println!("{:<20}   {}", "", way.settings(300));
+        println!("{:<20}   {}", "", way.settings(300, false));
     }
 }
 
@@ -37,6 +37,7 @@ pub(crate) fn head(record: &Record) {
             println!("{joined}; commit {}", record.commit);
         }
     }
+    println!("the destination's memory: {}", record.plan.memory());
     for way in &record.ways {
         println!("{:<20} {}", way.way, way.settings);
     }
@@ -86,7 +87,7 @@ pub(crate) fn medians(record: &Record) {
     for rival in rivals(record) {
         println!("{rival}");
     }
-    for sealed in sealed(record) {
-        println!("{sealed}");
+    for rate in sealed(record).iter().chain(&reached(record)) {
+        println!("{rate}");
     }
 }

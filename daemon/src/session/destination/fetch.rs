@@ -528,6 +528,8 @@ fn find(pid: i32, spec: &BlockSpec, file: &RamFile) -> Result<Block, Failure> {
     Ok(Block {
         spec: spec.clone(),
         mapping,
+        // It holds the guest's, and is not cleared any more.
+        preallocated: false,
     })
 }
 

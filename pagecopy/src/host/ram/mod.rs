@@ -4,6 +4,7 @@
 //! through it would allocate the hole, so holes are looked up and never touched.
 
 mod digest;
+mod in_place;
 mod populated;
 mod taken;
 
@@ -39,6 +40,8 @@ const _: () = assert!((ZERO_STEP as u64).is_multiple_of(MIN_PAGE_SIZE));
 #[derive(Clone, Debug)]
 pub struct MappedRam {
     blocks: Arc<[MappedBlock]>,
+    /// Blocks whose memory stays allocated when they are cleared.
+    kept: Arc<[BlockId]>,
 }
 
 /// One RAM file.
@@ -68,7 +71,7 @@ impl MappedRam {
             map_block(spec, file, writable).map_err(|error| about(&format!("of {name}"), &error))
         };
         let blocks = blocks.into_iter().map(map).collect::<io::Result<_>>()?;
-        Ok(MappedRam { blocks })
+        Ok(Self::of(blocks))
     }
 
     /// Opens RAM files by name and maps them, see [`map`](Self::map).
@@ -82,7 +85,19 @@ impl MappedRam {
                 .map_err(|error| about(&path.display().to_string(), &error))
         };
         let blocks = blocks.iter().map(map).collect::<io::Result<_>>()?;
-        Ok(MappedRam { blocks })
+        Ok(Self::of(blocks))
+    }
+
+    fn of(blocks: Arc<[MappedBlock]>) -> MappedRam {
+        let kept = Arc::default();
+        MappedRam { blocks, kept }
+    }
+
+    /// The same where the memory of these blocks stays allocated when they are cleared: whoever started QEMU wants it so.
+    #[must_use]
+    pub fn keeping(self, kept: impl IntoIterator<Item = BlockId>) -> MappedRam {
+        let kept = kept.into_iter().collect();
+        MappedRam { kept, ..self }
     }
 
     /// What a block must be like.
@@ -310,7 +325,11 @@ impl Ram for MappedRam {
 
 impl Placer for MappedRam {
     fn clear(&self) -> io::Result<()> {
-        self.blocks.iter().try_for_each(MappedBlock::clear)
+        self.numbered()
+            .try_for_each(|(id, block)| match self.kept.contains(&id) {
+                true => block.clear_in_place(),
+                false => block.clear(),
+            })
     }
 
     fn allocate(&self, run: Run) -> io::Result<()> {
