@@ -18,7 +18,7 @@ const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_sec
 /// After so long without an attempt the next pause is the shortest again.
 const FORGOTTEN: Duration = Duration::from_secs(120);
 /// How long a call may take.
-const CALL_LIMIT: Duration = Duration::from_secs(2);
+const CALL_LIMIT: Duration = Duration::from_secs(5);
 /// How often who listens looks whether there are channels left.
 const TURN: Duration = Duration::from_millis(500);
 

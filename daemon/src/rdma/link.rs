@@ -351,7 +351,7 @@ impl Waiting {
 }
 
 /// How long a caller may take that was answered.
-pub(super) const GREETS: Duration = Duration::from_secs(2);
+pub(super) const GREETS: Duration = Duration::from_secs(5);
 /// What a caller is told who is not waited for.
 pub(super) const NOT_AWAITED: &str = "nobody waits here for this call";
 

@@ -32,6 +32,8 @@ const SPIN: Duration = Duration::from_micros(20);
 const SPIN_READ: Duration = Duration::from_micros(200);
 /// How long the last words may take when a channel is dropped.
 const LINGER: Duration = Duration::from_millis(500);
+/// A port without a link is known as such after so long.
+const LINK_LATE: Duration = Duration::from_millis(500);
 /// One poll in so many that finds nothing looks whether the connection has ended.
 const LOOK_EVERY: u32 = 64;
 
@@ -218,10 +220,18 @@ impl RdmaChannel {
         };
         match completion.status {
             _ if self.broken_off => io("the queue pair on this host", ErrorKind::ConnectionAborted),
-            // Flushed. We did not end the queue pair, so the device did, and it does that at a peer's request that it
-            // may not make.
+            // Flushed. We did not end the queue pair, so the device did.
             5 if is_receive(completion.wr_id) => {
-                misbehaved("it wrote or read memory that is closed to it, or sent more than fits")
+                if self.loses_link() {
+                    io(
+                        "this host's RDMA device has no link",
+                        ErrorKind::NetworkDown,
+                    )
+                } else {
+                    misbehaved(
+                        "it wrote or read memory that is closed to it, or sent more than fits",
+                    )
+                }
             }
             1 if is_receive(completion.wr_id) => misbehaved("a send that is longer than a receive"),
             9..=11 => Error::Refused(format!("the memory is closed to us ({text})")),
@@ -232,6 +242,19 @@ impl RdmaChannel {
             13 => misbehaved("it has no receives for the credits that it gave"),
             _ => io("this host's RDMA device", ErrorKind::Other),
         }
+    }
+
+    /// Whether the port has no link, now or in a moment. A device ends a queue pair at a peer's request that it may not make; rdma_rxe
+    /// also does when nothing leaves the host, and may report that before the port's state is another.
+    fn loses_link(&self) -> bool {
+        let end = Instant::now() + LINK_LATE;
+        while self.pair.id().has_link() {
+            if Instant::now() > end {
+                return false;
+            }
+            std::thread::sleep(LINK_LATE / 20);
+        }
+        true
     }
 
     /// Looks whether the connection has ended.

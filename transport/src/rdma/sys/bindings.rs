@@ -144,6 +144,16 @@ pub(super) struct CmId {
     channel: *mut EventChannel,
     context: *mut c_void,
     pub(super) qp: *mut Qp,
+    route: [u64; 39],
+    port_space: c_int,
+    pub(super) port_num: u8,
+}
+
+/// `ibv_port_attr`, of which only the first field is used.
+#[repr(C)]
+pub(super) struct PortAttr {
+    pub(super) state: c_int,
+    pub(super) rest: [u32; 31],
 }
 
 /// `rdma_conn_param`.
@@ -182,6 +192,7 @@ const _: () = {
     assert!(offset_of!(Context, poll_cq) == 96 && offset_of!(Context, post_send) == 208);
     assert!(offset_of!(Mr, lkey) == 36 && offset_of!(CompChannel, fd) == 8);
     assert!(offset_of!(CmId, qp) == 24 && size_of::<ConnParam>() == 24);
+    assert!(offset_of!(CmId, port_num) == 348 && size_of::<PortAttr>() >= 56);
     assert!(size_of::<CmEvent>() == 80 && offset_of!(CmEvent, conn) == 24);
 };
 
@@ -221,6 +232,7 @@ functions! {
         fn ibv_destroy_cq(*mut Cq) -> c_int;
         fn ibv_get_cq_event(*mut CompChannel, *mut *mut Cq, *mut *mut c_void) -> c_int;
         fn ibv_ack_cq_events(*mut Cq, c_uint) -> ();
+        fn ibv_query_port(*mut Context, u8, *mut PortAttr) -> c_int;
         fn ibv_modify_qp(*mut Qp, *mut QpAttr, c_int) -> c_int;
         fn ibv_wc_status_str(c_int) -> *const c_char;
     }

@@ -6,7 +6,7 @@ use std::ptr;
 use rustix::fd::BorrowedFd;
 use socket2::SockAddr;
 
-use super::bindings::{self, CmId, ConnParam, EventChannel};
+use super::bindings::{self, CmId, ConnParam, EventChannel, PortAttr};
 use super::verbs::Device;
 use super::{checked, last_error, library};
 use crate::error::Error;
@@ -22,6 +22,8 @@ const ACK_TIMEOUT: (i32, i32) = (0, 3);
 /// take four times that, or more.
 const ACK_EXPONENT: u8 = 15;
 const RETRIES: u8 = 7;
+/// `IBV_PORT_ACTIVE`.
+const PORT_ACTIVE: i32 = 4;
 
 /// What rdma_cm reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +169,25 @@ impl Id {
     pub(in crate::rdma) fn device(&self) -> Option<Device> {
         // SAFETY: the identifier is alive.
         Device::of(unsafe { (*self.id).verbs })
+    }
+
+    /// Whether the port that the connection goes over has a link. One that cannot be asked any more has none.
+    pub(in crate::rdma) fn has_link(&self) -> bool {
+        let Ok(library) = library() else {
+            return false;
+        };
+        // SAFETY: the identifier is alive.
+        let (device, number) = unsafe { ((*self.id).verbs, (*self.id).port_num) };
+        if device.is_null() {
+            return false;
+        }
+        let mut port = PortAttr {
+            state: 0,
+            rest: [0; 31],
+        };
+        // SAFETY: a device that an identifier has had is never closed; the attributes are written during the call only.
+        let result = unsafe { (library.ibv_query_port)(device, number, &raw mut port) };
+        result == 0 && port.state == PORT_ACTIVE
     }
 
     pub(super) fn raw(&self) -> *mut CmId {
