@@ -193,7 +193,10 @@ impl Serving {
                     faults,
                 });
                 core.out.push(Output::Report(report));
-                self.lacking = Some(bytes);
+                let before = self.lacking.replace(bytes);
+                if before.is_some_and(|before| bytes < before) {
+                    self.reads_on(core);
+                }
                 self.look_whether_it_reads(core);
             }
             Message::Resumed if matches!(self.contact, Contact::Asked { .. }) => {
@@ -234,6 +237,14 @@ impl Serving {
             return self.look_whether_it_reads(core);
         }
         self.read = Some((bytes, core.now));
+        self.reads_on(core);
+    }
+
+    /// The destination has read something. Over RDMA it does so by itself, and only that it lacks less says so.
+    fn reads_on(&mut self, core: &mut Core) {
+        if let Some((_, since)) = &mut self.read {
+            *since = core.now;
+        }
         if self.course.is_away() {
             self.course.restored(core.now);
             core.out.enter(State::Migrating);

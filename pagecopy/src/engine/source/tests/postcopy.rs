@@ -404,6 +404,22 @@ fn what_the_destination_cannot_is_refused_or_done_without() {
     assert!(asked.iter().any(warned), "{asked:?}");
 }
 
+/// Over RDMA the destination reads by itself, and nothing goes out here.
+#[test]
+fn a_destination_that_lacks_less_and_less_reads() {
+    let mut source = serving();
+    let mut now = NOW.after(Duration::from_secs(2));
+    for left in (1..100).rev() {
+        now = now.after(Duration::from_secs(1));
+        source.handle(now, Input::Read { bytes: 0 });
+        let faults = FaultFigures::default();
+        let bytes = left * 4096;
+        source.handle(now, Input::Message(Message::Lacks { bytes, faults }));
+    }
+    let paused = |output: &Output| matches!(output, Output::Report(Report::Paused { .. }));
+    assert!(!outputs(&mut source).iter().any(paused));
+}
+
 /// How long a person waits to be told that a destination which answers does not fetch.
 #[test]
 fn a_destination_that_reads_nothing_though_it_lacks_pages_is_a_pause() {
