@@ -42,6 +42,8 @@ pub(super) struct Round {
     /// Bytes to send in it.
     bytes: u64,
     last_scan: Time,
+    /// It ends before all of it is sent.
+    early: bool,
     /// When something last moved on.
     moved: Time,
 }
@@ -75,6 +77,7 @@ impl Round {
             took: Duration::ZERO,
             bytes: core.pages.send_bytes(),
             last_scan,
+            early: false,
             moved: core.now,
         };
         if core.setup.direct_io {
@@ -92,11 +95,13 @@ impl Round {
         self.send_on(core);
     }
 
-    /// Sends what can be sent now; closes the round when all is.
+    /// Sends what can be sent now; closes the round when all is, or what is left is to wait.
     fn send_on(&mut self, core: &mut Core) {
-        core.fill_channels();
+        if !self.early {
+            core.fill_channels();
+        }
         core.progress(self.number, self.started, self.bytes);
-        if core.all_sent() {
+        if core.all_sent() || (self.early && core.sender.idle()) {
             self.stage = Stage::Closing;
             core.send_barriers(self.number);
         }
@@ -117,9 +122,10 @@ impl Round {
                 },
             ) if core.sender.pushed(channel, batch, pushed) => {
                 self.moved = core.now;
+                self.end_early(core);
                 self.send_on(core);
             }
-            (Stage::Sending, Input::Measured(load)) if !core.cut => {
+            (Stage::Sending, Input::Measured(load)) if !core.cut && !self.early => {
                 core.measured(self.number, load)
             }
             (_, Input::Measured(_)) => core.growth.interrupt(),
@@ -148,6 +154,17 @@ impl Round {
         Ok(Phase::Round(self))
     }
 
+    /// Looks whether the guest can be stopped with what is left.
+    fn end_early(&mut self, core: &mut Core) {
+        if self.early || core.cut || core.pages.nothing_to_send() {
+            return;
+        }
+        let left = core.pages.send_bytes() + core.pages.held_bytes();
+        let (took, since_scan) = (core.now.since(self.started), core.now.since(self.last_scan));
+        let sent = core.sender.round();
+        self.early = core.convergence.ends_early(left, sent, took, since_scan);
+    }
+
     /// Every page of the round is in place.
     fn closed(&mut self, core: &mut Core) {
         core.closing = None;
@@ -170,7 +187,10 @@ impl Round {
             remaining: core.pages.send_bytes() + core.pages.held_bytes(),
             all_hot: core.pages.nothing_to_send() && core.pages.held_pages() > 0,
         };
-        let (decision, words) = core.convergence.decide(&end);
+        let (decision, mut words) = core.convergence.decide(&end);
+        if self.early {
+            words = format!("ended before all of it was sent; {words}");
+        }
         core.throttle(core.convergence.throttle_percent());
         self.report(core, found, scan_took, words);
         let next = self.number + 1;
@@ -208,7 +228,7 @@ impl Round {
     pub(super) fn next(&self, core: &Core) -> Time {
         let work = match self.stage {
             Stage::Resting => Some(self.last_scan.after(SCAN_EVERY)),
-            Stage::Sending if core.cut => None,
+            Stage::Sending if core.cut || self.early => None,
             Stage::Sending => core.sender.next(&core.pages),
             Stage::Draining | Stage::Closing | Stage::Scanning => None,
         };
