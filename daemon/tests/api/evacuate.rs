@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::channel;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -309,12 +309,10 @@ fn started(daemon: &Daemon, words: &[&str]) -> Child {
         .unwrap()
 }
 
-/// Is interrupted, and ends at once. Nothing has begun.
+/// Is interrupted, and ends. Nothing has begun.
 fn interrupted(daemon: &Daemon, child: Child) -> Output {
-    let begun = Instant::now();
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     let output = child.wait_with_output().unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(3), "not at once");
     assert_eq!(daemon.get("/v1/migrations").json(), json!([]));
     output
 }
