@@ -186,15 +186,18 @@ fn guest_with_two_numa_nodes() {
 fn memory_that_was_allocated_before_stays_so() {
     const SIZE: u64 = 128 << 20;
     const LEFT: u64 = 120 << 20; // the guest has nothing there
-    let verified = (Version::V7_2, &["--verify"][..]);
-    for (version, options) in [verified, (Version::V10_0, &["--mode", "postcopy"])] {
+    let ways: [(Version, &[&str]); 2] = [
+        (Version::V7_2, &["--verify"]),
+        (Version::V10_0, &["--mode", "postcopy"]),
+    ];
+    for (version, options) in ways {
         let world = World::plain();
         let mut machine = Machine::new(version, SIZE >> 20, "rate=50 set=32");
         let mut here = world.guest("source", &machine);
         machine.prealloc = true;
         let mut there = world.waiting("destination", &machine);
-        let file = std::fs::File::options().read(true).write(true);
-        let file = file.open(there.ram()).unwrap();
+        let mut readable = std::fs::File::options();
+        let file = readable.read(true).write(true).open(there.ram()).unwrap();
         file.write_all_at(&[0xaa; 8192], LEFT).unwrap();
         world
             .migrate(Side::A, "vm", &here, &there, options)
