@@ -50,27 +50,6 @@ fn a_guest_that_writes_moves_whole() {
 }
 
 #[test]
-fn where_total_time_is_preferred_the_guest_stops_in_the_middle_of_a_round() {
-    let moved = |prefer| {
-        let mut pair = Pair::new(90_000, |setup| {
-            setup.options.downtime_limit = Duration::from_millis(60);
-            setup.options.prefer = prefer;
-        });
-        pair.writes_per_ms = 10;
-        pair.working_set = 4000;
-        pair.run(STEPS);
-        assert_eq!(pair.result().state, State::Completed, "{:?}", pair.result());
-        assert_eq!(pair.source_pages, pair.destination_pages);
-        pair.result().figures.downtime_ms.unwrap()
-    };
-    let shortest = moved(source::Prefer::Downtime);
-    let soonest = moved(source::Prefer::TotalTime);
-    assert!(shortest < 20.0, "{shortest}");
-    // Within the limit, and most of it is used.
-    assert!((30.0..=60.0).contains(&soonest), "{soonest}");
-}
-
-#[test]
 fn what_becomes_a_hole_arrives_as_one() {
     let mut pair = Pair::new(3000, |_| {});
     while pair.rounds < 1 {

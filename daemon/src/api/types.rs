@@ -57,19 +57,6 @@ pub enum Throttle {
     Auto,
 }
 
-/// What is to be short where the downtime limit leaves a choice.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum, ToSchema,
-)]
-#[serde(rename_all = "kebab-case")]
-pub enum Prefer {
-    /// The downtime: rounds are added while they shorten it
-    #[default]
-    Downtime,
-    /// The migration: the guest is stopped as soon as what is left fits into the limit, and has about that downtime
-    TotalTime,
-}
-
 /// What pages go over.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum, ToSchema,
@@ -149,9 +136,6 @@ pub struct MigrationRequest {
     pub channels: Option<Channels>,
     /// Longest downtime, in milliseconds; 300 when absent.
     pub downtime_limit_ms: Option<f64>,
-    /// What is to be short within that limit.
-    #[serde(default)]
-    pub prefer: Prefer,
     /// Bytes a second; unlimited when absent.
     pub bandwidth_limit: Option<u64>,
     /// Bytes a second for what a guest that has gone first lacks and does not wait for; as `bandwidth_limit` when absent.

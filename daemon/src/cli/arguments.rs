@@ -7,9 +7,7 @@ use clap::{Parser, Subcommand};
 use pagecopy::limits::MAX_DATA_CHANNELS;
 
 use super::set::Changes;
-use crate::api::types::{
-    Auto, Channels, Compress, MigrationRequest, Mode, Prefer, Throttle, Transport,
-};
+use crate::api::types::{Auto, Channels, Compress, MigrationRequest, Mode, Throttle, Transport};
 use crate::rdma::Pin;
 use crate::units::{millis, parse_duration, parse_rate, parse_size};
 
@@ -317,9 +315,6 @@ pub struct How {
     /// Longest downtime, such as 50ms [default: 300ms]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub downtime_limit: Option<Duration>,
-    /// What is to be short within that limit
-    #[arg(long, value_enum, default_value = "downtime")]
-    pub prefer: Prefer,
     /// Bytes a second for pages, such as 500MB/s [default: unlimited]
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth_limit: Option<u64>,
@@ -389,7 +384,6 @@ impl How {
             rdma_pin: self.rdma_pin,
             channels: self.channels,
             downtime_limit_ms: self.downtime_limit.map(millis),
-            prefer: self.prefer,
             bandwidth_limit: self.bandwidth_limit,
             postcopy_bandwidth_limit: self.postcopy_bandwidth_limit,
             throttle: self.throttle,
@@ -442,8 +436,6 @@ mod tests {
             "500MB/s",
             "--postcopy-bandwidth-limit",
             "1MB/s",
-            "--prefer",
-            "total-time",
             "--throttle",
             "auto",
             "--compress",
@@ -478,7 +470,6 @@ mod tests {
             (Some(Compress::Delta), Some(64 << 20))
         );
         assert_eq!(request.throttle, Some(Throttle::Auto));
-        assert_eq!(request.prefer, Prefer::TotalTime);
         assert_eq!((request.priority, request.max_rounds), (-7, Some(9)));
         assert_eq!(request.timeout_ms, Some(60_000));
         assert!(request.verify && request.quit_source && request.spawn);
@@ -499,7 +490,6 @@ mod tests {
         assert!(!request.verify && !request.quit_source && !request.spawn);
         assert!(!request.force);
         assert_eq!(request.throttle, None);
-        assert_eq!(request.prefer, Prefer::Downtime);
         assert_eq!((request.mode, request.allow_postcopy), (Mode::Auto, false));
     }
 

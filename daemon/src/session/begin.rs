@@ -24,7 +24,7 @@ use transport::{Access, Address, Channel, RegionId, Regions};
 use super::arrive::Over;
 use super::source::{Memory, Parts, Session};
 use super::{CANCELLED, Clock, journal_failure, spawn, wait};
-use crate::api::types::{Channels, Compress, MigrationRequest, Mode, Prefer, Throttle};
+use crate::api::types::{Channels, Compress, MigrationRequest, Mode, Throttle};
 use crate::config::Config;
 use crate::dial::{Target, dial};
 use crate::failure::{host, operator};
@@ -529,10 +529,6 @@ fn options(request: &MigrationRequest, config: &Config) -> Options {
         downtime_limit: request
             .downtime_limit_ms
             .map_or(DOWNTIME_LIMIT, |ms| Duration::from_secs_f64(ms / 1e3)),
-        prefer: match request.prefer {
-            Prefer::Downtime => source::Prefer::Downtime,
-            Prefer::TotalTime => source::Prefer::TotalTime,
-        },
         bandwidth_limit: request.bandwidth_limit,
         background_limit: request.postcopy_bandwidth_limit.or(request.bandwidth_limit),
         max_rounds: request.max_rounds.unwrap_or(MAX_ROUNDS),

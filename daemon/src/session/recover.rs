@@ -15,7 +15,7 @@ use pagecopy::engine::journal::{
     Outcome, Postcopy, Record, Side, has_to_tell, is_settled, lost, outcome, postcopy,
     standing_for, switched,
 };
-use pagecopy::engine::source::{Mode, Options, Prefer, Setup, Source};
+use pagecopy::engine::source::{Mode, Options, Setup, Source};
 use pagecopy::engine::{Failure, MigrationId, Timeouts};
 use pagecopy::host::pager::forsake;
 use pagecopy::host::ram::MappedRam;
@@ -219,7 +219,6 @@ fn setup(service: &Service, id: MigrationId, vm: &str) -> Setup {
         fixed_downtime: service.store.downtime.get(),
         options: Options {
             downtime_limit: DOWNTIME_LIMIT,
-            prefer: Prefer::default(),
             bandwidth_limit: None,
             background_limit: None,
             compress: Compress::Off,

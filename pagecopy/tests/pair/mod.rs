@@ -117,7 +117,6 @@ impl Pair {
             fixed_downtime: Duration::from_millis(10),
             options: source::Options {
                 downtime_limit: Duration::from_millis(300),
-                prefer: source::Prefer::default(),
                 bandwidth_limit: None,
                 background_limit: None,
                 compress: Compress::Off,

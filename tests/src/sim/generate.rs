@@ -63,7 +63,6 @@ impl Plan {
         if rng.chance(150) {
             plan.faults.extend(fault::set(&mut rng));
         }
-        plan.wanted.total_time = rng.chance(250);
         plan
     }
 
@@ -158,7 +157,6 @@ fn wanted(rng: &mut Rng, theme: Theme) -> Wanted {
         downtime_limit_us: rng.spread(if quiet { 50_000 } else { 10_000 }, 300_000),
         bandwidth_limit: rng.chance(150).then(|| rng.spread(4 << 20, 1 << 30)),
         max_rounds: u32::try_from(rng.between(2, 30)).unwrap_or(30),
-        total_time: false,
         timeout_us: rng.chance(200).then(|| rng.spread(100_000, 60_000_000)),
         throttle: false,
         verify: theme == Theme::Verify || rng.chance(100),

@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use pagecopy::engine::encoding::policy::Compress;
-use pagecopy::engine::source::{After, Mode, Options, Prefer};
+use pagecopy::engine::source::{After, Mode, Options};
 use pagecopy::memory::BlockSpec;
 use serde::{Deserialize, Serialize};
 
@@ -165,8 +165,6 @@ pub(super) enum How {
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Wanted {
     pub(super) downtime_limit_us: Micros,
-    /// A short total time is preferred to a short downtime.
-    pub(super) total_time: bool,
     pub(super) bandwidth_limit: Option<u64>,
     pub(super) max_rounds: u32,
     pub(super) timeout_us: Option<Micros>,
@@ -185,7 +183,6 @@ impl Default for Wanted {
     fn default() -> Wanted {
         Wanted {
             downtime_limit_us: 300_000,
-            total_time: false,
             bandwidth_limit: None,
             max_rounds: 30,
             timeout_us: None,
@@ -286,11 +283,6 @@ impl Plan {
     pub(super) fn options(&self) -> Options {
         Options {
             downtime_limit: micros(self.wanted.downtime_limit_us),
-            prefer: if self.wanted.total_time {
-                Prefer::TotalTime
-            } else {
-                Prefer::Downtime
-            },
             bandwidth_limit: self.wanted.bandwidth_limit,
             background_limit: None,
             max_rounds: self.wanted.max_rounds,

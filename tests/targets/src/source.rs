@@ -18,8 +18,8 @@ use pagecopy::engine::encoding::policy::Compress;
 use pagecopy::engine::journal::{Outcome, Postcopy, Record};
 use pagecopy::engine::pacing::Ledger;
 use pagecopy::engine::source::{
-    After, Batch, Change, Input, Mode, Options, Output, Populated, Prefer, Pushed, Resolution,
-    Setup, Source,
+    After, Batch, Change, Input, Mode, Options, Output, Populated, Pushed, Resolution, Setup,
+    Source,
 };
 use pagecopy::engine::{ChannelId, Time, Timeouts};
 use pagecopy::limits::{
@@ -87,11 +87,6 @@ fn setup(flags: u8, mode: Mode) -> Setup {
         fixed_downtime: Duration::from_millis(20),
         options: Options {
             downtime_limit: Duration::from_millis(300),
-            prefer: if flags & 8 != 0 {
-                Prefer::TotalTime
-            } else {
-                Prefer::Downtime
-            },
             compress: Compress::Auto,
             bandwidth_limit: (flags & 2 != 0).then_some(100 << 20),
             background_limit: (flags & 2 != 0).then_some(1 << 20),

@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
-use super::early::Early;
 use super::heat::Scan;
-use super::interface::{After, Options, Prefer};
+use super::interface::{After, Options};
 use super::sender::Sent;
 use super::shortening::Shortening;
 use super::throttle::Throttle;
@@ -84,9 +83,7 @@ pub(super) struct Convergence {
     dirty_rate: f64,
     best: Option<Best>,
     predicted: Option<Duration>,
-    prefer: Prefer,
     shortening: Shortening,
-    early: Early,
     throttle: Throttle,
     postcopy: Policy,
 }
@@ -125,9 +122,7 @@ impl Convergence {
             dirty_rate: 0.0,
             best: None,
             predicted: None,
-            prefer: options.prefer,
             shortening: Shortening::default(),
-            early: Early::default(),
             throttle: Throttle::new(options.throttle),
             postcopy: Policy::Never,
         }
@@ -174,7 +169,7 @@ impl Convergence {
         let wire = sent.raw_bytes.saturating_sub(sent.encoded.saved());
         self.shrunk = sent.raw_bytes as f64 / wire.max(1) as f64;
         let rate = sent.raw_bytes as f64 / took.as_secs_f64();
-        let measurable = is_measurable(sent, took);
+        let measurable = sent.raw_bytes >= MEASURABLE_BYTES && took >= MEASURABLE_TIME;
         self.goodput = match self.goodput {
             Goodput::Measured(before) if measurable => Goodput::Measured((before + rate) / 2.0),
             Goodput::Measured(before) => Goodput::Measured(before.max(rate)),
@@ -190,33 +185,10 @@ impl Convergence {
             Goodput::Unmeasured => UNMEASURED,
             Goodput::AtLeast(rate) | Goodput::Measured(rate) => rate,
         };
-        self.bounded(measured)
-    }
-
-    /// A rate that the operator's limit allows.
-    fn bounded(&self, rate: f64) -> f64 {
         let limit = self
             .bandwidth_limit
             .map_or(f64::INFINITY, |limit| limit as f64 * self.shrunk);
-        rate.min(limit).max(1.0)
-    }
-
-    /// Whether a round is to end before all of it is sent: what is `left`, and what the guest has dirtied since the last scan, fits
-    /// into the limit, and a short total time is preferred to a short downtime. `sent` and `took` are the round's so far.
-    pub(super) fn ends_early(
-        &mut self,
-        left: u64,
-        sent: Sent,
-        took: Duration,
-        since_scan: Duration,
-    ) -> bool {
-        if self.prefer != Prefer::TotalTime || !is_measurable(sent, took) {
-            return false;
-        }
-        let goodput = self.bounded(sent.raw_bytes as f64 / took.as_secs_f64());
-        let dirty = self.dirty_rate * since_scan.as_secs_f64();
-        let bytes = seconds((left as f64 + dirty) / goodput);
-        self.fixed.saturating_add(bytes) <= self.limit && self.early.once_more()
+        measured.min(limit).max(1.0)
     }
 
     /// Bytes a second that the guest dirties, by the last scan.
@@ -246,8 +218,7 @@ impl Convergence {
         let figures = self.figures(end, predicted);
         if predicted <= self.limit {
             // A guest that is slowed is not kept so for a shorter downtime than was asked for.
-            let shorten = self.throttle.percent() == 0 && self.prefer == Prefer::Downtime;
-            if !shorten || !self.worth_a_round(end, predicted) {
+            if self.throttle.percent() > 0 || !self.worth_a_round(end, predicted) {
                 return (Decision::SwitchOver, format!("switch over: {figures}"));
             }
             return (
@@ -425,11 +396,6 @@ impl Convergence {
     }
 }
 
-/// Whether so much, sent in that time, says what arrives in a second.
-fn is_measurable(sent: Sent, took: Duration) -> bool {
-    sent.raw_bytes >= MEASURABLE_BYTES && took >= MEASURABLE_TIME
-}
-
 fn seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 4)
 }
@@ -443,4 +409,185 @@ fn mb_s(bytes_s: f64) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+    use crate::engine::encoding::policy::Compress;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn convergence(change: impl FnOnce(&mut Options)) -> Convergence {
+        let mut options = Options {
+            downtime_limit: 50 * MS,
+            bandwidth_limit: None,
+            background_limit: None,
+            compress: Compress::Off,
+            max_rounds: 1000,
+            timeout: None,
+            mode: super::super::Mode::Precopy,
+            throttle: false,
+            verify: false,
+            quit_source: false,
+            channels: None,
+        };
+        change(&mut options);
+        let mut convergence = Convergence::new(&options, 20 * MS, 1 << 30);
+        // 100 MB in 100 ms: 1 GB/s.
+        convergence.sent(
+            Sent {
+                raw_bytes: 100_000_000,
+                ..Sent::default()
+            },
+            100 * MS,
+        );
+        convergence
+    }
+
+    /// Round `round` at 100 ms each; `remaining` bytes were dirtied in it.
+    fn end(round: u32, remaining: u64) -> RoundEnd {
+        RoundEnd {
+            round,
+            now: Time(0).after(round * 100 * MS),
+            elapsed: round * 100 * MS,
+            dirty: Scan {
+                pages: remaining / 4096,
+                bytes: remaining,
+            },
+            dirtied_in: 100 * MS,
+            remaining,
+            all_hot: false,
+        }
+    }
+
+    #[test]
+    fn it_switches_over_exactly_when_the_prediction_is_within_the_limit() {
+        let mut convergence = convergence(|options| options.downtime_limit = 40 * MS);
+        assert_eq!(
+            convergence.decide(&end(0, 20_100_000)).0,
+            Decision::NextRound
+        );
+        let (decision, words) = convergence.decide(&end(1, 20_000_000));
+        assert_eq!(decision, Decision::SwitchOver);
+        assert_eq!(
+            words,
+            "switch over: 20.0 MB remain, the guest dirties 200.0 MB/s, goodput 1000.0 MB/s, \
+             predicted downtime 40.0 ms (of it 20.0 ms whatever remains), limit 40.0 ms"
+        );
+    }
+
+    #[test]
+    fn within_the_limit_a_round_is_added_only_if_limits_leave_room_for_it() {
+        type Change = fn(&mut Options);
+        let limits: [(Change, Decision); 3] = [
+            (|_| {}, Decision::NextRound),
+            (|options| options.max_rounds = 2, Decision::SwitchOver),
+            (
+                |options| options.timeout = Some(100 * MS),
+                Decision::SwitchOver,
+            ),
+        ];
+        for (limit, expected) in limits {
+            let mut convergence = convergence(limit);
+            assert_eq!(convergence.decide(&end(0, 29_000_000)).0, expected);
+        }
+    }
+
+    #[test]
+    fn hot_pages_go_when_there_are_no_others() {
+        let hot = RoundEnd {
+            all_hot: true,
+            ..end(0, 90_000_000)
+        };
+        assert_eq!(convergence(|_| {}).decide(&hot).0, Decision::NextRoundHot);
+    }
+
+    #[test]
+    fn it_gives_up_at_each_limit_and_not_before() {
+        let mut rounds = convergence(|options| options.max_rounds = 3);
+        assert_eq!(rounds.decide(&end(1, 90_000_000)).0, Decision::NextRound);
+        let (Decision::GiveUp(failure), _) = rounds.decide(&end(2, 90_000_000)) else {
+            panic!("three rounds are allowed")
+        };
+        assert_eq!(
+            failure.what,
+            "the guest dirties 900.0 MB/s, goodput 1000.0 MB/s; 3 rounds were sent, as many as are \
+             allowed; predicted downtime 110.0 ms, limit 50.0 ms"
+        );
+        let mut time = convergence(|options| options.timeout = Some(200 * MS));
+        assert_eq!(time.decide(&end(1, 90_000_000)).0, Decision::NextRound);
+        assert!(time.out_of_time(199 * MS).is_none() && time.out_of_time(200 * MS).is_some());
+        assert!(matches!(
+            time.decide(&end(2, 90_000_000)).0,
+            Decision::GiveUp(_)
+        ));
+    }
+
+    #[test]
+    fn it_is_patient_as_long_as_things_improve() {
+        let mut convergence = convergence(|_| {});
+        let mut remaining = 900_000_000;
+        for round in 0..40 {
+            let decision = convergence.decide(&end(round, remaining)).0;
+            assert_eq!(decision, Decision::NextRound, "round {round}");
+            remaining = remaining / 100 * 98;
+        }
+        let stuck = (40..90).find(|round| {
+            matches!(
+                convergence.decide(&end(*round, 800_000_000)).0,
+                Decision::GiveUp(_)
+            )
+        });
+        assert!(
+            stuck.is_some_and(|round| (60..=75).contains(&round)),
+            "{stuck:?}"
+        );
+    }
+
+    #[test]
+    fn latency_is_not_taken_for_goodput() {
+        let mut convergence = convergence(|_| {});
+        convergence.sent(
+            Sent {
+                raw_bytes: 4096,
+                ..Sent::default()
+            },
+            MS,
+        );
+        assert!((convergence.goodput() - 1e9).abs() < 1.0);
+        convergence.sent(
+            Sent {
+                raw_bytes: 50_000_000,
+                ..Sent::default()
+            },
+            100 * MS,
+        );
+        assert!((convergence.goodput() - 0.75e9).abs() < 1.0);
+    }
+
+    #[test]
+    fn other_limits_are_in_force_at_once() {
+        let mut convergence = convergence(|options| options.bandwidth_limit = Some(1_000_000));
+        assert_eq!(
+            convergence.decide(&end(1, 20_000_000)).0,
+            Decision::NextRound
+        );
+        convergence.limits(50 * MS, None);
+        assert!(convergence.goodput() > 1e6);
+        convergence.sent(
+            Sent {
+                raw_bytes: 1_000_000_000,
+                ..Sent::default()
+            },
+            1000 * MS,
+        );
+        convergence.limits(40 * MS, None);
+        assert!((convergence.goodput() - 1e9).abs() < 1.0, "still measured");
+        let (decision, _) = convergence.decide(&end(2, 20_000_000));
+        assert_eq!(decision, Decision::SwitchOver);
+    }
+
+    #[test]
+    fn a_bandwidth_limit_bounds_the_goodput() {
+        let convergence = convergence(|options| options.bandwidth_limit = Some(1_000_000));
+        assert!((convergence.goodput() - 1e6).abs() < 1.0);
+    }
+}

@@ -44,8 +44,6 @@ pub enum After {
 pub struct Options {
     /// Switch over when the predicted downtime is at most this.
     pub downtime_limit: Duration,
-    /// What is to be short within that limit.
-    pub prefer: Prefer,
     /// Bytes a second for pages; none is unlimited.
     pub bandwidth_limit: Option<u64>,
     /// Bytes a second for what a guest that has gone first lacks and does not wait for; none is unlimited.
@@ -66,16 +64,6 @@ pub struct Options {
     pub quit_source: bool,
     /// Between which numbers data channels are chosen while pages are sent; none: there are as many as there were.
     pub channels: Option<Bounds>,
-}
-
-/// What is to be short where the downtime limit leaves a choice.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Prefer {
-    /// The downtime: rounds are added while they shorten it.
-    #[default]
-    Downtime,
-    /// The migration: the guest is stopped as soon as the limit allows it, in the middle of a round, too.
-    TotalTime,
 }
 
 /// Limits that the operator may change while pages are sent; what is `None` stays.

@@ -13,7 +13,6 @@
 mod commit;
 mod convergence;
 mod core;
-mod early;
 mod greeting;
 mod growth;
 mod heat;
@@ -31,8 +30,8 @@ mod tests;
 mod throttle;
 
 pub use interface::{
-    After, Batch, Change, ChannelLoad, Input, Load, Mode, Options, Output, Populated, Prefer,
-    Pushed, Resolution, Setup,
+    After, Batch, Change, ChannelLoad, Input, Load, Mode, Options, Output, Populated, Pushed,
+    Resolution, Setup,
 };
 
 use self::core::{Core, Intent};

@@ -42,8 +42,6 @@ pub(super) struct Round {
     /// Bytes to send in it.
     bytes: u64,
     last_scan: Time,
-    /// It ends before all of it is sent.
-    early: bool,
     /// When something last moved on.
     moved: Time,
 }
@@ -77,7 +75,6 @@ impl Round {
             took: Duration::ZERO,
             bytes: core.pages.send_bytes(),
             last_scan,
-            early: false,
             moved: core.now,
         };
         if core.setup.direct_io {
@@ -95,13 +92,11 @@ impl Round {
         self.send_on(core);
     }
 
-    /// Sends what can be sent now; closes the round when all is, or what is left is to wait.
+    /// Sends what can be sent now; closes the round when all is.
     fn send_on(&mut self, core: &mut Core) {
-        if !self.early {
-            core.fill_channels();
-        }
+        core.fill_channels();
         core.progress(self.number, self.started, self.bytes);
-        if core.all_sent() || (self.early && core.sender.idle()) {
+        if core.all_sent() {
             self.stage = Stage::Closing;
             core.send_barriers(self.number);
         }
@@ -122,10 +117,9 @@ impl Round {
                 },
             ) if core.sender.pushed(channel, batch, pushed) => {
                 self.moved = core.now;
-                self.end_early(core);
                 self.send_on(core);
             }
-            (Stage::Sending, Input::Measured(load)) if !core.cut && !self.early => {
+            (Stage::Sending, Input::Measured(load)) if !core.cut => {
                 core.measured(self.number, load)
             }
             (_, Input::Measured(_)) => core.growth.interrupt(),
@@ -154,17 +148,6 @@ impl Round {
         Ok(Phase::Round(self))
     }
 
-    /// Looks whether the guest can be stopped with what is left.
-    fn end_early(&mut self, core: &mut Core) {
-        if self.early || core.cut || core.pages.nothing_to_send() {
-            return;
-        }
-        let left = core.pages.send_bytes() + core.pages.held_bytes();
-        let (took, since_scan) = (core.now.since(self.started), core.now.since(self.last_scan));
-        let sent = core.sender.round();
-        self.early = core.convergence.ends_early(left, sent, took, since_scan);
-    }
-
     /// Every page of the round is in place.
     fn closed(&mut self, core: &mut Core) {
         core.closing = None;
@@ -187,10 +170,7 @@ impl Round {
             remaining: core.pages.send_bytes() + core.pages.held_bytes(),
             all_hot: core.pages.nothing_to_send() && core.pages.held_pages() > 0,
         };
-        let (decision, mut words) = core.convergence.decide(&end);
-        if self.early {
-            words = format!("ended before all of it was sent; {words}");
-        }
+        let (decision, words) = core.convergence.decide(&end);
         core.throttle(core.convergence.throttle_percent());
         self.report(core, found, scan_took, words);
         let next = self.number + 1;
@@ -228,7 +208,7 @@ impl Round {
     pub(super) fn next(&self, core: &Core) -> Time {
         let work = match self.stage {
             Stage::Resting => Some(self.last_scan.after(SCAN_EVERY)),
-            Stage::Sending if core.cut || self.early => None,
+            Stage::Sending if core.cut => None,
             Stage::Sending => core.sender.next(&core.pages),
             Stage::Draining | Stage::Closing | Stage::Scanning => None,
         };

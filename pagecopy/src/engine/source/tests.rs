@@ -7,7 +7,7 @@ mod postcopy;
 
 use std::time::Duration;
 
-use super::{Input, Mode, Options, Output, Populated, Prefer, Resolution, Setup, Source};
+use super::{Input, Mode, Options, Output, Populated, Resolution, Setup, Source};
 use crate::engine::encoding::policy::Compress;
 use crate::engine::event::{Report, State};
 use crate::engine::journal::{Outcome, Postcopy, Record};
@@ -35,7 +35,6 @@ fn setup() -> Setup {
         fixed_downtime: Duration::from_millis(10),
         options: Options {
             downtime_limit: Duration::from_millis(300),
-            prefer: Prefer::default(),
             bandwidth_limit: None,
             background_limit: Some(1 << 20),
             compress: Compress::Off,
