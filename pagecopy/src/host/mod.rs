@@ -26,6 +26,7 @@ pub mod track;
 
 mod seek;
 mod sys;
+mod threads;
 
 use std::io;
 use std::time::Duration;

@@ -7,10 +7,9 @@ use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
 
 use super::{MappedBlock, as_usize};
-use crate::host::Digest;
+use crate::host::{Digest, threads};
 use crate::limits::DIGEST_CHUNK;
 
 /// Bytes copied out at a time: they stay in the second-level cache until they are hashed.
@@ -47,7 +46,7 @@ pub(super) fn chunks(block: &MappedBlock) -> io::Result<Vec<Digest>> {
     let layout = Layout::of(block)?;
     let count = block.spec.size.div_ceil(DIGEST_CHUNK);
     let next = AtomicU64::new(0);
-    let work = || {
+    let work = |_| {
         let mut buffer = vec![0; COPY];
         let mut done = Vec::new();
         loop {
@@ -61,16 +60,8 @@ pub(super) fn chunks(block: &MappedBlock) -> io::Result<Vec<Digest>> {
             ));
         }
     };
-    let threads = thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let mut digests: Vec<(u64, Digest)> = thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        let join = |worker: thread::ScopedJoinHandle<'_, _>| {
-            worker
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        workers.into_iter().flat_map(join).collect()
-    });
+    let done = threads::on_each(threads::cores(), work);
+    let mut digests: Vec<(u64, Digest)> = done.into_iter().flatten().collect();
     digests.sort_unstable_by_key(|(chunk, _)| *chunk);
     Ok(digests.into_iter().map(|(_, digest)| digest).collect())
 }

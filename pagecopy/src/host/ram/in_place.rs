@@ -5,12 +5,12 @@
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 
 use super::MappedBlock;
+use crate::host::threads;
 
 /// Bytes that a thread takes at a time.
-const PIECE: u64 = 16 << 20;
+const PIECE: usize = 16 << 20;
 /// Threads that share a block: more would wait for the memory.
 const THREADS: usize = 8;
 
@@ -19,30 +19,17 @@ impl MappedBlock {
     pub(super) fn clear_in_place(&self) -> io::Result<()> {
         let mut pieces = Vec::new();
         self.populated(|extent| {
-            let mut start = extent.start;
-            while start < extent.end {
-                let end = extent.end.min(start + PIECE);
-                pieces.push(start..end);
-                start = end;
-            }
+            let starts = extent.clone().step_by(PIECE);
+            pieces.extend(starts.map(|start| start..extent.end.min(start + PIECE as u64)));
         })?;
         let next = AtomicUsize::new(0);
-        let work = || {
+        let work = |_| {
             while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
                 self.zero(piece.clone())?;
             }
             Ok(())
         };
-        let cores = thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        thread::scope(|scope| {
-            let threads = cores.min(THREADS).min(pieces.len());
-            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-            let mut done = workers.into_iter().map(|worker| {
-                worker
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            });
-            done.try_for_each(|outcome| outcome)
-        })
+        let most = threads::cores().min(THREADS).min(pieces.len());
+        threads::on_each(most, work).into_iter().collect()
     }
 }

@@ -26,14 +26,13 @@ mod scan;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::thread;
 
 use self::scan::Scanner;
 use super::attach::{Uffd, attach};
 use super::process::{self, Process};
 use super::sys::pagemap::{Pagemap, push_merged};
 use super::sys::uffd;
-use super::{AttachFigures, TrackError, Tracker};
+use super::{AttachFigures, TrackError, Tracker, threads};
 use crate::limits::MIN_PAGE_SIZE;
 use crate::memory::{BlockId, Run};
 
@@ -268,25 +267,16 @@ impl UffdTracker {
 
 /// Scans a range, by several threads where it is large. In address order.
 fn scan_shared_out(scanner: &Scanner<'_>, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-    let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-    let shares = ((range.end - range.start) / SCAN_SHARE).clamp(1, cores);
+    let shares = usize::try_from((range.end - range.start) / SCAN_SHARE).unwrap_or(usize::MAX);
+    let shares = shares.clamp(1, threads::cores());
     if shares == 1 {
         return scanner.scan(range);
     }
-    let share = ((range.end - range.start) / shares).next_multiple_of(scan::CHUNK);
-    let pieces: Vec<io::Result<Vec<Range<u64>>>> = thread::scope(|scope| {
-        let piece = |index: u64| {
-            let start = range.end.min(range.start + index * share);
-            let end = range.end.min(start + share);
-            scope.spawn(move || scanner.scan(start..end))
-        };
-        let threads: Vec<_> = (0..shares).map(piece).collect();
-        let join = |thread: thread::ScopedJoinHandle<'_, _>| {
-            thread
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        threads.into_iter().map(join).collect()
+    let share = ((range.end - range.start) / shares as u64).next_multiple_of(scan::CHUNK);
+    let pieces = threads::on_each(shares, |index| {
+        let start = range.end.min(range.start + index as u64 * share);
+        let end = range.end.min(start + share);
+        scanner.scan(start..end)
     });
     let mut all = Vec::new();
     for piece in pieces {
