@@ -327,14 +327,14 @@ fn rdma_queue_pair_breaks_in_a_round() {
 }
 
 /// A post-copy of which so much and no more is there.
-pub(super) fn postcopy_under_way(world: &World, from: Side, guest: &Qemu, rate: &str) -> Migration {
+pub(super) fn postcopy_under_way(world: &World, from: Side, guest: &Qemu) -> Migration {
     let options = [
         "--mode",
         "postcopy",
         "--channels",
         "2",
         "--postcopy-bandwidth-limit",
-        rate,
+        "1MB/s",
     ];
     let migration = world.cli(from).migrate("vm", guest, from.other(), &options);
     let lacking = (16 - any_below(4)) << 20;
@@ -354,7 +354,7 @@ fn rdma_queue_pair_breaks_in_a_postcopy() {
     let world = on_rail(&rail, false, &[Side::A, Side::B]);
     let machine = small(Version::V10_0, "rate=1 set=1");
     there_and_back(&world, &machine, |from, here| {
-        let migration = postcopy_under_way(&world, from, here, "1MB/s");
+        let migration = postcopy_under_way(&world, from, here);
         break_rdma(&migration);
         let outcome = migration.finish();
         assert_went_over(&outcome, "rdma", "pages go over TCP");
@@ -373,7 +373,7 @@ fn rdma_link_cut_in_a_postcopy_and_the_rest_comes_over_tcp() {
     let mut source = world.guest("source", &machine);
     let mut there = world.waiting("there", &machine);
     receive(&world, Side::B, &there);
-    let migration = postcopy_under_way(&world, Side::A, &source, "1MB/s");
+    let migration = postcopy_under_way(&world, Side::A, &source);
     let cut = Command::new("ip")
         .args(["link", "set", "rail3", "down"])
         .status();
@@ -403,7 +403,7 @@ fn rdma_daemon_killed_in_a_postcopy_is_a_pause_and_leaves_no_registration() {
     for (from, killed) in [(Side::A, Side::B), (Side::B, Side::B)] {
         let mut there = world.waiting(from.other().name(), &machine);
         receive(&world, from.other(), &there);
-        let migration = postcopy_under_way(&world, from, &here, "1MB/s");
+        let migration = postcopy_under_way(&world, from, &here);
         assert!(registrations() > 0);
         let id = world.cli(from).id_of("vm");
         world.daemon_mut(killed).kill();

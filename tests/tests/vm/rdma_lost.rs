@@ -73,7 +73,8 @@ fn in_a_round(loss: Loss) {
     let mut source = world.guest("source", &machine);
     let mut there = world.waiting("there", &machine);
     receive(&world, Side::B, &there);
-    let options = ["--downtime-limit", "1s", "--channels", "2"];
+    // An emulated machine takes seconds to compare.
+    let options = ["--verify", "--downtime-limit", "5s", "--channels", "2"];
     // So slowly that RDMA is back before the round is over, however long that takes.
     let options = [&options[..], &["--bandwidth-limit", "100kB/s"]].concat();
     let cli = world.cli(Side::A);
@@ -99,7 +100,7 @@ fn in_a_postcopy(loss: Loss) {
     let mut source = world.guest("source", &machine);
     let mut there = world.waiting("there", &machine);
     receive(&world, Side::B, &there);
-    let migration = postcopy_under_way(&world, Side::A, &source, "1MB/s");
+    let migration = postcopy_under_way(&world, Side::A, &source);
     lost_and_found(&world, &migration, loss);
     let outcome = migration.finish();
     assert_went_over(&outcome, "rdma", "pages go over TCP");
